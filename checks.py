@@ -1,0 +1,197 @@
+"""Everything that can be known to be wrong before anything slow starts.
+
+The quickest checks come first, and a library is imported only where it is needed: the
+commonest mistakes are answered in a second or two.
+"""
+
+import dataclasses
+import difflib
+import os
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from utils import UserError, local_path
+
+# What TrainingArguments takes, but this app sets itself, and where it is set instead.
+OURS = {
+    "output_dir": "hydra.run.dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "train_sampling_strategy": "seed",
+    "remove_unused_columns": "dataset.columns",
+    "disable_tqdm": "verbose",
+    "use_cpu": "client_resources.num_gpus",
+}
+ANY = float("inf")
+
+
+def check(config: DictConfig) -> dict[str, Any]:
+    """Resolve the configuration and hold it against this machine and its data.
+
+    Returns it as a plain dict. Raises `UserError` with what is wrong and what to do.
+    """
+    try:
+        cfg = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"{error.full_key} must be given: {error.full_key}=..."
+        ) from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {error.msg}") from None
+    check_values(cfg)
+    check_machine(cfg["client_resources"])
+    check_strategy(cfg)
+    check_training_arguments(cfg)
+    import dataset
+
+    dataset.check(cfg)
+    check_model(cfg)
+    return cfg
+
+
+def check_values(cfg: dict[str, Any]) -> None:
+    """Each setting by itself: its type and its range."""
+    whole = int
+    for key, kind, low, high in (
+        ("num_clients", whole, 1, ANY),
+        ("num_rounds", whole, 1, ANY),
+        ("seed", whole, 0, ANY),
+        ("client_resources.num_cpus", float, 1, ANY),
+        ("client_resources.num_gpus", float, 0, ANY),
+        ("model.lora.peft_lora_r", whole, 1, ANY),
+        ("model.lora.peft_lora_alpha", float, 1e-9, ANY),
+        ("strategy.fraction_fit", float, 1e-9, 1),
+        ("strategy.fraction_evaluate", float, 0, 1),
+        ("train.save_every_round", whole, 1, ANY),
+        ("train.seq_length", whole, 2, ANY),
+        ("train.learning_rate_max", float, 0, ANY),
+        ("train.learning_rate_min", float, 0, ANY),
+        ("evaluate.max_new_tokens", whole, 1, ANY),
+        ("evaluate.holdout", float, 0.01, 0.9),
+    ):
+        value: Any = cfg
+        for part in key.split("."):
+            value = value[part]
+        kinds = (int,) if kind is whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise UserError(
+                f"{key}={value}: a {'whole ' if kind is whole else ''}number is needed."
+            )
+        if not low <= value <= high:
+            bounds = (
+                f"above 0 and up to {high:g}" if low == 1e-9 else f"{low:g} to {high:g}"
+            )
+            bounds = f"{low:g} or more" if high == ANY and low != 1e-9 else bounds
+            raise UserError(f"{key}={value}: it must be {bounds}.")
+    for key, value, allowed in (
+        ("model.quantization", cfg["model"]["quantization"], (4, 8, None)),
+        ("train.padding_side", cfg["train"]["padding_side"], ("left", "right")),
+        ("verbose", cfg["verbose"], (True, False)),
+        ("evaluate.exact_match", cfg["evaluate"]["exact_match"], (True, False)),
+        (
+            "model.gradient_checkpointing",
+            cfg["model"]["gradient_checkpointing"],
+            (True, False),
+        ),
+    ):
+        # By type as well: 1 equals True, and 4.0 equals 4.
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            names = ["null" if one is None else str(one).lower() for one in allowed]
+            raise UserError(
+                f"{key}={value}: take {', '.join(names[:-1])} or {names[-1]}."
+            )
+
+
+def check_machine(resources: dict[str, float]) -> None:
+    """That at least one client fits this machine."""
+    import torch
+
+    gpus, cpus = resources["num_gpus"], resources["num_cpus"]
+    if gpus > 0 and not torch.cuda.is_available():
+        raise UserError(
+            f"client_resources.num_gpus={gpus:g}, but there is no CUDA device here. To try "
+            "the app without one: python main.py experiment=quickstart. To train on the "
+            "CPU: client_resources.num_gpus=0"
+        )
+    if gpus > torch.cuda.device_count():
+        raise UserError(
+            f"client_resources.num_gpus={gpus:g}, but there are only "
+            f"{torch.cuda.device_count()} CUDA devices here."
+        )
+    if cpus > (here := os.cpu_count() or 1):
+        raise UserError(
+            f"client_resources.num_cpus={cpus:g}, but this machine has {here} CPUs: no "
+            f"client would ever start. Set client_resources.num_cpus={here} or less."
+        )
+
+
+def check_strategy(cfg: dict[str, Any]) -> None:
+    """That the strategy takes its settings and gets as many replies as it needs."""
+    import strategy
+
+    strategy.build(cfg["strategy"])
+    node = cfg["strategy"]
+    if not node["_target_"].endswith(".Bulyan"):
+        return
+    cohort = strategy.cohort_size(cfg["num_clients"], node["fraction_fit"])
+    needed = 4 * node["num_malicious_nodes"] + 3
+    if cohort < needed:
+        raise UserError(
+            f"strategy.fraction_fit={node['fraction_fit']} of num_clients="
+            f"{cfg['num_clients']} are {cohort} clients a round; Bulyan with "
+            f"num_malicious_nodes={node['num_malicious_nodes']} needs {needed}."
+        )
+
+
+def check_training_arguments(cfg: dict[str, Any]) -> None:
+    """That `TrainingArguments` takes each of `train.training_arguments`."""
+    from transformers import TrainingArguments
+
+    import client
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in cfg["train"]["training_arguments"]:
+        key = f"train.training_arguments.{name}"
+        if name in OURS:
+            raise UserError(f"{key} is set by {OURS[name]} here.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"{key}: transformers.TrainingArguments has no such field.{hint}"
+            )
+    try:
+        client.training_arguments(cfg, 1, 0)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"train.training_arguments: {error}") from error
+
+
+def check_model(cfg: dict[str, Any]) -> None:
+    """That the base can be found and takes this adapter; needs its `config.json` only."""
+    from huggingface_hub import try_to_load_from_cache
+
+    import dataset
+    import model
+
+    name = cfg["model"]["name"]
+    path = local_path(name)
+    if path and not list(path.glob("*.safetensors")):
+        raise UserError(
+            f"model.name={name}: the folder {path} holds no .safetensors file. "
+            "Save the model with save_pretrained(folder, safe_serialization=True)."
+        )
+    try:
+        model.skeleton(cfg["model"], cfg["peft"])
+        tokenizer = model.load_tokenizer(name, cfg["model"]["use_fast_tokenizer"])
+    except (OSError, ValueError) as error:
+        if path or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise UserError(f"model.name={name}: {error}") from error
+        raise UserError(
+            f"model.name={name} is neither a local folder nor reachable on the hub. Check "
+            "the name, the network and, for a gated model, `hf auth login`."
+        ) from error
+    question = {"instruction": "", "input": ""}
+    dataset.prompt(cfg["dataset"]["template"], [question], tokenizer)
