@@ -1,0 +1,190 @@
+"""One client's part of a round, on plain arguments: adapter in, adapter and figures out.
+
+No Flower type comes in here. `cfg` is the resolved configuration as a plain dict.
+"""
+
+import resource
+import tempfile
+import time
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+import dataset
+import model
+from utils import cosine, mix_seed
+
+State = dict[str, torch.Tensor]
+Metrics = dict[str, float]
+
+
+def initial_adapter(cfg: dict[str, Any]) -> State:
+    """The adapter that everybody starts from; `cfg.seed` decides it.
+
+    Made where the base is: some methods (DoRA) take their start from its weights, and the
+    server need not hold it.
+    """
+    device = model.default_device()
+    fresh = model.build(cfg["model"], cfg["peft"], cfg["seed"], device)
+    return model.adapter_state(fresh)
+
+
+def train(
+    cfg: dict[str, Any],
+    state: State,
+    partition: int,
+    server_round: int,
+    proximal_mu: float = 0.0,
+) -> tuple[State, Metrics]:
+    """Train the adapter for one round on one partition.
+
+    `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on,
+    `train_loss` (nats per answer token), `dropped` records, `seconds`, `peak_memory`
+    in bytes (of the GPU where there is one, else of this process).
+    """
+    started = time.monotonic()
+    net = _prepare(cfg, state)
+    tokenizer = _tokenizer(cfg)
+    rows = dataset.load_partition(cfg, partition)
+    if cfg["strategy"]["fraction_evaluate"] > 0:
+        rows, _ = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
+    seed = mix_seed(cfg["seed"], "train", partition, server_round)
+    arguments = training_arguments(cfg, server_round, seed)
+    steps = arguments.max_steps
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    examples, dropped = dataset.draw(
+        rows,
+        lambda row: _encode(cfg, row, tokenizer),
+        seed,
+        examples=steps * batch if steps > 0 else None,
+        passes=cfg["train"]["training_arguments"]["num_train_epochs"],
+    )
+    trainer = LocalTrainer(
+        model=net,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=_collator(cfg, tokenizer),
+        proximal_mu=proximal_mu,
+    )
+    if not cfg["verbose"]:
+        trainer.remove_callback(PrinterCallback)
+    loss = trainer.train().training_loss
+    return model.adapter_state(net), {
+        "num-examples": len(examples),
+        "train_loss": loss,
+        "dropped": dropped,
+        "seconds": time.monotonic() - started,
+        "peak_memory": peak_memory(),
+    }
+
+
+def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
+    """Mean loss (nats per answer token) of the adapter on the records held back here."""
+    net = _prepare(cfg, state).eval()
+    tokenizer = _tokenizer(cfg)
+    rows = dataset.load_partition(cfg, partition)
+    _, rows = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
+    examples, _ = dataset.draw(
+        rows, lambda row: _encode(cfg, row, tokenizer), cfg["seed"]
+    )
+    collate = _collator(cfg, tokenizer)
+    size = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
+    total, tokens = 0.0, 0
+    for start in range(0, len(examples), size):
+        batch = collate(examples[start : start + size])
+        count = int((batch["labels"] != dataset.IGNORED).sum())
+        batch = {name: tensor.to(net.device) for name, tensor in batch.items()}
+        with torch.no_grad(), model.autocast(net):
+            total += net(**batch).loss.item() * count
+        tokens += count
+    return {"num-examples": len(examples), "eval_loss": total / tokens}
+
+
+class LocalTrainer(Trainer):
+    """`transformers.Trainer` in the base's compute type, with FedProx's proximal term."""
+
+    def __init__(self, *args: Any, proximal_mu: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.proximal_mu = proximal_mu
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.anchor = [p.detach().clone() for p in self.trained] if proximal_mu else []
+
+    def compute_loss(self, model_: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The language-model loss plus mu/2 ||w - w_global||^2 (arXiv 1812.06127)."""
+        with model.autocast(model_):
+            loss = super().compute_loss(model_, inputs, *args, **kwargs)
+        if self.proximal_mu:
+            distance = sum(
+                (now - before).square().sum()
+                for now, before in zip(self.trained, self.anchor, strict=True)
+            )
+            # The language-model loss is a share of the accumulated batch's; so is this.
+            parts = self.args.gradient_accumulation_steps
+            loss = loss + self.proximal_mu / 2 * distance / parts
+        return loss
+
+
+def training_arguments(
+    cfg: dict[str, Any], server_round: int, seed: int
+) -> TrainingArguments:
+    """`train.training_arguments` with this round's learning rate and seed.
+
+    Raises `TypeError` or `ValueError` for what `TrainingArguments` does not take.
+    """
+    train = cfg["train"]
+    settings = dict(train["training_arguments"])
+    settings.setdefault(
+        "learning_rate",
+        cosine(
+            server_round,
+            cfg["num_rounds"],
+            train["learning_rate_max"],
+            train["learning_rate_min"],
+        ),
+    )
+    settings["report_to"] = settings.get("report_to") or "none"
+    # `draw` has made the passes over the data already.
+    settings["num_train_epochs"] = 1
+    return TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        seed=seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=model.default_device().type == "cpu",
+        **settings,
+    )
+
+
+def peak_memory() -> int:
+    """The most memory held so far, in bytes: allocated on the GPU, or by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _prepare(cfg: dict[str, Any], state: State) -> torch.nn.Module:
+    model.use_cpus(cfg["client_resources"]["num_cpus"])
+    net = model.build_once(
+        cfg["model"], cfg["peft"], cfg["seed"], model.default_device()
+    )
+    model.set_adapter_state(net, state)
+    return net
+
+
+def _tokenizer(cfg: dict[str, Any]) -> Any:
+    return model.load_tokenizer(
+        cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
+    )
+
+
+def _encode(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> Any:
+    record = dataset.to_record(row, cfg["dataset"]["columns"])
+    return dataset.encode(
+        record, cfg["dataset"]["template"], tokenizer, cfg["train"]["seq_length"]
+    )
+
+
+def _collator(cfg: dict[str, Any], tokenizer: Any) -> dataset.Collator:
+    return dataset.Collator(tokenizer.pad_token_id, cfg["train"]["padding_side"])

@@ -1,0 +1,277 @@
+"""The model: a quantised base with a PEFT adapter on it, and the adapter in and out.
+
+The adapter that travels is the model's trainable parameters by name, in float32: one rule
+for every PEFT method, the networks of P-tuning included, which PEFT's own file leaves out.
+"""
+
+import contextlib
+import gc
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+
+from utils import PROJECT, UserError, construct, local_path
+
+ABOUT = "flowertune.json"  # what `test.py` needs beside PEFT's own files
+State = dict[str, torch.Tensor]
+
+
+def default_device() -> torch.device:
+    """The GPU that this process may use, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def use_cpus(cpus: float) -> None:
+    """Keep torch in this process to its share of the cores.
+
+    A thread more than there are free cores waits spinning for the others: two threads
+    beside one busy process were seen to take fifty times as long as one.
+    """
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it natively, else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def quantization_config(
+    bits: int | None, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """4: nf4 with double quantisation (QLoRA, arXiv 2305.14314); 8: LLM.int8; None: off."""
+    if bits is None:
+        return None
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    raise ValueError(f"quantization to {bits} bits is not known")
+
+
+def load_tokenizer(name: str, use_fast: bool = True) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a padding token if it came without one."""
+    tokenizer = AutoTokenizer.from_pretrained(_source(name), use_fast=use_fast)
+    if tokenizer.pad_token is None:
+        # Padding is masked by length, never by token id, so any token serves.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    name: str, quantization: int | None, device: torch.device
+) -> torch.nn.Module:
+    """Load a causal LM with frozen weights, quantised, from safetensors only.
+
+    Raises `UserError` where neither a local folder nor the hub has such weights.
+    """
+    dtype = compute_dtype(device)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            _source(name),
+            quantization_config=quantization_config(quantization, dtype),
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise UserError(
+            f"model.name={name}: no weights could be loaded. {error}"
+        ) from error
+    for module in base.modules():
+        # On CPUs with AVX512-BF16 a forward in eval() would repack 4-bit weights for a
+        # kernel without autograd, and training the same object would lose its gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base.requires_grad_(False)
+
+
+def build(model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device) -> PeftModel:
+    """The base with a fresh adapter that depends on nothing but the base and `seed`."""
+    base = load_base(model_cfg["name"], model_cfg["quantization"], device)
+    return _with_adapter(base, model_cfg, peft_cfg, seed)
+
+
+@lru_cache(maxsize=1)
+def _build_once(key: str, device: torch.device) -> PeftModel:
+    model = build(*json.loads(key), device)
+    # Each new Trainer collects garbage, 0.3 s of looking at what lives for good anyway.
+    gc.freeze()
+    return model
+
+
+def build_once(
+    model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device
+) -> PeftModel:
+    """`build`, kept for the life of the process: a client's next round finds it loaded.
+
+    Whoever takes it must set the adapter's state before use.
+    """
+    return _build_once(json.dumps([model_cfg, peft_cfg, seed], sort_keys=True), device)
+
+
+def skeleton(model_cfg: Any, peft_cfg: Any) -> PeftModel:
+    """The same model without its weights (on the meta device): names, shapes, settings.
+
+    Needs the base's `config.json` only. The server keeps one to check replies against and
+    to write adapter folders; it never holds the base.
+    """
+    config = AutoConfig.from_pretrained(_source(model_cfg["name"]))
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    return _with_adapter(base, model_cfg, peft_cfg, seed=0)
+
+
+def _with_adapter(
+    base: torch.nn.Module, model_cfg: Any, peft_cfg: Any, seed: int
+) -> PeftModel:
+    if model_cfg["gradient_checkpointing"]:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = construct(peft_cfg, "peft")
+    torch.manual_seed(seed)
+    try:
+        model = peft.get_peft_model(base, settings)
+    except ValueError as error:
+        raise UserError(
+            f"{peft_cfg['_target_']} on {model_cfg['name']}: {error}"
+        ) from error
+    return model
+
+
+def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager:
+    """Run the float32 adapter in the base's compute type; weights keep their type."""
+    device = next(model.parameters()).device
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+# --- the adapter, in memory --------------------------------------------------------------
+
+
+def adapter_state(model: PeftModel) -> State:
+    """A copy of the trainable parameters on the CPU, in float32, by name."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def set_adapter_state(model: PeftModel, state: State) -> None:
+    """Overwrite every trainable parameter. Raises `ValueError` unless all fit exactly."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if fault := mismatch(state, parameters):
+        raise ValueError(fault)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def mismatch(state: State, expected: dict[str, Any]) -> str | None:
+    """What keeps `state` from standing for `expected`, both by name, or None.
+
+    Names and shapes must be equal and all values finite.
+    """
+    if state.keys() != expected.keys():
+        odd = sorted(state.keys() ^ expected.keys())
+        return f"{len(odd)} adapter tensors missing or unknown, {odd[0]} among them"
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != tuple(expected[name].shape):
+            return (
+                f"{name} has shape {tuple(tensor.shape)}, "
+                f"not {tuple(expected[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            return f"{name} holds values that are not finite"
+    return None
+
+
+# --- the adapter, on disk ------------------------------------------------------------------
+
+
+def save_adapter(
+    frame: PeftModel,
+    state: State,
+    tokenizer: PreTrainedTokenizerBase,
+    about: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write a PEFT adapter folder that stands alone.
+
+    `frame` is a `skeleton`; `about` says how to ask the adapter (base model, quantisation,
+    template). The folder appears under its name only when it is complete.
+    """
+    # The skeleton's own parameters have no storage to copy into.
+    frame.load_state_dict(state, strict=False, assign=True)
+    settings = frame.peft_config["default"]
+    settings.base_model_name_or_path = about["model"]["name"]
+    temporary = folder.with_name(folder.name + ".tmp")
+    frame.save_pretrained(
+        temporary, safe_serialization=True, save_embedding_layers=False
+    )
+    tokenizer.save_pretrained(temporary)
+    (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    temporary.rename(folder)
+
+
+def read_about(folder: str) -> dict[str, Any]:
+    """What `save_adapter` noted beside the adapter.
+
+    Raises `UserError` where `folder` is not a complete adapter folder of this project.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"--peft-path={folder}: there is no such folder.")
+    for name in ("adapter_config.json", "adapter_model.safetensors", ABOUT):
+        if not (path / name).is_file():
+            found = sorted(str(p) for p in path.glob("**/peft_*") if p.is_dir())
+            hint = f" Did you mean {found[-1]}?" if found else ""
+            raise UserError(
+                f"--peft-path={folder}: not an adapter folder of this project, "
+                f"{name} is missing.{hint}"
+            )
+    return json.loads((path / ABOUT).read_text())
+
+
+def open_adapter(
+    folder: str, about: dict[str, Any], device: torch.device
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load a saved adapter on its base, for answering, with its own tokenizer."""
+    base = load_base(about["model"]["name"], about["model"]["quantization"], device)
+    model = PeftModel.from_pretrained(base, folder).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _source(name: str) -> str:
+    return str(local_path(name) or name)
+
+
+def portable_name(name: str) -> str:
+    """`name` as an adapter folder should record it, so that both can move together.
+
+    A path inside the project stays relative to it; another path becomes absolute.
+    """
+    path = local_path(name)
+    if path is None:
+        return name
+    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
