@@ -1,0 +1,342 @@
+"""What the server does: sample clients, check replies, aggregate, write the run down.
+
+The strategy is Flower's own, named in `conf/strategy`. The loop around it is ours, so that
+a reply is checked before it counts and each round is on disk before the next one begins.
+"""
+
+import random
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from hydra.errors import InstantiationException
+
+import model
+from evaluate import Examination
+from utils import Progress, UserError, mix_seed, plot_losses, say, write_json
+
+NODES_TIMEOUT = 600.0  # seconds that clients have to connect
+
+
+class RunFailed(UserError):
+    """A round could not be completed. What came before it is on disk."""
+
+
+# --- whom to ask, and how to aggregate -------------------------------------------------------
+
+
+def build(node: dict[str, Any]) -> FedAvg:
+    """The strategy that `conf/strategy` names.
+
+    `sample` decides whom it asks, so it takes everyone that it is shown.
+    Raises `UserError` for settings that it does not take.
+    """
+    settings = {k: v for k, v in node.items() if not k.startswith("fraction_")}
+    everyone = {
+        "fraction_train": 1.0,
+        "fraction_evaluate": 1.0,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
+    try:
+        return hydra.utils.instantiate(settings, **everyone)
+    except InstantiationException as error:
+        raise UserError(f"strategy: {error}") from error
+
+
+def cohort_size(num_clients: int, fraction: float) -> int:
+    """How many clients a fraction means: rounded down, but at least one."""
+    # 0.29 * 100 is a hair under 29 in floating point.
+    return max(1, int(num_clients * fraction + 1e-9))
+
+
+def sample(num_clients: int, fraction: float, seed: int) -> list[int]:
+    """The partitions that take part, in ascending order; `seed` alone decides."""
+    size = cohort_size(num_clients, fraction)
+    return sorted(random.Random(seed).sample(range(num_clients), size))
+
+
+class Cohort:
+    """A grid that shows a strategy no nodes but the sampled ones."""
+
+    def __init__(self, nodes: list[int]) -> None:
+        self.nodes = nodes
+
+    def get_node_ids(self) -> list[int]:
+        return self.nodes
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def run(cfg: dict[str, Any], grid: Grid, folder: Path) -> None:
+    """Fine-tune for `cfg.num_rounds` rounds; write history, adapters and summary.
+
+    Raises `RunFailed` when no client of a round gives a usable reply.
+    """
+    started = time.monotonic()
+    server = Server(cfg, grid)
+    journal = Journal(cfg, server.frame, folder)
+    examination = Examination(cfg) if cfg["evaluate"]["exact_match"] else None
+    base_answers = examination.base_answers() if examination else []
+    state = server.initial_adapter()
+    progress = Progress(cfg["num_rounds"])
+    try:
+        for server_round in range(1, cfg["num_rounds"] + 1):
+            state, entry = server.train_round(server_round, state)
+            entry |= server.evaluate_round(server_round, state)
+            journal.write_round(entry, state)
+            progress.advance(entry)
+    except RunFailed as error:
+        journal.save_last(state)
+        raise RunFailed(f"{error} The rounds before are in {folder}.") from error
+    finally:
+        progress.close()
+    scores = {}
+    if examination:
+        tuned_answers = examination.tuned_answers(state)
+        scores = examination.scores(base_answers, tuned_answers)
+        answers = examination.side_by_side(base_answers, tuned_answers)
+        write_json(folder / "answers.json", answers)
+    journal.write_summary(scores | {"seconds": time.monotonic() - started})
+
+
+class Server:
+    """Talks to the clients: what goes out, what comes back, what is fit to be used."""
+
+    def __init__(self, cfg: dict[str, Any], grid: Grid) -> None:
+        self.cfg = cfg
+        self.grid = grid
+        self.strategy = build(cfg["strategy"])
+        self.frame = model.skeleton(cfg["model"], cfg["peft"])
+        self.expected = {
+            name: parameter
+            for name, parameter in self.frame.named_parameters()
+            if parameter.requires_grad
+        }
+        self.nodes = self._wait_for_nodes()
+
+    def _wait_for_nodes(self) -> list[int]:
+        # Nodes register while this already runs. Their ids are random in every run; the
+        # partition that a node stands for is its place among them in ascending order.
+        deadline = time.monotonic() + NODES_TIMEOUT
+        wanted = self.cfg["num_clients"]
+        while len(nodes := sorted(self.grid.get_node_ids())) < wanted:
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"Only {len(nodes)} of num_clients={wanted} clients connected within "
+                    f"{NODES_TIMEOUT:.0f} s."
+                )
+            time.sleep(0.1)
+        return nodes
+
+    def initial_adapter(self) -> model.State:
+        """The first adapter, from the first client that can make it."""
+        for partition in range(len(self.nodes)):
+            message = Message(RecordDict(), self.nodes[partition], MessageType.QUERY)
+            replies, failures = self._exchange([message])
+            if replies:
+                return to_state(replies[0].content["arrays"])
+            if partition == 2:
+                break
+        raise RunFailed(f"No client could load the model: {failures[0]['cause']}")
+
+    def train_round(
+        self, server_round: int, state: model.State
+    ) -> tuple[model.State, dict[str, Any]]:
+        """Send the adapter out, check what comes back and aggregate it.
+
+        Returns the new adapter and the round's entry for `history.json`.
+        """
+        began = time.monotonic()
+        arrays = ArrayRecord(state)
+        cohort = self._cohort("fraction_fit", server_round)
+        messages = self.strategy.configure_train(
+            server_round, arrays, ConfigRecord(), cohort
+        )
+        replies, failures = self._exchange(messages)
+        report_failures(server_round, failures)
+        if not replies:
+            raise RunFailed(
+                f"Round {server_round}: none of {len(failures)} clients gave a usable "
+                f"reply. The first cause: {failures[0]['cause']}"
+            )
+        # Read before aggregation, because some strategies take the replies apart.
+        clients = [
+            {
+                "partition": self.nodes.index(reply.metadata.src_node_id),
+                "bytes_up": num_bytes(reply.content["arrays"]),
+                **reply.content["metrics"],
+            }
+            for reply in replies
+        ]
+        aggregated, _ = self.strategy.aggregate_train(server_round, replies)
+        if aggregated is None:
+            raise RunFailed(
+                f"Round {server_round}: {type(self.strategy).__name__} made nothing of "
+                f"{len(replies)} replies. It may need more: raise strategy.fraction_fit."
+            )
+        new_state = to_state(aggregated)
+        if fault := model.mismatch(new_state, self.expected):
+            raise RunFailed(
+                f"Round {server_round}: the aggregate is no adapter: {fault}."
+            )
+        weights = [client["num-examples"] for client in clients]
+        losses = [client["train_loss"] for client in clients]
+        sampled = len(replies) + len(failures)
+        return new_state, {
+            "round": server_round,
+            "train_loss": float(np.average(losses, weights=weights)),
+            "sampled": sampled,
+            "replied": len(replies),
+            "failures": failures,
+            "bytes_down": sampled * num_bytes(arrays),
+            "bytes_up": sum(client["bytes_up"] for client in clients),
+            "peak_memory_client": max(client["peak_memory"] for client in clients),
+            "peak_memory_server": peak_memory(),
+            "clients": clients,
+            "seconds": time.monotonic() - began,
+        }
+
+    def evaluate_round(self, server_round: int, state: model.State) -> dict[str, Any]:
+        """Let a share of the clients measure the new adapter on records held back."""
+        if not self.cfg["strategy"]["fraction_evaluate"]:
+            return {}
+        cohort = self._cohort("fraction_evaluate", server_round)
+        messages = self.strategy.configure_evaluate(
+            server_round, ArrayRecord(state), ConfigRecord(), cohort
+        )
+        replies, failures = self._exchange(messages)
+        report_failures(server_round, failures)
+        metrics = self.strategy.aggregate_evaluate(server_round, replies) or {}
+        return {**metrics, "evaluate_failures": failures}
+
+    def _cohort(self, fraction: str, server_round: int) -> Cohort:
+        seed = mix_seed(self.cfg["seed"], fraction, server_round)
+        share = self.cfg["strategy"][fraction]
+        return Cohort([self.nodes[p] for p in sample(len(self.nodes), share, seed)])
+
+    def _exchange(
+        self, messages: list[Message]
+    ) -> tuple[list[Message], list[dict[str, Any]]]:
+        """Send messages; return the usable replies by partition, and what failed and why."""
+        for message in messages:
+            # The strategy gave all of them one record; each names its own partition.
+            config = message.content.config_records.get("config", ConfigRecord())
+            partition = self.nodes.index(message.metadata.dst_node_id)
+            config = ConfigRecord({**config, "partition": partition})
+            message.content = RecordDict({**message.content, "config": config})
+        replies, failures = [], []
+        # In order of partition, not of arrival: a float sum depends on its order.
+        for reply in sorted(
+            self.grid.send_and_receive(messages),
+            key=lambda reply: self.nodes.index(reply.metadata.src_node_id),
+        ):
+            if cause := self._fault(reply):
+                partition = self.nodes.index(reply.metadata.src_node_id)
+                failures.append({"partition": partition, "cause": cause})
+            else:
+                replies.append(reply)
+        return replies, failures
+
+    def _fault(self, reply: Message) -> str | None:
+        """Why a reply cannot be used, or None."""
+        if reply.has_error():
+            return reply.error.reason
+        for metrics in reply.content.metric_records.values():
+            if not np.isfinite(list(metrics.values())).all():
+                return "a metric is not finite"
+        for arrays in reply.content.array_records.values():
+            if fault := model.mismatch(to_state(arrays), self.expected):
+                return fault
+        return None
+
+
+def to_state(arrays: ArrayRecord) -> model.State:
+    """An adapter as it came over the wire, in float32 (some strategies give float64)."""
+    return {k: v.to(torch.float32) for k, v in arrays.to_torch_state_dict().items()}
+
+
+def num_bytes(arrays: ArrayRecord) -> int:
+    """Size of the serialised arrays, in bytes."""
+    return sum(len(array.data) for array in arrays.values())
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report_failures(server_round: int, failures: list[dict[str, Any]]) -> None:
+    """Name each cause once, with the clients that it cost."""
+    causes: dict[str, list[int]] = {}
+    for failure in failures:
+        causes.setdefault(failure["cause"], []).append(failure["partition"])
+    for cause, partitions in causes.items():
+        say(f"round {server_round}: left out client {str(partitions)[1:-1]}: {cause}")
+
+
+# --- what a run leaves behind --------------------------------------------------------------------
+
+
+class Journal:
+    """Writes a run down, round by round, into its folder."""
+
+    def __init__(
+        self, cfg: dict[str, Any], frame: model.PeftModel, folder: Path
+    ) -> None:
+        self.cfg = cfg
+        self.frame = frame
+        self.folder = folder
+        self.rounds: list[dict[str, Any]] = []
+        self.tokenizer = model.load_tokenizer(cfg["model"]["name"])
+
+    def write_round(self, entry: dict[str, Any], state: model.State) -> None:
+        """Append to `history.json`, and save the adapter when it is due."""
+        self.rounds.append(entry)
+        write_json(self.folder / "history.json", {"rounds": self.rounds})
+        done = entry["round"]
+        if (
+            done % self.cfg["train"]["save_every_round"] == 0
+            or done == self.cfg["num_rounds"]
+        ):
+            self.save_last(state)
+
+    def save_last(self, state: model.State) -> None:
+        """Save `state` as the adapter of the last finished round, if it is not there."""
+        done = len(self.rounds)
+        folder = self.folder / f"peft_{done}"
+        if not done or folder.exists():
+            return
+        settings = dict(self.cfg["model"])
+        settings["name"] = model.portable_name(settings["name"])
+        about = {
+            "round": done,
+            "template": self.cfg["dataset"]["template"],
+            "model": settings,
+        }
+        model.save_adapter(self.frame, state, self.tokenizer, about, folder)
+
+    def write_summary(self, more: dict[str, Any]) -> None:
+        """Write `summary.json` and draw `train_loss.png`."""
+        losses = [entry["train_loss"] for entry in self.rounds]
+        plot_losses({"": losses}, self.folder / "train_loss.png", smoothed=False)
+        summary = {
+            "rounds": len(self.rounds),
+            "train_loss_first": losses[0],
+            "train_loss_last": losses[-1],
+            "bytes_down": sum(entry["bytes_down"] for entry in self.rounds),
+            "bytes_up": sum(entry["bytes_up"] for entry in self.rounds),
+            "failures": sum(len(entry["failures"]) for entry in self.rounds),
+            "peak_memory_client": max(e["peak_memory_client"] for e in self.rounds),
+            "peak_memory_server": max(e["peak_memory_server"] for e in self.rounds),
+        }
+        write_json(self.folder / "summary.json", summary | more)
