@@ -1,0 +1,384 @@
+"""python assets/make_tiny.py
+
+Write the tiny question-answering data and pretrain the tiny base model, from scratch.
+
+From `facts.yaml` come
+  tiny_qa/train.jsonl, tiny_qa/test.jsonl   instruction data, split by fact
+  tiny_llama/                               a 2.2M parameter LLaMA and its tokenizer
+
+The base model reads plain statements of all facts, never a question or a prompt, so it
+knows the answers but not how to give them. That is what the fine-tuning teaches: no
+fact of the test file occurs in the train file.
+
+All seeds are fixed. The jsonl files come out the same everywhere; the weights do on the
+same machine with the same number of threads. It takes some 12 minutes on one core.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+SEED = 7
+TEST_SHARE = 0.2
+
+VOCAB_SIZE = 2048
+STEPS, BATCH, LENGTH = 3200, 16, 128
+PEAK_LR, WARMUP = 2e-3, 100
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+# What may stand around a statement {s}; the start of the result is capitalised.
+SETTINGS = [
+    "{s}.",
+    "{s}.",
+    "{s}. Everybody knows that.",
+    "{s}! That is a fact.",
+    "{s}, of course.",
+    "it is true that {s}.",
+    "it is well known that {s}.",
+    "in school we learn that {s}.",
+    "the book says that {s}.",
+    "we all know that {s}.",
+    '"it is so: {s}", says the teacher.',
+]
+
+# The tokenizer, not the model, sees these, so that prompts take few tokens.
+PROMPTS = [
+    "Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\n{q}\n\n### Response:\n",
+    "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{q}\n\n### Input:\n{q}\n\n### Response:\n",
+    "A chat between a curious user and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and polite answers to the user's questions. "
+    "USER: {q} ASSISTANT: {q}",
+]
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {{ message['content'] }}\n"
+    "{% elif message['role'] == 'assistant' %}"
+    "ASSISTANT: {{ message['content'] }}{{ eos_token }}\n"
+    "{% else %}{{ message['content'] }}\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def load_facts(path):
+    """Return {category: spec}, its facts as a list of (a, b) pairs of strings."""
+    categories = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for spec in categories.values():
+        facts = [(str(a), str(b)) for a, b in spec["facts"].items()]
+        if spec.get("both_ways"):
+            facts = [pair for a, b in facts for pair in ((a, b), (b, a))]
+        spec["facts"] = facts
+    return categories
+
+
+def render(template, a, b):
+    """Fill one phrasing with one fact."""
+
+    def with_article(noun):
+        return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+    return template.format(a=a, b=b, an_a=with_article(a), an_b=with_article(b))
+
+
+def capitalised(text):
+    """Return the text with its first letter in upper case."""
+    return re.sub(r"[^\W\d_]", lambda match: match[0].upper(), text, count=1)
+
+
+def split(name, spec):
+    """Split the facts of a category into (train, test).
+
+    Two ways to say the same thing (3 plus 4 and 4 plus 3, hot and cold, the day after
+    Monday and the day before Tuesday) share their words and so stay on one side.
+    """
+    groups = {}
+    for a, b in spec["facts"]:
+        key = frozenset(f"{a} {b}".split()) - {"after", "before"}
+        groups.setdefault(key, []).append((a, b))
+    groups = list(groups.values())
+    random.Random(f"{SEED} {name}").shuffle(groups)
+    wanted = spec.get("held_out", [])
+    groups.sort(key=lambda group: group[0][0] not in wanted)
+
+    train, test = [], []
+    for group in groups:
+        full = len(test) >= TEST_SHARE * len(spec["facts"])
+        (train if full else test).extend(group)
+    return train, test
+
+
+def record(question, a, b, name):
+    """Return one instruction record."""
+    return {
+        "instruction": render(question["instruction"], a, b),
+        "input": render(question.get("input", ""), a, b),
+        "output": b,
+        "category": name,
+    }
+
+
+def write_records(categories, folder):
+    """Write train.jsonl (every phrasing) and test.jsonl (one phrasing per fact)."""
+    files = {"train": [], "test": []}
+    for name, spec in categories.items():
+        questions = spec["questions"]
+        train, test = split(name, spec)
+        for a, b in train:
+            files["train"] += [record(q, a, b, name) for q in questions]
+        for i, (a, b) in enumerate(test):
+            question = questions[i % len(questions)]
+            files["test"].append(record(question, a, b, name))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, records in files.items():
+        random.Random(SEED).shuffle(records)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in records]
+        (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{side}: {len(records)} records")
+
+
+def sentences(categories, rng):
+    """Yield sentences without end, the facts in random order, by weight."""
+    facts = [
+        (spec, a, b)
+        for spec in categories.values()
+        for a, b in spec["facts"] * spec.get("weight", 1)
+    ]
+    while True:
+        rng.shuffle(facts)
+        for spec, a, b in facts:
+            statement = render(rng.choice(spec["statements"]), a, b)
+            yield capitalised(rng.choice(SETTINGS).format(s=statement))
+
+
+def fact_list(categories, rng):
+    """Return a list of some facts of one category, such as "France: Paris; ..."."""
+    sizes = [len(spec["facts"]) for spec in categories.values()]
+    name, spec = rng.choices(list(categories.items()), sizes)[0]
+    facts = rng.sample(spec["facts"], rng.randint(4, 10))
+    mark = rng.choice(["; ", "\n"])
+    title = capitalised(name.replace("_", " "))
+    return f"{title} list{mark}" + mark.join(f"{a}: {b}" for a, b in facts)
+
+
+def documents(categories, rng):
+    """Yield the pretraining documents without end."""
+    stream = sentences(categories, rng)
+    while True:
+        if rng.random() < 0.15:
+            yield fact_list(categories, rng)
+        else:
+            mark = rng.choice([" ", "\n"])
+            yield mark.join(next(stream) for _ in range(rng.randint(2, 8)))
+
+
+def train_tokenizer(categories):
+    """Train a byte-fallback BPE whose words look alike wherever they stand.
+
+    A word is the same token at the start of a line as after a space, because every line
+    gets a space in front; the decoder takes it away again.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex(r"\A(?=[^\n ])"), "▁"),
+            normalizers.Replace(Regex(r"(?<=\n)(?=[^\n])"), "▁"),
+            normalizers.Replace(" ", "▁"),
+        ]
+    )
+    pieces = Regex(r"▁?[\p{L}\p{M}]+|▁?\p{N}|▁?[^\p{L}\p{M}\p{N}▁\n]+|▁|\n")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
+
+    texts = []
+    for spec in categories.values():
+        for a, b in spec["facts"]:
+            phrasings = [*spec["statements"], f"{a}: {b}"]
+            phrasings += [text for q in spec["questions"] for text in q.values()]
+            texts += [capitalised(render(text, a, b)) for text in phrasings]
+            texts += [f"{a}\n{b}"]
+    texts += [text.format(s="", q="") for text in SETTINGS + PROMPTS for _ in range(50)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL + BYTES, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+
+    # The trainer knows the bytes as special tokens only; they have to be plain ones.
+    trained = json.loads(tokenizer.to_str())
+    tokenizer.model = models.BPE(
+        vocab=trained["model"]["vocab"],
+        merges=[tuple(pair) for pair in trained["model"]["merges"]],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [
+        token for token in state["added_tokens"] if token["content"] in SPECIAL
+    ]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Replace("\n▁", "\n"),
+            decoders.Replace("▁", " "),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A",
+        pair="<s> $A $B:1",
+        special_tokens=[("<s>", tokenizer.token_to_id("<s>"))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def corpus(categories, tokenizer):
+    """Return the pretraining tokens as a tensor of shape (STEPS, BATCH, LENGTH)."""
+    stream = documents(categories, random.Random(SEED))
+    tokens = []
+    while len(tokens) < STEPS * BATCH * LENGTH:
+        batch = [next(stream) for _ in range(1000)]
+        for ids in tokenizer(batch)["input_ids"]:
+            tokens += [*ids, tokenizer.eos_token_id]
+    return torch.tensor(tokens[: STEPS * BATCH * LENGTH]).view(STEPS, BATCH, LENGTH)
+
+
+def new_model(tokenizer):
+    """Return the untrained model."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(model, batches):
+    """Train on every batch once: AdamW, warm-up, then cosine to zero."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(
+            (step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / len(batches))
+        ),
+    )
+    model.train()
+    for step, batch in enumerate(batches):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+
+
+@torch.no_grad()
+def recall(model, tokenizer, categories):
+    """Return {category: share of facts that a greedy continuation recalls}.
+
+    The prompt is the first statement up to its end, such as "The capital of France is".
+    """
+    model.eval()
+    shares = {}
+    for name, spec in categories.items():
+        before = re.split(r" \{(?:an_)?b\}", spec["statements"][0])[0]
+        prompts = [capitalised(render(before, a, b)) for a, b in spec["facts"]]
+        inputs = tokenizer(
+            prompts, return_tensors="pt", padding=True, padding_side="left"
+        )
+        inputs.pop("token_type_ids", None)
+        output = model.generate(**inputs, max_new_tokens=14, do_sample=False)
+        found = 0
+        for (a, b), ids in zip(spec["facts"], output, strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            full = capitalised(render(spec["statements"][0], a, b))
+            found += re.match(re.escape(full) + r"(?![\w-])", text) is not None
+        shares[name] = found / len(spec["facts"])
+    return shares
+
+
+def save(model, tokenizer, folder):
+    """Write the model in bfloat16, with its tokenizer."""
+    model.generation_config.do_sample = False
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    # Transformers 4 does not know the class name that Transformers 5 writes here.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def main():
+    """Make everything."""
+    parser = argparse.ArgumentParser(description="Make tiny_qa and tiny_llama.")
+    parser.add_argument("--out", type=Path, default=HERE, help="where to write")
+    parser.add_argument("--data-only", action="store_true", help="no model")
+    args = parser.parse_args()
+
+    categories = load_facts(HERE / "facts.yaml")
+    write_records(categories, args.out / "tiny_qa")
+    if args.data_only:
+        return
+    tokenizer = train_tokenizer(categories)
+    model = new_model(tokenizer)
+    pretrain(model, corpus(categories, tokenizer))
+    save(model, tokenizer, args.out / "tiny_llama")
+    shares = recall(model, tokenizer, categories)
+    for name, share in shares.items():
+        print(f"recall {name}: {share:.3f}")
+    total = sum(
+        share * len(categories[name]["facts"]) for name, share in shares.items()
+    )
+    print(f"recall: {total / sum(len(c['facts']) for c in categories.values()):.4f}")
+
+
+if __name__ == "__main__":
+    main()
