@@ -63,6 +63,7 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("client_resources.num_gpus", float, 0, ANY),
         ("model.lora.peft_lora_r", whole, 1, ANY),
         ("model.lora.peft_lora_alpha", float, 1e-9, ANY),
+        ("model.lora.peft_lora_dropout", float, 0, 0.99),
         ("strategy.fraction_fit", float, 1e-9, 1),
         ("strategy.fraction_evaluate", float, 0, 1),
         ("train.save_every_round", whole, 1, ANY),
@@ -71,10 +72,17 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("train.learning_rate_min", float, 0, ANY),
         ("evaluate.max_new_tokens", whole, 1, ANY),
         ("evaluate.holdout", float, 0.01, 0.9),
+        ("train.training_arguments.per_device_train_batch_size", whole, 1, ANY),
+        ("train.training_arguments.gradient_accumulation_steps", whole, 1, ANY),
+        ("train.training_arguments.max_steps", whole, -1, ANY),
+        ("train.training_arguments.num_train_epochs", float, 1e-9, ANY),
+        ("train.training_arguments.learning_rate", float, 1e-12, ANY),
     ):
         value: Any = cfg
         for part in key.split("."):
-            value = value[part]
+            value = value.get(part)
+        if value is None and key == "train.training_arguments.learning_rate":
+            continue
         kinds = (int,) if kind is whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise UserError(

@@ -8,20 +8,19 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from flwr_datasets import FederatedDataset
+from flwr_datasets.partitioner import Partitioner
 from transformers import PreTrainedTokenizerBase
 
+import files
 from utils import UserError, construct, local_path
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 Record = dict[str, str]  # instruction, input (may be empty), output
 Example = dict[str, list[int]]  # input_ids and labels, equally long
@@ -77,6 +76,24 @@ def _chat(turns: list[Record], tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
+def _answer(
+    template: str, question: Record, answer: str, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """The answer with the space that the template puts before it."""
+    before = TEMPLATES[template]([question], tokenizer)
+    if template == "chat":
+        turn = [
+            {"role": "user", "content": _question(question)},
+            {"role": "assistant", "content": answer},
+        ]
+        whole = tokenizer.apply_chat_template(turn, tokenize=False)
+        start = whole.find(answer, len(before))
+        # Some templates trim a message, and then it is not found; nor is the space.
+        space = whole[len(before) : start] if whole.startswith(before) else ""
+        return space + answer if start > 0 and not space.strip() else answer
+    return " " + answer if template == "vicuna" else answer
+
+
 def _question(turn: Record) -> str:
     return "\n".join(filter(None, (turn["instruction"], turn["input"])))
 
@@ -86,8 +103,6 @@ TEMPLATES: dict[str, Callable[[list[Record], PreTrainedTokenizerBase], str]] = {
     "vicuna": _vicuna,
     "chat": _chat,
 }
-# What stands between the prompt and the answer, where the template wants a space there.
-_BEFORE_ANSWER = {"vicuna": " "}
 
 
 def prompt(
@@ -114,7 +129,7 @@ def encode(
     question = {"instruction": record["instruction"], "input": record["input"]}
     before = prompt(template, [question], tokenizer)
     text = TEMPLATES[template]([question], tokenizer)
-    answer = _BEFORE_ANSWER.get(template, "") + record["output"]
+    answer = _answer(template, question, record["output"], tokenizer)
     whole = tokenizer(text + answer, add_special_tokens=template != "chat")["input_ids"]
     # The prompt must have the same tokens as when the model is asked; where the answer's
     # first letters would merge into them, the answer is tokenised by itself.
@@ -163,105 +178,75 @@ class Collator:
 # --- loading and dealing out ------------------------------------------------------------------
 
 
-def load_partition(cfg: Any, partition: int) -> Dataset:
+def load_partition(cfg: dict[str, Any], partition: int) -> Dataset:
     """One client's records, in the dataset's own columns.
 
-    The dataset is loaded and divided once per process; only this partition is taken.
+    The data is loaded and divided once per process; only this partition is taken.
     """
-    return _federated(cfg).load_partition(partition)
+    return _partitioner(cfg).load_partition(partition)
 
 
-def num_partitions(cfg: Any) -> int:
-    """How many clients the partitioner divides the data among."""
-    partitioner = _federated(cfg).partitioners["train"]
-    return partitioner.num_partitions
+def load_test(cfg: dict[str, Any]) -> list[Record]:
+    """All test records: those of `dataset.test_path`, or of the hub dataset's test split.
 
-
-def load_test(cfg: Any) -> list[Record]:
-    """All records of the dataset's test split.
-
-    Raises `UserError` where the dataset has none.
+    Raises `UserError` where there are none.
     """
     dataset = cfg["dataset"]
-    if dataset["path"] and not dataset["test_path"]:
+    if dataset["test_path"]:
+        path = str(dataset["test_path"])
+        rows = files.load(path, "dataset.test_path", _columns(dataset, label=False))
+    elif dataset["path"]:
         raise UserError(
             "evaluate.exact_match=true needs test questions: name them with "
             "dataset.test_path=/path/to/test.jsonl, or set evaluate.exact_match=false."
         )
-    source = _source(dataset["name"], dataset["test_path"])
-    try:
-        rows = _load(source, "test" if dataset["name"] else "train")
-    except ValueError as error:
-        raise UserError(f"dataset.name={dataset['name']} has no test split.") from error
-    _check_columns(rows, dataset["columns"], dataset["test_path"] or dataset["name"])
+    else:
+        try:
+            rows = load_dataset(dataset["name"], split="test")
+        except ValueError as error:
+            raise UserError(
+                f"dataset.name={dataset['name']} has no test split: name questions of "
+                "yours with dataset.test_path, or set evaluate.exact_match=false."
+            ) from error
     return [to_record(row, dataset["columns"]) for row in rows]
 
 
 def to_record(row: dict[str, Any], columns: dict[str, str | None]) -> Record:
     """A dataset's row under the names instruction, input and output, as text."""
-    record = {}
-    for name, column in columns.items():
-        value = row[column] if column else None
-        record[name] = "" if value is None else str(value)
-    return record
-
-
-def _federated(cfg: Any) -> FederatedDataset:
-    parts = [
-        cfg["dataset"]["name"],
-        cfg["dataset"]["path"],
-        cfg["partitioner"],
-        cfg["seed"],
-    ]
-    return _federated_once(json.dumps(parts, sort_keys=True))
-
-
-@lru_cache(maxsize=1)
-def _federated_once(key: str) -> FederatedDataset:
-    name, path, partitioner, seed = json.loads(key)
-    source = _source(name, path)
-    return FederatedDataset(
-        dataset=source.pop("path"),
-        partitioners={"train": construct(partitioner, "flwr_datasets.partitioner")},
-        seed=seed,
-        **source,
-    )
-
-
-def _source(name: str | None, path: str | None) -> dict[str, Any]:
-    """Arguments for `datasets.load_dataset`: a hub dataset, or local files."""
-    if not path:
-        return {"path": str(local_path(name) or name)}
-    files = _data_files(path)
     return {
-        "path": FORMATS[files[0].suffix.lower()],
-        "data_files": {"train": [str(file) for file in files]},
+        name: files.text(row[column] if column else None)
+        for name, column in columns.items()
     }
 
 
-def _data_files(path: str) -> list[Path]:
-    """The data files that `path`, a file or a folder, stands for.
+def _columns(dataset: dict[str, Any], label: bool) -> list[str]:
+    """The columns that are read of a file."""
+    names = [*dataset["columns"].values(), dataset["label"] if label else None]
+    return list(dict.fromkeys(str(name) for name in names if name is not None))
 
-    Raises `UserError` unless there are some, of one known format.
-    """
-    found = local_path(path)
-    if found is None:
-        raise UserError(f"dataset.path={path}: there is no such file or folder.")
-    files = [found]
-    if found.is_dir():
-        files = sorted(f for f in found.iterdir() if f.suffix.lower() in FORMATS)
-    known = ", ".join(FORMATS)
-    if not files or files[0].suffix.lower() not in FORMATS:
-        raise UserError(f"dataset.path={path}: no data file here; known are {known}.")
-    if len({FORMATS[file.suffix.lower()] for file in files}) > 1:
-        raise UserError(
-            f"dataset.path={path}: files of several formats; keep one kind."
+
+def _partitioner(cfg: dict[str, Any]) -> Partitioner:
+    return _partitioner_once(
+        json.dumps([cfg["dataset"], cfg["partitioner"], cfg["seed"]], sort_keys=True)
+    )
+
+
+@lru_cache(maxsize=1)
+def _partitioner_once(key: str) -> Partitioner:
+    dataset, settings, seed = json.loads(key)
+    partitioner = construct(settings, "flwr_datasets.partitioner")
+    if dataset["path"]:
+        rows = files.load(
+            str(dataset["path"]), "dataset.path", _columns(dataset, label=True)
         )
-    return files
-
-
-def _load(source: dict[str, Any], split: str) -> Dataset:
-    return load_dataset(**source, split=split)
+        partitioner.dataset = rows.shuffle(seed=seed)
+        return partitioner
+    federated = FederatedDataset(
+        dataset=str(local_path(dataset["name"]) or dataset["name"]),
+        partitioners={"train": partitioner},
+        seed=seed,
+    )
+    return federated.partitioners["train"]
 
 
 # --- what a client trains on ---------------------------------------------------------------------
@@ -270,7 +255,7 @@ def _load(source: dict[str, Any], split: str) -> Dataset:
 def hold_out(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split a partition into records to train on and records to evaluate on."""
     order = np.random.default_rng(seed).permutation(len(rows))
-    kept = max(1, math.floor(share * len(rows)))
+    kept = max(1, math.floor(share * len(rows)))  # `check` leaves no client with one
     return rows.select(order[kept:]), rows.select(order[:kept])
 
 
@@ -290,6 +275,8 @@ def draw(
     """
     drawn: list[Example] = []
     dropped = 0
+    if len(rows) == 0:
+        raise ValueError("this client has no records to train on")
     limit = math.inf if examples is not None else math.ceil(passes * len(rows))
     for seen, row in enumerate(_shuffled(rows, seed)):
         if seen >= limit or len(drawn) == examples:
@@ -303,8 +290,8 @@ def draw(
             drawn.append(example)
     if not drawn:
         raise ValueError(
-            f"none of the {len(rows)} records here can be trained on: they have no answer, "
-            "or the prompt alone fills train.seq_length"
+            "none of this client's records can be trained on: they have no answer, or "
+            "the prompt alone fills train.seq_length"
         )
     return drawn, dropped
 
@@ -318,96 +305,55 @@ def _shuffled(rows: Dataset, seed: int) -> Iterator[dict[str, Any]]:
 # --- checks before anything slow -------------------------------------------------------------------
 
 
-def check(cfg: Any) -> None:
+def check(cfg: dict[str, Any]) -> None:
     """Raise `UserError` for data that is missing, broken or cannot be divided like this."""
     dataset, clients = cfg["dataset"], cfg["num_clients"]
     where = dataset["path"] or dataset["name"]
+    settings = cfg["partitioner"]
+    kind = settings["_target_"]
     if dataset["template"] not in TEMPLATES:
         raise UserError(
             f"dataset.template={dataset['template']} is unknown: take "
             f"{', '.join(TEMPLATES)}."
         )
-    if dataset["path"]:
-        for file in _data_files(dataset["path"]):
-            if file.stat().st_size == 0:
-                raise UserError(f"{file} is empty.")
+    if settings.get("partition_by", "") is None:
+        raise UserError(f"{kind} deals by a column: name it with dataset.label=...")
     try:
-        rows = _load(_source(dataset["name"], dataset["path"]), "train")
-    except DatasetNotFoundError as error:
-        raise UserError(_unreachable(where)) from error
-    except ConnectionError as error:
-        raise UserError(_unreachable(where)) from error
-    except (DatasetGenerationError, ValueError) as error:
-        raise UserError(_broken_file(dataset["path"]) or f"{where}: {error}") from error
-    _check_columns(rows, dataset["columns"], where)
-    partitioner = cfg["partitioner"]
-    if "partition_by" in partitioner:
-        column = partitioner["partition_by"]
-        if column not in rows.column_names:
+        partitioner = _partitioner(cfg)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The dataset {where} is neither a local folder nor reachable on the hub. "
+            "Check the name and the network, or use files of yours: dataset=local "
+            f"dataset.path=... ({type(error).__name__})"
+        ) from error
+    rows = partitioner.dataset
+    for column in (*dataset["columns"].values(), settings.get("partition_by")):
+        if column is not None and column not in rows.column_names:
             raise UserError(
-                f"{partitioner['_target_']} deals by the column dataset.label={column}, "
-                f"which {where} has not. It has: {', '.join(rows.column_names)}."
+                f"{where} has no column {column!r} (dataset.columns, dataset.label). "
+                f"It has: {', '.join(rows.column_names)}."
             )
     if len(rows) < clients:
         raise UserError(
             f"num_clients={clients} is more than the {len(rows)} records of {where}. "
-            f"Set num_clients to {len(rows)} or less."
+            f"Set num_clients={len(rows)} or less."
         )
     try:
-        smallest = len(load_partition(cfg, 0))
-        partitions = num_partitions(cfg)
+        smallest = len(partitioner.load_partition(0))
+        partitions = partitioner.num_partitions
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"{partitioner['_target_']} cannot divide {where} among {clients} clients: {error}"
+            f"{kind} cannot divide {where} among {clients} clients: {error}"
         ) from error
     if partitions != clients:
         raise UserError(
-            f"{partitioner['_target_']} makes {partitions} partitions of {where}: "
+            f"{kind} makes {partitions} partitions of {where}: "
             f"set num_clients={partitions}."
         )
-    if smallest == 0:
+    if smallest < (needed := 2 if cfg["strategy"]["fraction_evaluate"] else 1):
         raise UserError(
-            f"{partitioner['_target_']} leaves a client without records. "
-            "Take fewer clients or another partitioner."
+            f"{kind} leaves a client {smallest} records of {where}, and {needed} are "
+            "needed (one to hold back, with strategy.fraction_evaluate). Take fewer clients."
         )
     if cfg["evaluate"]["exact_match"]:
         load_test(cfg)
-
-
-def _check_columns(rows: Dataset, columns: dict[str, str | None], where: str) -> None:
-    for name, column in columns.items():
-        if column is None and name == "input":
-            continue
-        if column not in rows.column_names:
-            raise UserError(
-                f"{where} has no column {column!r} (dataset.columns.{name}). "
-                f"It has: {', '.join(rows.column_names)}."
-            )
-
-
-def _unreachable(where: str) -> str:
-    return (
-        f"The dataset {where} is neither a local folder nor reachable on the hub. Check "
-        "the name and the network, or use files of yours: dataset=local dataset.path=..."
-    )
-
-
-def _broken_file(path: str | None) -> str | None:
-    """The first line that is not JSON, in words, or None where another cause is at work."""
-    for file in _data_files(path) if path else []:
-        if FORMATS[file.suffix.lower()] != "json":
-            continue
-        text = file.read_text(errors="replace")
-        try:
-            json.loads(text)
-            continue
-        except json.JSONDecodeError as error:
-            whole = error
-        if text.lstrip().startswith("["):
-            return f"{file}, line {whole.lineno}: broken JSON ({whole.msg})."
-        for number, line in enumerate(text.splitlines(), start=1):
-            try:
-                json.loads(line or "null")
-            except json.JSONDecodeError as error:
-                return f"{file}, line {number}: broken JSON ({error.msg})."
-    return None

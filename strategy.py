@@ -139,15 +139,13 @@ class Server:
         return nodes
 
     def initial_adapter(self) -> model.State:
-        """The first adapter, from the first client that can make it."""
-        for partition in range(len(self.nodes)):
-            message = Message(RecordDict(), self.nodes[partition], MessageType.QUERY)
+        """The first adapter, from the first of three clients that can make it."""
+        for node in self.nodes[:3]:
+            message = Message(RecordDict(), node, MessageType.QUERY)
             replies, failures = self._exchange([message])
             if replies:
                 return to_state(replies[0].content["arrays"])
-            if partition == 2:
-                break
-        raise RunFailed(f"No client could load the model: {failures[0]['cause']}")
+        raise RunFailed(f"No client could load the model: {failures[0]['cause']}.")
 
     def train_round(
         self, server_round: int, state: model.State
@@ -163,12 +161,12 @@ class Server:
             server_round, arrays, ConfigRecord(), cohort
         )
         replies, failures = self._exchange(messages)
-        report_failures(server_round, failures)
         if not replies:
             raise RunFailed(
                 f"Round {server_round}: none of {len(failures)} clients gave a usable "
-                f"reply. The first cause: {failures[0]['cause']}"
+                f"reply. The first cause: {failures[0]['cause']}."
             )
+        report_failures(server_round, failures)
         # Read before aggregation, because some strategies take the replies apart.
         clients = [
             {

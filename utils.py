@@ -81,7 +81,7 @@ def local_path(name: str) -> Path | None:
 
     A relative path is looked up in the working directory, then in the project's folder.
     """
-    for path in (Path(name).expanduser(), PROJECT / name):
+    for path in (Path(str(name)).expanduser(), PROJECT / str(name)):
         if path.exists():
             return path.resolve()
     return None
@@ -94,11 +94,11 @@ def mix_seed(*parts: int | str) -> int:
 
 
 def cosine(step: int, steps: int, maximum: float, minimum: float) -> float:
-    """Cosine annealing from `maximum` at step 1 towards `minimum` at `steps` + 1.
+    """Cosine annealing from `maximum` at step 1 to `minimum` at step `steps`.
 
     Loshchilov and Hutter, SGDR (arXiv 1608.03983), without restarts.
     """
-    progress = (step - 1) / steps
+    progress = (step - 1) / max(1, steps - 1)
     return minimum + (maximum - minimum) * (1 + math.cos(math.pi * progress)) / 2
 
 

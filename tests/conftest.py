@@ -1,0 +1,80 @@
+"""Shared by all tests: small configurations, and a grid without processes."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.supercore.task_identity import TaskIdentity
+
+import app
+import checks
+import utils
+
+# One core a client is what the app gives its workers, and results depend on it.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet() -> None:
+    utils.quiet()
+
+
+@pytest.fixture
+def configure() -> Callable[..., dict[str, Any]]:
+    """Compose and check the quickstart's configuration with overrides, made short."""
+
+    def compose(*overrides: str) -> dict[str, Any]:
+        short = (
+            "experiment=quickstart num_clients=4 num_rounds=2 strategy.fraction_fit=0.5 "
+            "evaluate.exact_match=false train.training_arguments.max_steps=2 "
+            "train.training_arguments.per_device_train_batch_size=4"
+        )
+        return checks.check(utils.compose(" ".join([short, *overrides])))
+
+    return compose
+
+
+class LoopbackGrid:
+    """Delivers messages to a real ClientApp in this process, in reversed order.
+
+    `tamper(partition, reply)` may change or replace a reply on its way back.
+    """
+
+    def __init__(
+        self,
+        cfg: dict[str, Any],
+        tamper: Callable[[int, Message], Message] = lambda partition, reply: reply,
+    ) -> None:
+        # What Flower's runtime sets before an app may make Messages.
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+        self.client_app = app.make_client_app(cfg)
+        # Unordered, as Flower's node ids are.
+        self.nodes = [1000 - 7 * (i % 3) + 31 * i for i in range(cfg["num_clients"])]
+        self.tamper = tamper
+        self.sent: list[Message] = []
+
+    def get_node_ids(self) -> list[int]:
+        return self.nodes
+
+    def send_and_receive(self, messages: list[Message]) -> list[Message]:
+        replies = []
+        for number, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = str(number)
+            self.sent.append(message)
+            context = Context(1, 1, UserConfig(), RecordDict(), UserConfig())
+            reply = self.client_app(message, context)
+            partition = message.content["config"]["partition"]
+            replies.append(self.tamper(partition, reply))
+        return replies[::-1]
+
+
+@pytest.fixture
+def loopback() -> type[LoopbackGrid]:
+    return LoopbackGrid

@@ -1,0 +1,250 @@
+"""pytest tests/test_configs.py: every shipped YAML composes and builds what it names."""
+
+import re
+import tomllib
+from collections import Counter
+
+import hydra
+import pytest
+from flwr_datasets.partitioner import Partitioner
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from peft import PeftConfig
+
+import client
+import strategy
+from utils import PROJECT, compose, construct
+
+CONF = PROJECT / "conf"
+FILES = sorted(str(path.relative_to(CONF)) for path in CONF.glob("**/*.yaml"))
+
+# The published default, under the names that the seed documents use.
+PUBLISHED = {
+    "num_clients": 20,
+    "num_rounds": 100,
+    "client_resources.num_cpus": 8,
+    "client_resources.num_gpus": 1.0,
+    "strategy.fraction_fit": 0.1,
+    "strategy.fraction_evaluate": 0.0,
+    "dataset.name": "vicgalle/alpaca-gpt4",
+    "model.name": "openlm-research/open_llama_7b_v2",
+    "model.quantization": 4,
+    "model.gradient_checkpointing": True,
+    "model.use_fast_tokenizer": True,
+    "model.lora.peft_lora_r": 32,
+    "model.lora.peft_lora_alpha": 64,
+    "model.lora.peft_lora_dropout": 0.075,
+    "model.lora.target_modules": None,
+    "train.save_every_round": 5,
+    "train.seq_length": 512,
+    "train.padding_side": "left",
+    "train.learning_rate_max": 5e-5,
+    "train.learning_rate_min": 1e-6,
+    "train.training_arguments.max_steps": 10,
+    "train.training_arguments.per_device_train_batch_size": 16,
+    "train.training_arguments.gradient_accumulation_steps": 1,
+    "train.training_arguments.lr_scheduler_type": "constant",
+}
+# The configuration of the medical course, to the letter.
+MEDICAL = {
+    "dataset.name": "medalpaca/medical_meadow_medical_flashcards",
+    "dataset.columns.instruction": "instruction",
+    "dataset.columns.input": "input",
+    "dataset.columns.output": "output",
+    "model.name": "EleutherAI/pythia-70m",
+    "model.quantization": 4,
+    "model.gradient_checkpointing": True,
+    "model.use_fast_tokenizer": True,
+    "model.lora.peft_lora_r": 16,
+    "model.lora.peft_lora_alpha": 64,
+    "model.lora.target_modules": None,
+    "train.save_every_round": 5,
+    "train.seq_length": 512,
+    "train.padding_side": "left",
+    "train.training_arguments.learning_rate": 5e-4,
+    "train.training_arguments.per_device_train_batch_size": 2,
+    "train.training_arguments.gradient_accumulation_steps": 1,
+    "train.training_arguments.logging_steps": 1,
+    "train.training_arguments.max_steps": 5,
+    "train.training_arguments.report_to": None,
+    "train.training_arguments.save_steps": 200,
+    "train.training_arguments.save_total_limit": 10,
+    "train.training_arguments.lr_scheduler_type": "cosine",
+}
+
+
+def names(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def plain(overrides):
+    return OmegaConf.to_container(compose(overrides), resolve=True)
+
+
+def flat(node, prefix=""):
+    """A nested dict as one of dotted keys."""
+    settings = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            settings |= flat(value, f"{prefix}{key}.")
+        else:
+            settings[prefix + key] = value
+    return settings
+
+
+def subset(settings, keys):
+    """Those settings that `keys` names; one that is missing stands out by its absence."""
+    return {key: settings[key] for key in keys if key in settings}
+
+
+# --- every file -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names("peft"))
+def test_peft_builds_its_config_class(name):
+    node = plain(f"experiment=quickstart peft={name}")["peft"]
+    made = construct(node, "peft")
+    assert isinstance(made, PeftConfig)
+    target = node.pop("_target_")
+    assert target == f"peft.{type(made).__name__}"
+    assert {key: getattr(made, key) for key in node} == node
+
+
+@pytest.mark.parametrize("name", names("partitioner"))
+def test_partitioner_builds(name):
+    cfg = plain(f"experiment=quickstart partitioner={name} num_clients=7")
+    node = cfg["partitioner"]
+    made = construct(node, "flwr_datasets.partitioner")
+    assert isinstance(made, Partitioner)
+    assert node["_target_"] == f"flwr_datasets.partitioner.{type(made).__name__}"
+    assert node.get("num_partitions", 7) == 7
+    assert node.get("partition_by", "category") == cfg["dataset"]["label"] == "category"
+
+
+@pytest.mark.parametrize("name", names("strategy"))
+def test_strategy_builds(name):
+    node = plain(f"experiment=quickstart strategy={name}")["strategy"]
+    made = strategy.build(node)
+    assert node["_target_"] == f"flwr.serverapp.strategy.{type(made).__name__}"
+    assert type(made).__name__.lower() == name
+    assert 0 < node["fraction_fit"] <= 1
+    assert node["fraction_evaluate"] == 0
+
+
+@pytest.mark.parametrize("group", ["model", "dataset"])
+def test_files_of_a_group_have_the_same_keys(group):
+    default = flat(plain("")[group]).keys()
+    for name in names(group):
+        node = flat(compose_raw(f"experiment=quickstart {group}={name}")[group])
+        assert node.keys() == default, name
+
+
+def compose_raw(overrides):
+    """As a plain dict in which a value that must be given still reads ???."""
+    return OmegaConf.to_container(compose(overrides), resolve=False)
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_experiment_composes(name):
+    assert plain(f"experiment={name}").keys() == plain("").keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_opens_with_a_command_that_composes(name):
+    lines = (CONF / name).read_text().splitlines()
+    if lines[0] == "# @package _global_":
+        lines = lines[1:]
+    # What two spaces set off is a remark.
+    command = re.match(r"# python main\.py( \S+)*?(?=$|  )", lines[0])
+    assert command, f"{name} opens with: {lines[0]}"
+    overrides = command[0].removeprefix("# python main.py").split()
+    if "--multirun" in overrides:
+        overrides = [text for text in overrides if text.startswith("experiment=")]
+    group, _, option = name.removesuffix(".yaml").rpartition("/")
+    if group and name != "dataset/tiny_qa.yaml":  # which the quickstart uses
+        assert f"{group}={option}" in overrides
+    compose_raw(" ".join(overrides))
+
+
+def test_every_group_is_covered_here():
+    covered = ["peft", "partitioner", "strategy", "model", "dataset", "experiment"]
+    expected = Counter(
+        f"{group}/{name}.yaml" for group in covered for name in names(group)
+    )
+    assert Counter(FILES) == expected + Counter(["config.yaml"])
+
+
+# --- published values --------------------------------------------------------------------
+
+
+def test_default_is_the_published_one():
+    cfg = plain("")
+    assert subset(flat(cfg), PUBLISHED) == PUBLISHED
+    assert cfg["strategy"]["_target_"] == "flwr.serverapp.strategy.FedAvg"
+    assert cfg["peft"] == {
+        "_target_": "peft.LoraConfig",
+        "task_type": "CAUSAL_LM",
+        "r": 32,
+        "lora_alpha": 64,
+        "target_modules": None,
+        "lora_dropout": 0.075,
+    }
+    assert cfg["partitioner"] == {
+        "_target_": "flwr_datasets.partitioner.IidPartitioner",
+        "num_partitions": 20,
+    }
+
+
+def test_default_learning_rate_falls_from_maximum_to_minimum():
+    cfg = plain("")
+    rates = [client.training_arguments(cfg, r, 0).learning_rate for r in (1, 50, 100)]
+    assert rates[0] == 5e-5
+    assert rates[1] == pytest.approx(2.6e-5, abs=1e-6)
+    assert rates[2] == pytest.approx(1e-6, abs=2e-8)
+
+
+def test_medical_pythia_is_the_courses_configuration():
+    cfg = plain("experiment=medical_pythia")
+    assert subset(flat(cfg), MEDICAL) == MEDICAL
+    for server_round in (1, 50, 100):
+        arguments = client.training_arguments(cfg, server_round, seed=0)
+        assert arguments.learning_rate == 5e-4
+        assert arguments.lr_scheduler_type == "cosine"
+        assert arguments.max_steps == 5
+        assert arguments.train_batch_size == 2
+        assert arguments.report_to == []
+
+
+def test_flowertune_sweep_expands_to_the_eight_published_settings():
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose(
+            "config", ["experiment=flowertune_sweep"], return_hydra_config=True
+        )
+    params = cfg.hydra.sweeper.params
+    sweeps = [f"{key}={values}" for key, values in params.items()]
+    parsed = OverridesParser.create().parse_overrides(sweeps)
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    settings = []
+    for job in jobs:
+        one = plain(" ".join(["experiment=flowertune_sweep", *job]))
+        model, share = one["model"], one["strategy"]["fraction_fit"]
+        settings.append((model["name"], model["quantization"], share))
+    assert sorted(settings) == [
+        (f"openlm-research/open_llama_{size}_v2", bits, share)
+        for size in ("3b", "7b")
+        for bits in (4, 8)
+        for share in (0.1, 0.2)
+    ]
+
+
+# --- requirements --------------------------------------------------------------------------
+
+
+def test_requirements_are_pinned_and_repeated_in_pyproject():
+    text = (PROJECT / "requirements.txt").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+(\[\w+\])?==[\d.]+", line) for line in lines)
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    repeated = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert sorted(lines) == sorted(repeated)

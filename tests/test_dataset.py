@@ -1,0 +1,447 @@
+"""pytest tests/test_dataset.py: templates, label masks, truncation, draws, partitions."""
+
+import csv
+import json
+from collections import Counter
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import dataset
+import model
+
+QUESTION = {"instruction": "Name the young of the animal.", "input": "cow"}
+ALONE = {"instruction": "Which city is the capital of France?", "input": ""}
+ANSWER = "A calf, of course."
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+# template, question, the prompt's text, what stands between it and the answer
+CASES = {
+    "alpaca": (
+        "alpaca",
+        ALONE,
+        "Below is an instruction that describes a task. Write a response that "
+        "appropriately completes the request.\n\n"
+        "### Instruction:\nWhich city is the capital of France?\n\n### Response:\n",
+        "",
+    ),
+    "alpaca_with_input": (
+        "alpaca",
+        QUESTION,
+        "Below is an instruction that describes a task, paired with an input that "
+        "provides further context. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\nName the young of the animal.\n\n"
+        "### Input:\ncow\n\n### Response:\n",
+        "",
+    ),
+    "vicuna": (
+        "vicuna",
+        ALONE,
+        VICUNA + "USER: Which city is the capital of France? ASSISTANT:",
+        " ",
+    ),
+    "vicuna_with_input": (
+        "vicuna",
+        QUESTION,
+        VICUNA + "USER: Name the young of the animal.\ncow ASSISTANT:",
+        " ",
+    ),
+    # The shipped tokenizer's own template, beginning of sequence included.
+    "chat": (
+        "chat",
+        QUESTION,
+        "<s>USER: Name the young of the animal.\ncow\nASSISTANT:",
+        " ",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model.load_tokenizer("assets/tiny_llama")
+
+
+def rows(n):
+    return Dataset.from_list([{"id": i} for i in range(n)])
+
+
+def as_example(row):
+    return {"input_ids": [row["id"]], "labels": [row["id"]]}
+
+
+def drawn_ids(*args, **kwargs):
+    examples, _ = dataset.draw(*args, **kwargs)
+    return [example["input_ids"][0] for example in examples]
+
+
+# --- templates and label masks ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_the_answer_and_its_end_are_labelled(case, tokenizer):
+    template, question, text, between = CASES[case]
+    special = template != "chat"
+    before = tokenizer(text, add_special_tokens=special)["input_ids"]
+    whole = tokenizer(text + between + ANSWER, add_special_tokens=special)["input_ids"]
+    answer = [*whole[len(before) :], tokenizer.eos_token_id]
+
+    assert dataset.TEMPLATES[template]([question], tokenizer) == text
+    assert dataset.prompt(template, [question], tokenizer) == before
+    assert before.count(tokenizer.bos_token_id) == 1
+    example = dataset.encode(question | {"output": ANSWER}, template, tokenizer, 512)
+    assert example["input_ids"] == before + answer
+    assert example["labels"] == [-100] * len(before) + answer
+    labelled = [label for label in example["labels"] if label != -100]
+    assert tokenizer.decode(labelled) == ANSWER + "</s>"
+
+
+def test_earlier_turns_stand_before_the_question_with_their_answers(tokenizer):
+    turns = [QUESTION | {"output": "calf"}, ALONE]
+    text = (
+        VICUNA + "USER: Name the young of the animal.\ncow ASSISTANT: calf</s>"
+        "USER: Which city is the capital of France? ASSISTANT:"
+    )
+    ids = dataset.prompt("vicuna", turns, tokenizer)
+    assert ids == tokenizer(text)["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_answer_that_would_merge_into_the_prompt_leaves_the_prompt_alone():
+    # A byte-level BPE that has a token for two line breaks, as Pythia's and Llama 3's do.
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["\n\n\n\n\n"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+    before = dataset.prompt("alpaca", [ALONE], tokenizer)
+    text, output = CASES["alpaca"][2], "\n\n- Paris"
+    assert tokenizer(text + output)["input_ids"][: len(before)] != before  # it merges
+
+    example = dataset.encode(ALONE | {"output": output}, "alpaca", tokenizer, 512)
+    labelled = example["input_ids"][len(before) :]
+    assert example["input_ids"][: len(before)] == before
+    assert example["labels"] == [-100] * len(before) + labelled
+    assert tokenizer.decode(labelled) == output + "</s>"
+
+
+# --- truncation and what falls out -----------------------------------------------------
+
+
+def test_too_long_an_example_keeps_its_prompt_and_loses_the_answers_end(tokenizer):
+    record = QUESTION | {"output": ANSWER}
+    length = len(dataset.prompt("alpaca", [QUESTION], tokenizer))
+    whole = dataset.encode(record, "alpaca", tokenizer, 512)["input_ids"]
+    assert len(whole) > length + 2
+    for seq_length in range(length + 1, len(whole) + 2):
+        example = dataset.encode(record, "alpaca", tokenizer, seq_length)
+        assert example["input_ids"] == whole[:seq_length]
+        assert example["labels"] == [-100] * length + whole[length:seq_length]
+        ended = example["labels"][-1] == tokenizer.eos_token_id
+        assert ended == (seq_length >= len(whole))
+
+
+def test_prompt_that_fills_seq_length_is_left_out(tokenizer):
+    record = QUESTION | {"output": ANSWER}
+    length = len(dataset.prompt("alpaca", [QUESTION], tokenizer))
+    assert dataset.encode(record, "alpaca", tokenizer, length) is None
+    assert dataset.encode(record, "alpaca", tokenizer, length - 1) is None
+    assert dataset.encode(record, "alpaca", tokenizer, length + 1) is not None
+
+
+@pytest.mark.parametrize("output", ["", " ", "\n\t "])
+def test_record_without_an_answer_is_left_out(output, tokenizer):
+    record = QUESTION | {"output": output}
+    assert dataset.encode(record, "alpaca", tokenizer, 512) is None
+
+
+def test_draw_counts_the_rows_that_fell_out():
+    def odd_only(row):
+        return as_example(row) if row["id"] % 2 else None
+
+    examples, dropped = dataset.draw(rows(10), odd_only, seed=0)
+    assert sorted(e["input_ids"][0] for e in examples) == [1, 3, 5, 7, 9]
+    assert dropped == 5
+    examples, dropped = dataset.draw(rows(10), odd_only, seed=0, examples=10)
+    assert Counter(e["input_ids"][0] for e in examples) == dict.fromkeys(
+        [1, 3, 5, 7, 9], 2
+    )
+    assert 5 <= dropped <= 10  # the second pass ends with its last usable row
+
+
+@pytest.mark.parametrize("examples", [None, 4])
+def test_draw_refuses_rows_of_which_none_is_usable(examples):
+    with pytest.raises(ValueError, match="can be trained on"):
+        dataset.draw(rows(3), lambda row: None, seed=0, examples=examples)
+
+
+class NoRows:
+    """An empty partition that does not let itself be gone over for ever."""
+
+    looks = 0
+
+    def __len__(self):
+        self.looks += 1
+        assert self.looks < 100, "draw does not end"
+        return 0
+
+
+@pytest.mark.parametrize("examples", [None, 4])
+def test_draw_refuses_a_client_without_rows(examples):
+    with pytest.raises(ValueError, match="no records to train on"):
+        dataset.draw(NoRows(), as_example, seed=0, examples=examples)
+
+
+# --- the order of a draw ---------------------------------------------------------------
+
+
+def test_seed_alone_decides_the_order():
+    first = drawn_ids(rows(50), as_example, seed=1)
+    assert drawn_ids(rows(50), as_example, seed=1) == first
+    assert drawn_ids(rows(50), as_example, seed=2) != first
+    assert first != sorted(first)
+
+
+def test_a_pass_visits_each_row_once():
+    assert sorted(drawn_ids(rows(50), as_example, seed=0)) == list(range(50))
+    twice = drawn_ids(rows(50), as_example, seed=0, passes=2.0)
+    assert Counter(twice) == dict.fromkeys(range(50), 2)
+    half = drawn_ids(rows(50), as_example, seed=0, passes=0.5)
+    assert len(half) == len(set(half)) == 25
+
+
+def test_examples_beyond_the_rows_go_round_again_in_another_order():
+    ids = drawn_ids(rows(20), as_example, seed=0, examples=50)
+    first, second, rest = ids[:20], ids[20:40], ids[40:]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    assert len(rest) == len(set(rest)) == 10
+
+
+def test_only_drawn_rows_are_tokenised():
+    seen = []
+
+    def encode(row):
+        seen.append(row["id"])
+        return as_example(row)
+
+    ids = drawn_ids(rows(1000), encode, seed=0, examples=7)
+    assert seen == ids
+    assert len(ids) == 7
+
+
+def test_hold_out_is_disjoint_complete_and_deterministic():
+    train, held = dataset.hold_out(rows(30), 0.1, seed=0)
+    assert (len(train), len(held)) == (27, 3)
+    assert sorted([*train["id"], *held["id"]]) == list(range(30))
+    assert dataset.hold_out(rows(30), 0.1, seed=0)[1]["id"][:] == held["id"][:]
+    assert dataset.hold_out(rows(30), 0.1, seed=1)[1]["id"][:] != held["id"][:]
+    assert len(dataset.hold_out(rows(5), 0.1, seed=0)[1]) == 1
+
+
+# --- batches ---------------------------------------------------------------------------
+
+
+def test_collator_pads_on_either_side():
+    examples = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8], "labels": [8]},
+    ]
+    left = dataset.Collator(pad_token_id=3, padding_side="left")(examples)
+    right = dataset.Collator(pad_token_id=3, padding_side="right")(examples)
+    expected_left = {
+        "input_ids": [[5, 6, 7], [3, 3, 8]],
+        "attention_mask": [[1, 1, 1], [0, 0, 1]],
+        "labels": [[-100, 6, 7], [-100, -100, 8]],
+    }
+    expected_right = {
+        "input_ids": [[5, 6, 7], [8, 3, 3]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[-100, 6, 7], [8, -100, -100]],
+    }
+    for batch, expected in ((left, expected_left), (right, expected_right)):
+        assert batch.keys() == expected.keys()
+        for name, tensor in batch.items():
+            assert tensor.dtype == torch.int64
+            assert torch.equal(tensor, torch.tensor(expected[name]))
+
+
+# --- local files -----------------------------------------------------------------------
+
+
+def write(records, path):
+    """Write records in the format of the path's suffix; without one, as two jsonl files."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, records[0].keys())
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".parquet":
+        Dataset.from_list(records).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        path.mkdir()
+        (path / "README.md").write_text("no data")
+        write(records[::2], path / "one.jsonl")
+        write(records[1::2], path / "two.jsonl")
+
+
+def read(path, configure, columns):
+    """All records that one client gets of `path`, in an order of their own."""
+    cfg = configure(
+        "dataset=local",
+        f"dataset.path={path}",
+        *(f"dataset.columns.{name}={column}" for name, column in columns.items()),
+        "num_clients=1",
+    )
+    found = dataset.load_partition(cfg, 0)
+    records = [dataset.to_record(row, cfg["dataset"]["columns"]) for row in found]
+    return sorted(records, key=lambda record: record["instruction"])
+
+
+FORMATS = ["data.json", "data.jsonl", "data.csv", "data.parquet", "folder"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_formats_give_the_same_records(name, configure, tmp_path):
+    stored = [
+        {"ask": "a", "with": "x, y", "reply": 7, "sort": "n"},
+        {"ask": "b", "with": None, "reply": 8, "sort": "n"},
+        {"ask": "c", "with": 'é "q"\nz', "reply": 9, "sort": "m"},
+    ]
+    write(stored, tmp_path / name)
+    columns = {"instruction": "ask", "input": "with", "output": "reply"}
+    expected = [
+        {"instruction": "a", "input": "x, y", "output": "7"},
+        {"instruction": "b", "input": "", "output": "8"},
+        {"instruction": "c", "input": 'é "q"\nz', "output": "9"},
+    ]
+    assert read(tmp_path / name, configure, columns) == expected
+    columns["input"] = "null"
+    expected = [record | {"input": ""} for record in expected]
+    assert read(tmp_path / name, configure, columns) == expected
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "answers",
+    [["007", "010"], ["2020-01-31", "2021-02-28"], ["None", "n/a"], ["1.50", "2.0"]],
+    ids=["zeros", "dates", "words", "decimals"],
+)
+def test_text_stays_as_it_was_written(answers, name, configure, tmp_path):
+    stored = [
+        {"instruction": f"q{i}", "output": text} for i, text in enumerate(answers)
+    ]
+    write(stored, tmp_path / name)
+    found = read(tmp_path / name, configure, {"input": "null"})
+    assert [record["output"] for record in found] == answers
+
+
+def test_to_record_makes_text_of_any_value():
+    columns = {"instruction": "q", "input": "i", "output": "a"}
+    found = dataset.to_record({"q": 1.5, "i": None, "a": True, "more": 0}, columns)
+    assert found == {"instruction": "1.5", "input": "", "output": "True"}
+
+
+@pytest.mark.parametrize("group", ["local", "alpaca_gpt4"])
+def test_test_records_come_from_test_path(group, configure, tmp_path):
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    stored = [{"instruction": f"q{i}", "input": "", "output": "a"} for i in range(9)]
+    write(stored[:6], train)
+    write(stored[6:], test)
+    paths = f"dataset.path={train} dataset.test_path={test}"
+    cfg = configure(f"dataset={group}", paths)
+    assert dataset.load_test(cfg) == stored[6:]
+
+
+# --- partitioners ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(configure, tmp_path):
+    """Deal 403 records of four unequally common labels out; return each client's rows."""
+    labels = "aaaabbbccd"
+    stored = [
+        {"instruction": str(i), "output": "x", "label": labels[i % 10]}
+        for i in range(403)
+    ]
+    write(stored, tmp_path / "data.jsonl")
+
+    def deal(*overrides):
+        # The process keeps the last division; each call is to make its own.
+        dataset._partitioner_once.cache_clear()
+        cfg = configure(
+            f"dataset=local dataset.path={tmp_path}/data.jsonl dataset.label=label "
+            "dataset.columns.input=null",
+            *overrides,
+        )
+        clients = range(dataset._partitioner(cfg).num_partitions)
+        return [list(dataset.load_partition(cfg, client)) for client in clients]
+
+    return deal
+
+
+def ids(part):
+    return [row["instruction"] for row in part]
+
+
+def unevenness(parts):
+    """The mean over clients of their commonest label's share."""
+    counts = [Counter(row["label"] for row in part) for part in parts]
+    return sum(max(c.values()) / c.total() for c in counts) / len(counts)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "partitioner=iid",
+        "partitioner=dirichlet",
+        "partitioner=natural",
+        "partitioner=size",
+    ],
+)
+def test_partitions_are_disjoint_complete_and_decided_by_the_seed(overrides, parts):
+    dealt = parts(overrides)
+    assert len(dealt) == 4
+    everything = [name for part in dealt for name in ids(part)]
+    assert sorted(everything, key=int) == [str(i) for i in range(403)]
+    assert parts(overrides) == dealt
+    assert parts(overrides, "seed=1") != dealt
+
+
+def test_iid_deals_equal_shares_of_everything(parts):
+    dealt = parts("partitioner=iid")
+    assert [len(part) for part in dealt] == [101, 101, 101, 100]
+    assert all({row["label"] for row in part} == set("abcd") for part in dealt)
+
+
+def test_dirichlet_is_less_even_for_a_small_alpha(parts):
+    uneven = parts("partitioner=dirichlet partitioner.alpha=0.1")
+    even = parts("partitioner=dirichlet partitioner.alpha=1000")
+    assert unevenness(uneven) > unevenness(even) + 0.1
+    assert unevenness(even) == pytest.approx(0.4, abs=0.05)  # as in the whole
+    assert min(len(part) for part in uneven) >= 10
+
+
+def test_natural_gives_each_client_one_label(parts):
+    dealt = parts("partitioner=natural")
+    labels = [{row["label"] for row in part} for part in dealt]
+    assert sorted(labels, key=min) == [{"a"}, {"b"}, {"c"}, {"d"}]
+
+
+def test_size_grows_linearly(parts):
+    sizes = [len(part) for part in parts("partitioner=size")]
+    assert sizes == [40, 80, 120, 163]  # the last one takes what is left over

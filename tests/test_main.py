@@ -1,0 +1,173 @@
+"""pytest tests/test_main.py: the README's commands, in real processes (slow)."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from utils import PROJECT
+
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    """Run a script of the project as its user would, and return what it printed."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=PROJECT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("quickstart")
+    base = PROJECT / "assets/tiny_llama/model.safetensors"
+    before = base.read_bytes()
+    done = run("main.py", "experiment=quickstart", f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert base.read_bytes() == before
+    return folder, done
+
+
+def test_quickstart_learns_to_answer(quickstart):
+    folder, done = quickstart
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["exact_match_before"] < 0.05
+    assert summary["exact_match_after"] >= 0.95
+    assert summary["train_loss_last"] < 0.2 * summary["train_loss_first"]
+    assert summary["rounds"] == 20
+    assert done.stdout.count("base:") == 3
+    assert done.stdout.count("tuned:") == 3
+    assert "Exact match on 335 held-out questions" in done.stdout
+
+
+def test_quickstart_console_is_short(quickstart):
+    _, done = quickstart
+    rounds = [line for line in done.stdout.splitlines() if line.startswith("round ")]
+    assert len(rounds) == 20
+    assert len(done.stdout.splitlines()) < 60
+    assert done.stderr == ""
+
+
+def test_quickstart_leaves_a_complete_record(quickstart):
+    folder, _ = quickstart
+    rounds = json.loads((folder / "history.json").read_text())["rounds"]
+    assert [entry["round"] for entry in rounds] == list(range(1, 21))
+    for entry in rounds:
+        assert entry["replied"] == entry["sampled"] == 2
+        assert entry["bytes_up"] > 0
+        assert entry["seconds"] > 0
+        assert entry["peak_memory_client"] > 0
+    clients = {c["partition"] for entry in rounds for c in entry["clients"]}
+    assert len(clients) > 10  # of 20, in 40 draws
+    saved = {path.name for path in folder.glob("peft_*")}
+    assert saved == {"peft_5", "peft_10", "peft_15", "peft_20"}
+    first, last = (
+        load_file(folder / name / "adapter_model.safetensors")
+        for name in ("peft_5", "peft_20")
+    )
+    assert all(not first[name].equal(last[name]) for name in first)
+    assert (folder / ".hydra/config.yaml").is_file()
+    assert (folder / "train_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_adapter_answers_and_stops(quickstart):
+    adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
+    question = "--question=What is the capital of France?"
+    done = run("test.py", adapter, question, "--question=What is 2 plus 3?")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "Q: What is the capital of France?",
+        "A: Paris",
+        "Q: What is 2 plus 3?",
+        "A: 5",
+    ]
+    assert done.stderr == ""
+
+
+def test_the_base_answers_beside_it(quickstart):
+    adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
+    question = "--question=What is the capital of France?"
+    done = run("test.py", adapter, question, "--base", "--max-new-tokens=8")
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "tuned: Paris"
+    assert lines[1].startswith("base: ")
+    assert "Paris" not in lines[1]
+
+
+def test_chat_keeps_earlier_turns(quickstart):
+    adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
+    stdin = "What is the capital of France?\n\nWhat is the plural of cat?\n"
+    done = run("test.py", adapter, "--temperature=0", stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    assert "A: Paris" in done.stdout
+    assert done.stdout.count("A: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--peft-path=/nowhere"], "there is no such folder"),
+        (["--peft-path=conf"], "adapter_config.json is missing"),
+        (["--peft-path=conf", "--max-new-tokens=0"], "must be 1 or more"),
+        (["--peft-path=conf", "--temperature=-1"], "must be 0 or more"),
+        ([], "--peft-path"),
+    ],
+)
+def test_what_is_no_adapter_is_explained(options, message):
+    done = run("test.py", *options)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_multirun_leaves_a_figure_and_a_table(tmp_path):
+    done = run(
+        "main.py",
+        "--multirun",
+        "experiment=quickstart",
+        "model.quantization=8,4",
+        "strategy.fraction_fit=0.1,0.2",
+        "num_rounds=2",
+        "train.training_arguments.max_steps=2",
+        "evaluate.exact_match=false",
+        f"hydra.sweep.dir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "losses.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header[0] == "run"
+    settings = [(row[2], row[3]) for row in rows]
+    assert settings == [("8", "0.1"), ("8", "0.2"), ("4", "0.1"), ("4", "0.2")]
+    assert all(float(row[-1]) > 0 for row in rows)
+    assert (tmp_path / "losses.md").read_text().count("\n") == 6
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert all((tmp_path / f"{i}/peft_2").is_dir() for i in range(4))
+
+
+def test_a_failed_run_exits_with_the_cause_named_once(tmp_path):
+    done = run(
+        "main.py",
+        "experiment=quickstart",
+        "train.seq_length=20",  # shorter than any prompt
+        "evaluate.exact_match=false",
+        f"hydra.run.dir={tmp_path}",
+    )
+    assert done.returncode == 1
+    assert "Round 1: none of 2 clients gave a usable reply" in done.stderr
+    assert (done.stdout + done.stderr).count("the prompt alone fills") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_no_worker_is_left_behind(quickstart):
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
+    assert "ray::" not in processes.stdout
+    assert "raylet" not in processes.stdout

@@ -1,0 +1,285 @@
+"""pytest tests/test_strategy.py: rounds, aggregation and checks, with a grid in-process."""
+
+import json
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message
+from safetensors.torch import load_file
+
+import client
+import dataset
+import evaluate
+import model
+import strategy
+from utils import PROJECT
+
+STRATEGIES = sorted(path.stem for path in (PROJECT / "conf/strategy").glob("*.yaml"))
+QUESTION = {"instruction": "What is the capital of France?", "input": ""}
+METHODS = sorted(path.stem for path in (PROJECT / "conf/peft").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_each_strategy_completes_two_rounds(name, configure, loopback, tmp_path):
+    cfg = configure(f"strategy={name}", "num_clients=7", "strategy.fraction_fit=1")
+    strategy.run(cfg, loopback(cfg), tmp_path)
+    rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
+    assert [entry["replied"] for entry in rounds] == [7, 7]
+    assert all(entry["failures"] == [] for entry in rounds)
+    assert (tmp_path / "peft_2/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_peft_method_trains_saves_loads_and_answers(
+    name, configure, loopback, tmp_path
+):
+    cfg = configure(f"peft={name}", "train.save_every_round=1")
+    strategy.run(cfg, loopback(cfg), tmp_path)
+    folder = tmp_path / "peft_2"
+    about = model.read_about(str(folder))
+    net, tokenizer = model.open_adapter(str(folder), about, torch.device("cpu"))
+    [first, second] = [
+        load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("peft_1", "peft_2")
+    ]
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    prompt = dataset.prompt(about["template"], [QUESTION], tokenizer)
+    [answer] = evaluate.answer(net, tokenizer, [prompt], max_new_tokens=3)
+    assert isinstance(answer, str)
+    ids = torch.tensor([prompt])
+    with torch.no_grad(), model.autocast(net):
+        tuned = net(input_ids=ids).logits
+        with net.disable_adapter():
+            base = net(input_ids=ids).logits
+    assert not torch.equal(tuned[:, -1], base[:, -1])
+
+
+# --- aggregation, against arithmetic done by hand ------------------------------------------------
+
+
+def fixed_replies(values: dict[int, float], examples: dict[int, int]):
+    """A `tamper` by which partition p sends an adapter full of values[p]."""
+
+    def tamper(partition: int, reply: Message) -> Message:
+        if "metrics" in reply.content:
+            state = reply.content["arrays"].to_torch_state_dict()
+            filled = {
+                k: torch.full_like(v, values[partition]) for k, v in state.items()
+            }
+            reply.content["arrays"] = ArrayRecord(filled)
+            reply.content["metrics"]["num-examples"] = examples[partition]
+            reply.content["metrics"]["train_loss"] = float(partition)
+        return reply
+
+    return tamper
+
+
+def test_fedavg_weighs_by_examples_trained_on(configure, loopback):
+    cfg = configure("num_clients=3", "strategy.fraction_fit=1")
+    tamper = fixed_replies({0: 1.0, 1: 2.0, 2: 6.0}, {0: 5, 1: 3, 2: 2})
+    server = strategy.Server(cfg, loopback(cfg, tamper))
+    state, entry = server.train_round(1, server.initial_adapter())
+    # (5 * 1 + 3 * 2 + 2 * 6) / 10
+    assert all(torch.allclose(v, torch.full_like(v, 2.3)) for v in state.values())
+    assert entry["train_loss"] == pytest.approx((3 * 1 + 2 * 2) / 10)
+    assert [c["partition"] for c in entry["clients"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fedmedian", 2.0),  # the middle one of 1, 1, 2, 6, 100
+        ("fedtrimmedavg", 3.0),  # (1 + 2 + 6) / 3, with one cut off at each end
+        ("krum", 1.0),  # the two that are equal are closest to each other
+    ],
+)
+def test_robust_strategies_shrug_off_an_outlier(name, expected, configure, loopback):
+    cfg = configure(f"strategy={name}", "num_clients=5", "strategy.fraction_fit=1")
+    values = {0: 1.0, 1: 6.0, 2: 100.0, 3: 2.0, 4: 1.0}
+    grid = loopback(cfg, fixed_replies(values, dict.fromkeys(values, 1)))
+    server = strategy.Server(cfg, grid)
+    state, _ = server.train_round(1, server.initial_adapter())
+    assert all(torch.allclose(v, torch.full_like(v, expected)) for v in state.values())
+
+
+def test_bytes_are_counted_exactly(configure, loopback):
+    cfg = configure()
+    grid = loopback(cfg)
+    server = strategy.Server(cfg, grid)
+    start = server.initial_adapter()
+    _, entry = server.train_round(1, start)
+    sent = [m.content["arrays"] for m in grid.sent if "arrays" in m.content]
+    wire = sum(len(array.data) for arrays in sent for array in arrays.values())
+    assert entry["bytes_down"] == wire
+    weights = sum(value.numel() for value in start.values())
+    assert (
+        2 * 4 * weights < entry["bytes_up"] < 1.05 * 2 * 4 * weights
+    )  # float32, twice
+
+
+def test_fedprox_reaches_the_clients(configure, loopback):
+    cfg = configure("strategy=fedprox", "strategy.proximal_mu=0.25")
+    grid = loopback(cfg)
+    server = strategy.Server(cfg, grid)
+    server.train_round(1, server.initial_adapter())
+    assert [m.content["config"].get("proximal-mu") for m in grid.sent[1:]] == [0.25] * 2
+
+
+def test_server_optimisers_step_as_in_the_paper(configure, loopback):
+    cfg = configure("strategy=fedadam", "num_clients=2", "strategy.fraction_fit=1")
+    server = strategy.Server(cfg, loopback(cfg))
+    start = server.initial_adapter()
+    tamper = fixed_replies({0: 0.0, 1: 0.0}, {0: 1, 1: 1})
+    server.grid = loopback(cfg, tamper)
+    state, _ = server.train_round(1, start)
+    name = next(name for name in start if "lora_A" in name)
+    delta = -start[name].double()  # the mean reply is zero
+    momentum, square = 0.1 * delta, 0.01 * delta**2
+    # Flower corrects the bias for the round after this one.
+    rate = 1e-3 * (1 - 0.99**2) ** 0.5 / (1 - 0.9**2)
+    by_hand = start[name] + rate * momentum / (square.sqrt() + 1e-3)
+    assert torch.allclose(state[name].double(), by_hand, atol=1e-7)
+
+
+# --- who is asked -------------------------------------------------------------------------------------
+
+
+def test_sampling_repeats_by_seed_and_counts_down():
+    assert strategy.sample(20, 0.1, 5) == strategy.sample(20, 0.1, 5)
+    draws = {tuple(strategy.sample(20, 0.1, seed)) for seed in range(50)}
+    assert len(draws) > 25
+    assert {p for draw in draws for p in draw} == set(range(20))
+    sizes = [(20, 0.1), (20, 0.14), (100, 0.29), (3, 0.1), (7, 1.0)]
+    assert [strategy.cohort_size(*size) for size in sizes] == [2, 2, 29, 1, 7]
+
+
+def test_a_run_repeats_by_seed_whatever_the_order_of_arrival(
+    configure, loopback, tmp_path
+):
+    cfg = configure("num_clients=3", "strategy.fraction_fit=1")
+
+    class InOrder(loopback):
+        def send_and_receive(self, messages):
+            return super().send_and_receive(messages)[::-1]
+
+    weights = []
+    for grid in (loopback(cfg), InOrder(cfg)):
+        folder = tmp_path / type(grid).__name__
+        folder.mkdir()
+        strategy.run(cfg, grid, folder)
+        weights.append((folder / "peft_2/adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+# --- what must not be aggregated -----------------------------------------------------------------------
+
+
+def spoil(partition: int, how):
+    """A `tamper` that changes what one partition sends back after training."""
+
+    def tamper(sender: int, reply: Message) -> Message:
+        if sender == partition and "metrics" in reply.content:
+            state = reply.content["arrays"].to_torch_state_dict()
+            reply.content["arrays"] = ArrayRecord(how(state))
+        return reply
+
+    return tamper
+
+
+def poison(state: dict) -> dict:
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    return state
+
+
+def rename(state: dict) -> dict:
+    return {f"{name}.evil": value for name, value in state.items()}
+
+
+def reshape(state: dict) -> dict:
+    return {name: value.T.contiguous() for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [(poison, "not finite"), (rename, "unknown"), (reshape, "has shape")],
+)
+def test_an_unusable_reply_is_left_out_and_named(
+    how, cause, configure, loopback, capsys
+):
+    cfg = configure("num_clients=3", "strategy.fraction_fit=1")
+    server = strategy.Server(cfg, loopback(cfg, spoil(1, how)))
+    start = server.initial_adapter()
+    state, entry = server.train_round(1, start)
+    assert all(torch.isfinite(value).all() for value in state.values())
+    assert (entry["sampled"], entry["replied"]) == (3, 2)
+    [failure] = entry["failures"]
+    assert failure["partition"] == 1
+    assert cause in failure["cause"]
+    printed = capsys.readouterr().out
+    assert printed.count(cause) == 1
+    assert "round 1: left out client 1" in printed
+    # The aggregate is the mean of the other two, who trained on equally many.
+    [first, third] = [client.train(cfg, start, partition, 1)[0] for partition in (0, 2)]
+    name = next(iter(state))
+    assert torch.allclose(state[name], (first[name] + third[name]) / 2)
+
+
+def test_a_run_without_usable_replies_fails_and_keeps_what_it_had(
+    configure, loopback, tmp_path
+):
+    cfg = configure("num_rounds=3", "train.save_every_round=5")
+
+    def tamper(partition: int, reply: Message) -> Message:
+        late = grid.sent[-1].content["config"].get("server-round") == 2
+        return spoil(partition, poison)(partition, reply) if late else reply
+
+    grid = loopback(cfg, tamper)
+    with pytest.raises(strategy.RunFailed, match=r"Round 2: none of 2 .* not finite"):
+        strategy.run(cfg, grid, tmp_path)
+    rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
+    assert [entry["round"] for entry in rounds] == [1]
+    assert model.read_about(str(tmp_path / "peft_1"))["round"] == 1
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_an_exception_on_a_client_is_told_in_one_line(
+    configure, loopback, capsys, monkeypatch
+):
+    cfg = configure("num_clients=3", "strategy.fraction_fit=1")
+    server = strategy.Server(cfg, loopback(cfg))
+    start = server.initial_adapter()
+    load = dataset.load_partition
+
+    def broken(cfg: dict, partition: int):
+        if partition == 1:
+            raise OSError("the disk is gone")
+        return load(cfg, partition)
+
+    monkeypatch.setattr(dataset, "load_partition", broken)
+    _, entry = server.train_round(1, start)
+    assert entry["replied"] == 2
+    [told] = capsys.readouterr().out.splitlines()
+    assert told == "round 1: left out client 1: OSError: the disk is gone"
+
+
+# --- evaluation and files -----------------------------------------------------------------------------
+
+
+def test_clients_evaluate_the_new_adapter(configure, loopback, tmp_path):
+    cfg = configure("strategy.fraction_evaluate=1", "evaluate.holdout=0.02")
+    strategy.run(cfg, loopback(cfg), tmp_path)
+    rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
+    assert len(rounds) == 2
+    assert all(entry["eval_loss"] > 0 for entry in rounds)
+    assert all(entry["evaluate_failures"] == [] for entry in rounds)
+
+
+def test_adapters_are_saved_when_due_and_at_the_end(configure, loopback, tmp_path):
+    cfg = configure("num_rounds=5", "train.save_every_round=2")
+    strategy.run(cfg, loopback(cfg), tmp_path)
+    saved = sorted(path.name for path in tmp_path.glob("peft_*"))
+    assert saved == ["peft_2", "peft_4", "peft_5"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["rounds"] == 5
+    assert summary["bytes_up"] > 0
+    assert (tmp_path / "train_loss.png").read_bytes().startswith(b"\x89PNG")
