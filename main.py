@@ -8,6 +8,7 @@ Every setting is in `conf/`; any of them can be given here: `num_rounds=50`.
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import hydra
@@ -30,7 +31,7 @@ def main(config: DictConfig) -> None:
 
     from app import make_client_app, make_server_app
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     utils.say(f"{describe(cfg)}\nResults: {folder}")
     run_simulation(
         server_app=make_server_app(cfg, folder),

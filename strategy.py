@@ -139,13 +139,18 @@ class Server:
         return nodes
 
     def initial_adapter(self) -> model.State:
-        """The first adapter, from the first of three clients that can make it."""
-        for node in self.nodes[:3]:
-            message = Message(RecordDict(), node, MessageType.QUERY)
-            replies, failures = self._exchange([message])
-            if replies:
-                return to_state(replies[0].content["arrays"])
-        raise RunFailed(f"No client could load the model: {failures[0]['cause']}.")
+        """The first adapter, made by the clients that train first.
+
+        They all make the same one; asked together, their workers load the base side by
+        side, and the first round finds it there.
+        """
+        cohort = self._cohort("fraction_fit", 1).nodes
+        replies, failures = self._exchange(
+            [Message(RecordDict(), node, MessageType.QUERY) for node in cohort]
+        )
+        if not replies:
+            raise RunFailed(f"No client could load the model: {failures[0]['cause']}.")
+        return to_state(replies[0].content["arrays"])
 
     def train_round(
         self, server_round: int, state: model.State
