@@ -75,7 +75,8 @@ def report(folder: Path) -> None:
         answers = json.loads((folder / "answers.json").read_text())
         for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
             utils.say(f"\n  {record['instruction']} {record['input']}".rstrip())
-            utils.say(f"    base:  {record['base']}\n    tuned: {record['tuned']}")
+            for name in ("base", "tuned"):
+                utils.say(f"    {name + ':':6} {' '.join(record[name].split())}")
         utils.say(
             f"\nExact match on {len(answers)} held-out questions: "
             f"{summary['exact_match_before']:.1%} -> {summary['exact_match_after']:.1%}"
