@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import dataset
 import model
+from loss import answer_loss
 from utils import cosine, mix_seed
 
 State = dict[str, torch.Tensor]
@@ -40,12 +41,13 @@ def train(
     """Train the adapter for one round on one partition.
 
     `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on,
-    `train_loss` (nats per answer token), `dropped` records, `seconds`, `peak_memory`
-    in bytes (of the GPU where there is one, else of this process).
+    `train_loss` (nats per answer token), `dropped` records, `peak_memory` in bytes (of
+    the GPU where there is one, else of this process), and `seconds`, whole and by part.
     """
-    started = time.monotonic()
-    net = _prepare(cfg, state)
+    clock = Clock()
+    net = _load(cfg)
     tokenizer = _tokenizer(cfg)
+    clock.lap("load")
     rows = dataset.load_partition(cfg, partition)
     if cfg["strategy"]["fraction_evaluate"] > 0:
         rows, _ = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
@@ -60,6 +62,10 @@ def train(
         examples=steps * batch if steps > 0 else None,
         passes=cfg["train"]["training_arguments"]["num_train_epochs"],
     )
+    examples = dataset.group_by_length(examples, arguments.train_batch_size, seed)
+    clock.lap("tokenise")
+    model.set_adapter_state(net, state)
+    clock.lap("set")
     trainer = LocalTrainer(
         model=net,
         args=arguments,
@@ -70,18 +76,39 @@ def train(
     if not cfg["verbose"]:
         trainer.remove_callback(PrinterCallback)
     loss = trainer.train().training_loss
-    return model.adapter_state(net), {
+    clock.lap("train")
+    trained = model.adapter_state(net)
+    clock.lap("read")
+    return trained, {
         "num-examples": len(examples),
         "train_loss": loss,
         "dropped": dropped,
-        "seconds": time.monotonic() - started,
         "peak_memory": peak_memory(),
+        **clock.seconds(),
     }
+
+
+class Clock:
+    """Where a client's time goes: `lap` books the time since the last one on a name."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[f"seconds_{name}"] = now - self.last
+        self.last = now
+
+    def seconds(self) -> dict[str, float]:
+        """All laps, and the whole under `seconds`."""
+        return {**self.laps, "seconds": self.last - self.started}
 
 
 def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
     """Mean loss (nats per answer token) of the adapter on the records held back here."""
-    net = _prepare(cfg, state).eval()
+    net = _load(cfg).eval()
+    model.set_adapter_state(net, state)
     tokenizer = _tokenizer(cfg)
     rows = dataset.load_partition(cfg, partition)
     _, rows = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
@@ -96,7 +123,7 @@ def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
         count = int((batch["labels"] != dataset.IGNORED).sum())
         batch = {name: tensor.to(net.device) for name, tensor in batch.items()}
         with torch.no_grad(), model.autocast(net):
-            total += net(**batch).loss.item() * count
+            total += answer_loss(net, batch).item() * count
         tokens += count
     return {"num-examples": len(examples), "eval_loss": total / tokens}
 
@@ -110,10 +137,12 @@ class LocalTrainer(Trainer):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.anchor = [p.detach().clone() for p in self.trained] if proximal_mu else []
 
-    def compute_loss(self, model_: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The language-model loss plus mu/2 ||w - w_global||^2 (arXiv 1812.06127)."""
+    def compute_loss(
+        self, model_: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The loss on the answers, plus mu/2 ||w - w_global||^2 (arXiv 1812.06127)."""
         with model.autocast(model_):
-            loss = super().compute_loss(model_, inputs, *args, **kwargs)
+            loss = answer_loss(model_, inputs, num_items_in_batch)
         if self.proximal_mu:
             distance = sum(
                 (now - before).square().sum()
@@ -164,13 +193,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _prepare(cfg: dict[str, Any], state: State) -> torch.nn.Module:
+def _load(cfg: dict[str, Any]) -> torch.nn.Module:
     model.use_cpus(cfg["client_resources"]["num_cpus"])
-    net = model.build_once(
+    return model.build_once(
         cfg["model"], cfg["peft"], cfg["seed"], model.default_device()
     )
-    model.set_adapter_state(net, state)
-    return net
 
 
 def _tokenizer(cfg: dict[str, Any]) -> Any:

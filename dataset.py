@@ -18,9 +18,8 @@ from flwr_datasets.partitioner import Partitioner
 from transformers import PreTrainedTokenizerBase
 
 import files
+from loss import IGNORED
 from utils import UserError, construct, local_path
-
-IGNORED = -100  # the label that torch's cross entropy leaves out
 
 Record = dict[str, str]  # instruction, input (may be empty), output
 Example = dict[str, list[int]]  # input_ids and labels, equally long
@@ -294,6 +293,19 @@ def draw(
             "the prompt alone fills train.seq_length"
         )
     return drawn, dropped
+
+
+def group_by_length(examples: list[Example], batch: int, seed: int) -> list[Example]:
+    """Reorder examples so that each batch holds similar lengths, the batches at random.
+
+    Padding to a batch's longest example then costs little. `seed` decides the order.
+    """
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    # A last batch that is not full must stay last, or it would shift all behind it.
+    full = len(ordered) - len(ordered) % batch
+    batches = [ordered[start : start + batch] for start in range(0, full, batch)]
+    order = np.random.default_rng(seed).permutation(len(batches))
+    return [example for i in order for example in batches[i]] + ordered[full:]
 
 
 def _shuffled(rows: Dataset, seed: int) -> Iterator[dict[str, Any]]:

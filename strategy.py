@@ -181,6 +181,7 @@ class Server:
             }
             for reply in replies
         ]
+        received = time.monotonic()
         aggregated, _ = self.strategy.aggregate_train(server_round, replies)
         if aggregated is None:
             raise RunFailed(
@@ -206,6 +207,7 @@ class Server:
             "peak_memory_client": max(client["peak_memory"] for client in clients),
             "peak_memory_server": peak_memory(),
             "clients": clients,
+            "seconds_aggregate": time.monotonic() - received,
             "seconds": time.monotonic() - began,
         }
 

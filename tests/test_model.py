@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -26,18 +27,39 @@ def plain(model_cfg, peft_cfg) -> tuple[dict, dict]:
     return tuple(OmegaConf.to_container(c, resolve=True) for c in (model_cfg, peft_cfg))
 
 
-@pytest.mark.parametrize(
-    ("bits", "layer"), [(4, "Linear4bit"), (8, "Linear8bitLt"), (None, "Linear")]
-)
-def test_quantisation_of_the_base(bits, layer):
+def weight(base: torch.nn.Module) -> torch.Tensor:
+    return base.model.layers[0].self_attn.q_proj.weight.detach()
+
+
+def test_four_bits_are_nf4_doubly_quantised_and_computed_on_once_unpacked():
+    base = model.load_base("assets/tiny_llama", 4, CPU)
+    original = weight(model.load_base("assets/tiny_llama", None, CPU))
+    packed, state = quantize_4bit(original, quant_type="nf4", compress_statistics=True)
+    by_hand = dequantize_4bit(packed, state)
+    assert not torch.equal(weight(base), original)
+    assert torch.equal(weight(base), by_hand.to(weight(base).dtype))
+    assert type(base.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+def test_eight_bits_stay_packed():
+    base = model.load_base("assets/tiny_llama", 8, CPU)
+    assert weight(base).dtype == torch.int8
+
+
+@pytest.mark.parametrize("bits", [4, 8, None])
+def test_the_base_is_frozen(bits):
     base = model.load_base("assets/tiny_llama", bits, CPU)
-    projection = base.model.layers[0].self_attn.q_proj
-    assert type(projection).__name__ == layer
     assert not any(parameter.requires_grad for parameter in base.parameters())
-    if bits == 4:
-        state = projection.weight.quant_state
-        assert state.quant_type == "nf4"
-        assert state.nested  # double quantisation
+
+
+def test_quantisation_settings():
+    settings = model.quantization_config(4, torch.bfloat16)
+    assert settings.load_in_4bit
+    assert settings.bnb_4bit_quant_type == "nf4"
+    assert settings.bnb_4bit_use_double_quant
+    assert settings.bnb_4bit_compute_dtype == torch.bfloat16
+    assert model.quantization_config(8, torch.bfloat16).load_in_8bit
+    assert model.quantization_config(None, torch.bfloat16) is None
 
 
 def test_unknown_bits_are_refused():

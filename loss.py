@@ -1,0 +1,108 @@
+"""The loss on the tokens that count: head and cross entropy on answer positions only.
+
+Most positions of a batch are prompt or padding, and their logits are the largest thing that
+a step would hold: 16 x 512 x 32,000 float32 values are 1 GB, and their gradient another.
+Here the head sees the answers' positions alone, a chunk of them at a time, and what is kept
+of a chunk is its gradient with respect to the hidden states (as in Liger Kernel's fused
+linear cross entropy, arXiv 2410.10989). Needs torch alone.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100  # the label that counts for nothing
+CHUNK = 1024  # positions whose logits exist at one time
+
+# Settings by which some models change their logits after the head (Gemma, Cohere, Granite).
+_ADJUSTMENTS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def answer_loss(
+    net: Any, batch: dict[str, torch.Tensor], num_items: Any = None
+) -> torch.Tensor:
+    """Cross entropy over the labelled tokens of a batch, in nats; a scalar with gradient.
+
+    `net` is a causal LM, with or without PEFT; `batch` holds `input_ids`,
+    `attention_mask` and `labels`, each (batch, length). The sum is divided by
+    `num_items`, or else by the number of labelled tokens. Equal to the model's own loss
+    up to rounding.
+    """
+    base = net.get_base_model() if hasattr(net, "get_base_model") else net
+    head = base.get_output_embeddings()
+    labels = batch["labels"][:, 1:]
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    kept = labels != IGNORED
+    targets = labels[kept]
+    if any(getattr(base.config, name, None) for name in _ADJUSTMENTS):
+        logits = _aligned(net(**inputs).logits, labels)[kept]
+        total = cross_entropy(logits.float(), targets, reduction="sum")
+    else:
+        hidden = _aligned(_hidden_states(net, head, inputs), labels)[kept]
+        total = _total(head, hidden, targets)
+    return total / (len(targets) if num_items is None else num_items)
+
+
+def _hidden_states(net: Any, head: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What the head is given, (batch, length, hidden), without its logits.
+
+    Taken at the head's door, which every model and every PEFT method comes by.
+    """
+    taken: list[torch.Tensor] = []
+
+    def take(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple:
+        taken.append(arguments[0])
+        return (arguments[0][:, :0],)
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        net(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return taken[0]
+
+
+def _aligned(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The positions that predict `labels`; prompt tuning puts tokens of its own in front."""
+    return states[:, states.shape[1] - labels.shape[1] - 1 : -1]
+
+
+def _total(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of `head(hidden)`, (positions, hidden), chunk by chunk."""
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return _FrozenHead.apply(hidden, targets, head)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(_sum, head, rows, wanted, use_reentrant=False)
+    return total
+
+
+def _sum(head: Any, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(head(rows).float(), targets, reduction="sum")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Takes the gradient of each chunk at once, while its logits are there anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            rows = hidden[part].detach().requires_grad_(gradient is not None)
+            with torch.set_grad_enabled(gradient is not None):
+                loss = _sum(head, rows, targets[part])
+            total += loss.detach()
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(loss, rows)
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, None, None]:
+        return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None

@@ -1,0 +1,107 @@
+"""pytest tests/test_loss.py: the chunked loss against the model's own, in float32."""
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import loss
+from utils import PROJECT
+
+PEFT = {
+    "lora": {"target_modules": "all-linear", "init_lora_weights": False},
+    "head": {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False},
+    "prompt": {"num_virtual_tokens": 5},
+}
+
+
+def make(kind: str) -> torch.nn.Module:
+    """The shipped base in float32 with a random adapter of a kind."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(
+        PROJECT / "assets/tiny_llama", dtype=torch.float32
+    ).requires_grad_(False)
+    config = peft.PromptTuningConfig if kind == "prompt" else peft.LoraConfig
+    return peft.get_peft_model(
+        base, config(task_type="CAUSAL_LM", **PEFT[kind])
+    ).train()
+
+
+def make_batch(side: str) -> dict[str, torch.Tensor]:
+    """Three padded examples whose answers begin and end in different places."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 2000, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    labels = torch.full_like(ids, loss.IGNORED)
+    for row, (prompt, length) in enumerate([(3, 12), (7, 9), (2, 5)]):
+        start = 12 - length if side == "left" else 0
+        mask[row] = 0
+        mask[row, start : start + length] = 1
+        answer = slice(start + prompt, start + length)
+        labels[row, answer] = ids[row, answer]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(net: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    net.zero_grad()
+    value.backward()
+    return {n: p.grad.clone() for n, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chunk", [4, 1024])
+@pytest.mark.parametrize("kind", PEFT)
+def test_loss_and_gradients_equal_the_plain_computation(kind, chunk, side, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    net, batch = make(kind), make_batch(side)
+    ours, plain = loss.answer_loss(net, batch), net(**batch).loss
+    assert torch.allclose(ours, plain, rtol=1e-5)
+    found, expected = gradients(net, ours), gradients(net, plain)
+    for name in expected:
+        scale = expected[name].abs().max()
+        assert scale > 0
+        assert torch.allclose(found[name], expected[name], atol=1e-5 * scale, rtol=1e-4)
+
+
+def test_a_share_of_an_accumulated_batch(monkeypatch):
+    net, batch = make("lora"), make_batch("left")
+    labelled = int((batch["labels"] != loss.IGNORED).sum())
+    whole = loss.answer_loss(net, batch)
+    share = loss.answer_loss(net, batch, num_items=4 * labelled)
+    assert share.item() == pytest.approx(whole.item() / 4)
+
+
+def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 4)
+    net, batch = make("lora"), make_batch("left")
+    seen = []
+    head = net.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda m, i, out: seen.append(out.shape[:-1].numel()))
+    loss.answer_loss(net, batch).backward()
+    labelled = int((batch["labels"] != loss.IGNORED).sum())
+    assert max(seen) <= 4
+    assert sum(seen) == labelled
+
+
+def test_without_gradients_none_are_made():
+    net, batch = make("lora"), make_batch("left")
+    with torch.no_grad():
+        value = loss.answer_loss(net, batch)
+    assert not value.requires_grad
+    assert torch.allclose(value, net(**batch).loss, rtol=1e-5)
+
+
+def test_logits_that_a_model_adjusts_are_left_to_it():
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=2048,
+    )
+    net = AutoModelForCausalLM.from_config(config)
+    net.config.final_logit_softcapping = 30.0
+    seen = []
+    net.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
+    loss.answer_loss(net, make_batch("right"))
+    assert seen == [12]
