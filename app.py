@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 import client as local
+import comm
 import strategy
 
 CLIENT_FAILED = 1  # Flower leaves the meaning of an app's own error codes to the app
@@ -50,15 +51,24 @@ def make_client_app(cfg: dict[str, Any]) -> ClientApp:
     @reply_with_cause
     def train(message: Message, context: Context) -> RecordDict:
         config = message.content["config"]
+        received = comm.unpack(message.content["arrays"].to_torch_state_dict())
         state, metrics = local.train(
             cfg,
-            message.content["arrays"].to_torch_state_dict(),
+            received,
             partition=config["partition"],
             server_round=config["server-round"],
             proximal_mu=config.get("proximal-mu", 0.0),
         )
+        kept = context.state.array_records.get("residual")
+        packed, residual = comm.pack(
+            comm.update(state, received),
+            cfg["comm"]["dtype"],
+            kept.to_torch_state_dict() if kept else None,
+        )
+        if residual:
+            context.state["residual"] = ArrayRecord(residual)
         return RecordDict(
-            {"arrays": ArrayRecord(state), "metrics": MetricRecord(metrics)}
+            {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
         )
 
     @app.evaluate()
@@ -66,7 +76,7 @@ def make_client_app(cfg: dict[str, Any]) -> ClientApp:
     def evaluate(message: Message, context: Context) -> RecordDict:
         metrics = local.evaluate(
             cfg,
-            message.content["arrays"].to_torch_state_dict(),
+            comm.unpack(message.content["arrays"].to_torch_state_dict()),
             partition=message.content["config"]["partition"],
         )
         return RecordDict({"metrics": MetricRecord(metrics)})

@@ -97,6 +97,7 @@ def check_values(cfg: dict[str, Any]) -> None:
     for key, value, allowed in (
         ("model.quantization", cfg["model"]["quantization"], (4, 8, None)),
         ("train.padding_side", cfg["train"]["padding_side"], ("left", "right")),
+        ("comm.dtype", cfg["comm"]["dtype"], ("float32", "float16", "int8")),
         ("verbose", cfg["verbose"], (True, False)),
         ("evaluate.exact_match", cfg["evaluate"]["exact_match"], (True, False)),
         (

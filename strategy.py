@@ -7,22 +7,41 @@ a reply is checked before it counts and each round is on disk before the next on
 import random
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedYogi,
+)
 from hydra.errors import InstantiationException
 
+import comm
 import model
 from evaluate import Examination
 from utils import Progress, UserError, mix_seed, plot_losses, say, write_json
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
+PULL_INTERVAL = 0.02  # seconds between looks for replies
+# Strategies that are a function of the weighted mean of the replies.
+AVERAGING = {FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad}
 
 
 class RunFailed(UserError):
@@ -123,6 +142,7 @@ class Server:
             if parameter.requires_grad
         }
         self.nodes = self._wait_for_nodes()
+        self.partitions = {node: place for place, node in enumerate(self.nodes)}
 
     def _wait_for_nodes(self) -> list[int]:
         # Nodes register while this already runs. Their ids are random in every run; the
@@ -145,12 +165,13 @@ class Server:
         side, and the first round finds it there.
         """
         cohort = self._cohort("fraction_fit", 1).nodes
-        replies, failures = self._exchange(
-            [Message(RecordDict(), node, MessageType.QUERY) for node in cohort]
+        messages = [Message(RecordDict(), node, MessageType.QUERY) for node in cohort]
+        exchange = Exchange(self, messages)
+        for state, _ in exchange.replies():
+            return state
+        raise RunFailed(
+            f"No client could load the model: {exchange.failures[0]['cause']}."
         )
-        if not replies:
-            raise RunFailed(f"No client could load the model: {failures[0]['cause']}.")
-        return to_state(replies[0].content["arrays"])
 
     def train_round(
         self, server_round: int, state: model.State
@@ -160,54 +181,53 @@ class Server:
         Returns the new adapter and the round's entry for `history.json`.
         """
         began = time.monotonic()
-        arrays = ArrayRecord(state)
         cohort = self._cohort("fraction_fit", server_round)
         messages = self.strategy.configure_train(
-            server_round, arrays, ConfigRecord(), cohort
+            server_round, ArrayRecord(state), ConfigRecord(), cohort
         )
-        replies, failures = self._exchange(messages)
-        if not replies:
+        exchange = Exchange(self, messages, state)
+        aggregator = aggregator_for(self.strategy, state)
+        seconds_aggregate = 0.0
+        for update, client in exchange.replies():
+            received = time.monotonic()
+            aggregator.add(update, client)
+            seconds_aggregate += time.monotonic() - received
+        clients = sorted(exchange.clients, key=lambda client: client["partition"])
+        if not clients:
             raise RunFailed(
-                f"Round {server_round}: none of {len(failures)} clients gave a usable "
-                f"reply. The first cause: {failures[0]['cause']}."
+                f"Round {server_round}: none of {len(cohort.nodes)} clients gave a usable "
+                f"reply. The first cause: {exchange.failures[0]['cause']}."
             )
-        report_failures(server_round, failures)
-        # Read before aggregation, because some strategies take the replies apart.
-        clients = [
-            {
-                "partition": self.nodes.index(reply.metadata.src_node_id),
-                "bytes_up": num_bytes(reply.content["arrays"]),
-                **reply.content["metrics"],
-            }
-            for reply in replies
-        ]
+        report_failures(server_round, exchange.failures)
         received = time.monotonic()
-        aggregated, _ = self.strategy.aggregate_train(server_round, replies)
+        aggregated, _ = self.strategy.aggregate_train(
+            server_round, aggregator.replies()
+        )
         if aggregated is None:
             raise RunFailed(
                 f"Round {server_round}: {type(self.strategy).__name__} made nothing of "
-                f"{len(replies)} replies. It may need more: raise strategy.fraction_fit."
+                f"{len(clients)} replies. It may need more: raise strategy.fraction_fit."
             )
         new_state = to_state(aggregated)
         if fault := model.mismatch(new_state, self.expected):
             raise RunFailed(
                 f"Round {server_round}: the aggregate is no adapter: {fault}."
             )
+        seconds_aggregate += time.monotonic() - received
         weights = [client["num-examples"] for client in clients]
         losses = [client["train_loss"] for client in clients]
-        sampled = len(replies) + len(failures)
         return new_state, {
             "round": server_round,
             "train_loss": float(np.average(losses, weights=weights)),
-            "sampled": sampled,
-            "replied": len(replies),
-            "failures": failures,
-            "bytes_down": sampled * num_bytes(arrays),
+            "sampled": len(cohort.nodes),
+            "replied": len(clients),
+            "failures": exchange.failures,
+            "bytes_down": exchange.bytes_down,
             "bytes_up": sum(client["bytes_up"] for client in clients),
             "peak_memory_client": max(client["peak_memory"] for client in clients),
             "peak_memory_server": peak_memory(),
             "clients": clients,
-            "seconds_aggregate": time.monotonic() - received,
+            "seconds_aggregate": seconds_aggregate,
             "seconds": time.monotonic() - began,
         }
 
@@ -219,55 +239,151 @@ class Server:
         messages = self.strategy.configure_evaluate(
             server_round, ArrayRecord(state), ConfigRecord(), cohort
         )
-        replies, failures = self._exchange(messages)
-        report_failures(server_round, failures)
-        metrics = self.strategy.aggregate_evaluate(server_round, replies) or {}
-        return {**metrics, "evaluate_failures": failures}
+        exchange = Exchange(self, messages, state)
+        clients = [client for _, client in exchange.replies()]
+        report_failures(server_round, exchange.failures)
+        result: dict[str, Any] = {"evaluate_failures": exchange.failures}
+        if clients:
+            clients.sort(key=lambda client: client["partition"])
+            losses = [client["eval_loss"] for client in clients]
+            weights = [client["num-examples"] for client in clients]
+            result["eval_loss"] = float(np.average(losses, weights=weights))
+        return result
 
     def _cohort(self, fraction: str, server_round: int) -> Cohort:
         seed = mix_seed(self.cfg["seed"], fraction, server_round)
         share = self.cfg["strategy"][fraction]
         return Cohort([self.nodes[p] for p in sample(len(self.nodes), share, seed)])
 
-    def _exchange(
-        self, messages: list[Message]
-    ) -> tuple[list[Message], list[dict[str, Any]]]:
-        """Send messages; return the usable replies by partition, and what failed and why."""
+
+class Exchange:
+    """One exchange of messages: sends them, and hands out usable replies as they come.
+
+    Afterwards `clients` holds the metrics of those, `failures` who failed and why.
+    """
+
+    def __init__(
+        self, server: Server, messages: list[Message], state: model.State | None = None
+    ) -> None:
+        self.server = server
+        self.clients: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        packed, _ = comm.pack(state or {}, server.cfg["comm"]["dtype"])
+        arrays = ArrayRecord(packed)
+        self.bytes_down = len(messages) * num_bytes(arrays)
         for message in messages:
             # The strategy gave all of them one record; each names its own partition.
             config = message.content.config_records.get("config", ConfigRecord())
-            partition = self.nodes.index(message.metadata.dst_node_id)
+            partition = server.partitions[message.metadata.dst_node_id]
             config = ConfigRecord({**config, "partition": partition})
-            message.content = RecordDict({**message.content, "config": config})
-        replies, failures = [], []
-        # In order of partition, not of arrival: a float sum depends on its order.
-        for reply in sorted(
-            self.grid.send_and_receive(messages),
-            key=lambda reply: self.nodes.index(reply.metadata.src_node_id),
-        ):
-            if cause := self._fault(reply):
-                partition = self.nodes.index(reply.metadata.src_node_id)
-                failures.append({"partition": partition, "cause": cause})
-            else:
-                replies.append(reply)
-        return replies, failures
+            message.content = RecordDict({"arrays": arrays, "config": config})
+        self.messages = messages
 
-    def _fault(self, reply: Message) -> str | None:
-        """Why a reply cannot be used, or None."""
+    def replies(self) -> Iterator[tuple[model.State, dict[str, Any]]]:
+        """Each usable reply's arrays and its metrics, in order of arrival."""
+        grid = self.server.grid
+        waiting = set(grid.push_messages(self.messages))
+        while waiting:
+            for reply in grid.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                partition = self.server.partitions[reply.metadata.src_node_id]
+                try:
+                    state, client = self._read(reply)
+                except ValueError as error:
+                    failure = {"partition": partition, "cause": str(error)}
+                    self.failures.append(failure)
+                else:
+                    self.clients.append({"partition": partition, **client})
+                    yield state, self.clients[-1]
+            time.sleep(PULL_INTERVAL)
+
+    def _read(self, reply: Message) -> tuple[model.State, dict[str, Any]]:
+        """A reply's arrays in float32 and its metrics. Raises `ValueError` if unusable."""
         if reply.has_error():
-            return reply.error.reason
-        for metrics in reply.content.metric_records.values():
-            if not np.isfinite(list(metrics.values())).all():
-                return "a metric is not finite"
-        for arrays in reply.content.array_records.values():
-            if fault := model.mismatch(to_state(arrays), self.expected):
-                return fault
-        return None
+            raise ValueError(reply.error.reason)
+        metrics = dict(reply.content.metric_records.get("metrics", {}))
+        if not np.isfinite(list(metrics.values())).all():
+            raise ValueError("a metric is not finite")
+        arrays = reply.content.array_records.get("arrays")
+        if arrays is None:
+            return {}, metrics
+        state = comm.unpack(arrays.to_torch_state_dict())
+        if fault := model.mismatch(state, self.server.expected):
+            raise ValueError(fault)
+        return state, metrics | {"bytes_up": num_bytes(arrays)}
+
+
+# --- from updates to the replies that a strategy aggregates ------------------------------------
+
+
+def aggregator_for(strategy: FedAvg, state: model.State) -> "Mean | All":
+    """What gathers updates to the adapter `state` for a strategy."""
+    return Mean(state) if type(strategy) in AVERAGING else All(state)
+
+
+class Mean:
+    """The running mean of updates, weighted by examples: memory for one, however many.
+
+    Enough for every strategy that is a function of the mean. Summed in float64, where sums
+    of float32 values that differ by less than a factor of 2^17 are exact: the order in
+    which clients answer leaves no trace.
+    """
+
+    def __init__(self, state: model.State) -> None:
+        self.state = state
+        self.sums = {
+            k: torch.zeros_like(v, dtype=torch.float64) for k, v in state.items()
+        }
+        self.examples = 0
+
+    def add(self, update: model.State, client: dict[str, Any]) -> None:
+        weight = client["num-examples"]
+        self.examples += weight
+        for name, total in self.sums.items():
+            total.add_(update[name], alpha=weight)
+
+    def replies(self) -> list[Message]:
+        """One reply that stands for all of them."""
+        mean = {k: self.state[k] + v / self.examples for k, v in self.sums.items()}
+        return [as_reply(to_float32(mean), self.examples)]
+
+
+class All:
+    """Every update, in order of partition: what robust strategies need."""
+
+    def __init__(self, state: model.State) -> None:
+        self.state = state
+        self.updates: list[tuple[int, model.State, int]] = []
+
+    def add(self, update: model.State, client: dict[str, Any]) -> None:
+        self.updates.append((client["partition"], update, client["num-examples"]))
+
+    def replies(self) -> list[Message]:
+        """One reply for each update, holding the adapter that it makes."""
+        return [
+            as_reply({k: self.state[k] + update[k] for k in update}, examples)
+            for _, update, examples in sorted(self.updates, key=lambda entry: entry[0])
+        ]
+
+
+def as_reply(state: model.State, examples: int) -> Message:
+    """An adapter in the form in which Flower's strategies take replies."""
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(state),
+            "metrics": MetricRecord({"num-examples": examples}),
+        }
+    )
+    return Message(content, dst_node_id=0, message_type=MessageType.TRAIN)
+
+
+def to_float32(state: model.State) -> model.State:
+    return {name: tensor.to(torch.float32) for name, tensor in state.items()}
 
 
 def to_state(arrays: ArrayRecord) -> model.State:
-    """An adapter as it came over the wire, in float32 (some strategies give float64)."""
-    return {k: v.to(torch.float32) for k, v in arrays.to_torch_state_dict().items()}
+    """An adapter as a strategy made it, in float32 (some give float64)."""
+    return to_float32(arrays.to_torch_state_dict())
 
 
 def num_bytes(arrays: ArrayRecord) -> int:

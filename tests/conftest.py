@@ -59,20 +59,27 @@ class LoopbackGrid:
         self.nodes = [1000 - 7 * (i % 3) + 31 * i for i in range(cfg["num_clients"])]
         self.tamper = tamper
         self.sent: list[Message] = []
+        self.waiting: list[Message] = []
+        self.contexts: dict[int, Context] = {}
 
     def get_node_ids(self) -> list[int]:
         return self.nodes
 
-    def send_and_receive(self, messages: list[Message]) -> list[Message]:
-        replies = []
-        for number, message in enumerate(messages):
-            message.metadata.__dict__["_message_id"] = str(number)
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        for message in messages:
             self.sent.append(message)
-            context = Context(1, 1, UserConfig(), RecordDict(), UserConfig())
-            reply = self.client_app(message, context)
-            partition = message.content["config"]["partition"]
-            replies.append(self.tamper(partition, reply))
-        return replies[::-1]
+            message.metadata.__dict__["_message_id"] = f"message {len(self.sent)}"
+        self.waiting = [*messages]
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: set[str]) -> list[Message]:
+        message = self.waiting.pop()
+        node = message.metadata.dst_node_id
+        context = self.contexts.setdefault(
+            node, Context(1, node, UserConfig(), RecordDict(), UserConfig())
+        )
+        reply = self.client_app(message, context)
+        return [self.tamper(message.content["config"]["partition"], reply)]
 
 
 @pytest.fixture
