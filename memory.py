@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-CHUNK = 1024  # answer positions whose logits exist at one time (`loss.answer_loss`)
+from loss import CHUNK
+
 WORKSPACE = 2**29  # bytes of the CUDA context and cuBLAS, outside torch's allocator
 BF16, FLOAT32 = 2, 4  # bytes a value
 
@@ -44,27 +45,26 @@ def estimate_vram(
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or hidden // heads)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    # 2 for a gated MLP (SwiGLU), else 1; halves and wholes of a fused gate count alike.
+    # 2 for a gated MLP (SwiGLU), else 1; a fused gate counts as the two that it is.
     opened = sum(x.out_features for x in linears if x.out_features % inner == 0)
-    gates = max(1, round(opened / inner / layers))
+    gated = opened / layers / inner > 1.5
     saved = tokens * (
         2 * FLOAT32 * hidden  # both norms keep their input in float32
         + BF16 * 4 * width  # attention: q, k, v (repeated to all heads) and its output
         + FLOAT32 * heads  # attention's log-sum-exp
-        + BF16 * inner * (3 if gates > 1 else 1)  # gate, activated gate, up; or one
+        + BF16 * inner * (3 if gated else 1)  # gate, activated gate and up; or one
         + _adapter_input_bytes(skeleton) // layers
     )
     widest = max((linear.weight.numel() for linear in linears), default=0)
+    state = tokens * BF16 * hidden  # one hidden state of the whole batch
     backward = (
-        tokens * BF16 * 2 * hidden  # gradients of the layer's output and of its residual
-        + tokens * BF16 * inner * (3 if gates > 1 else 2)  # gradients inside the MLP
-        + (BF16 * widest if bits else 0)  # the widest weight, dequantised
+        2 * state  # gradients: of the layer's output, and what the loss has left
+        + max(
+            tokens * BF16 * inner * (3 if gated else 2),  # gradients inside the MLP, or
+            tokens * BF16 * inner + (BF16 * widest if bits else 0),  # dequantised weight
+        )
         + BF16 * batch * seq_length**2  # the padding mask, as attention's bias
     )
-    # Beyond the layers: the last norm's float32 input, its output, and the gradient that
-    # the loss has left for it.
-    last = tokens * (FLOAT32 + 2 * BF16) * hidden
-    inputs = tokens * BF16 * hidden  # what a checkpointed layer is recomputed from
     return {
         "quantised weights" if bits else "linear weights": quantised,
         "other weights": rest,
@@ -72,12 +72,12 @@ def estimate_vram(
         "adapter in bfloat16": BF16 * trained,  # autocast keeps a copy during a step
         "gradients": FLOAT32 * trained,
         "AdamW states": 2 * FLOAT32 * trained,
-        "activations": layers * (inputs if checkpointing else saved) + last,
+        # A checkpointed layer keeps its input and is recomputed from that.
+        "activations": layers * (state if checkpointing else saved),
         "layer in work": backward + (saved if checkpointing else 0),
-        # Log-softmax, its gradient and the logits' gradient in float32, and the answer
-        # positions' hidden states; over before the first layer goes backward.
-        "logits": min(tokens, CHUNK) * config.vocab_size * 3 * FLOAT32
-        + tokens * BF16 * hidden,
+        # Of a chunk: log-softmax, its gradient and the logits' gradient in float32. Of all
+        # positions: the last norm's float32 input and output, the answers' and a gradient.
+        "logits": min(tokens, CHUNK) * config.vocab_size * 3 * FLOAT32 + 5 * state,
         "CUDA context": WORKSPACE,
     }
 

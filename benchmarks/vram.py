@@ -62,6 +62,8 @@ def build(shape: tuple[int, ...], bits: int, device: torch.device) -> peft.PeftM
         base.set_submodule(name, _quantised(module, bits, device))
     _materialise(base, device)
     release_inputs(base)
+    # What peft asks for its layers on quantised weights.
+    setattr(base, f"is_loaded_in_{bits}bit", True)
     return _adapted(base)
 
 
