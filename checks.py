@@ -42,12 +42,15 @@ def check(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {error.msg}") from None
     check_values(cfg)
-    check_machine(cfg["client_resources"])
+    if not cfg["dry_run"]:
+        check_machine(cfg["client_resources"])
     check_strategy(cfg)
     check_training_arguments(cfg)
-    import dataset
+    by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
+    if by_epochs or not cfg["dry_run"]:  # a plan by steps needs no data
+        import dataset
 
-    dataset.check(cfg)
+        dataset.check(cfg)
     check_model(cfg)
     return cfg
 
@@ -99,11 +102,12 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("train.padding_side", cfg["train"]["padding_side"], ("left", "right")),
         ("comm.dtype", cfg["comm"]["dtype"], ("float32", "float16", "int8")),
         ("verbose", cfg["verbose"], (True, False)),
+        ("dry_run", cfg["dry_run"], (True, False)),
         ("evaluate.exact_match", cfg["evaluate"]["exact_match"], (True, False)),
         (
             "model.gradient_checkpointing",
             cfg["model"]["gradient_checkpointing"],
-            (True, False),
+            (True, False, "auto"),
         ),
     ):
         # By type as well: 1 equals True, and 4.0 equals 4.
@@ -179,7 +183,10 @@ def check_training_arguments(cfg: dict[str, Any]) -> None:
 
 
 def check_model(cfg: dict[str, Any]) -> None:
-    """That the base can be found and takes this adapter; needs its `config.json` only."""
+    """That the base can be found and takes this adapter; needs its `config.json` only.
+
+    Settles `model.gradient_checkpointing=auto` on the way.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     import dataset
@@ -193,6 +200,10 @@ def check_model(cfg: dict[str, Any]) -> None:
             "Save the model with save_pretrained(folder, safe_serialization=True)."
         )
     try:
+        if cfg["model"]["gradient_checkpointing"] == "auto":
+            import plan
+
+            cfg["model"]["gradient_checkpointing"] = plan.needs_checkpointing(cfg)
         model.skeleton(cfg["model"], cfg["peft"])
         tokenizer = model.load_tokenizer(name, cfg["model"]["use_fast_tokenizer"])
     except (OSError, ValueError) as error:

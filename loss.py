@@ -105,4 +105,6 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, None, None]:
-        return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
+        # Let go of at once: the layers' own backward has yet to find room.
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(upstream), None, None

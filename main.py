@@ -26,6 +26,11 @@ def main(config: DictConfig) -> None:
     if not (utils.local_path(str(config.model.name)) and config.dataset.get("path")):
         utils.offline_if_unreachable()
     cfg = check(config)
+    if cfg["dry_run"]:
+        import plan
+
+        utils.say(plan.show(cfg))
+        return
     # Imported here, so that a mistake is answered without waiting for them.
     from flwr.simulation import run_simulation
 

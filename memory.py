@@ -19,9 +19,9 @@ def estimate_vram(
     """Bytes that one client's training step holds on a GPU, by what they are for.
 
     `skeleton` is a PEFT model on the meta device, `bits` 4, 8 or None (bfloat16), `batch`
-    in examples of `seq_length` tokens, all of them answers. For a transformer with LoRA,
-    or an adapter that is smaller; DoRA's products of whole weights come on top. Sum up
-    with `allocated` or `occupied`.
+    in examples of `seq_length` tokens, all of them answers. Of an adapter's own
+    activations it knows LoRA's; DoRA's products of whole weights, say, come on top. Add
+    the terms up with `allocated` or `occupied`.
     """
     base = skeleton.get_base_model()
     config = base.config.get_text_config()
@@ -58,10 +58,11 @@ def estimate_vram(
     widest = max((linear.weight.numel() for linear in linears), default=0)
     state = tokens * BF16 * hidden  # one hidden state of the whole batch
     backward = (
-        2 * state  # gradients: of the layer's output, and what the loss has left
+        state  # the gradient of the layer's output
         + max(
             tokens * BF16 * inner * (3 if gated else 2),  # gradients inside the MLP, or
-            tokens * BF16 * inner + (BF16 * widest if bits else 0),  # dequantised weight
+            tokens * BF16 * inner
+            + (BF16 * widest if bits else 0),  # dequantised weight
         )
         + BF16 * batch * seq_length**2  # the padding mask, as attention's bias
     )
@@ -82,16 +83,20 @@ def estimate_vram(
     }
 
 
+def at_peak(terms: dict[str, int]) -> dict[str, int]:
+    """The terms that add up: the logits are gone when the layers need room."""
+    lesser = min("layer in work", "logits", key=lambda name: terms[name])
+    return {name: size for name, size in terms.items() if name != lesser}
+
+
 def allocated(terms: dict[str, int]) -> int:
-    """Peak bytes of torch's allocator: the logits are gone when the layers need room."""
-    transient = ("layer in work", "logits")
-    steady = sum(v for k, v in terms.items() if k not in (*transient, "CUDA context"))
-    return steady + max(terms[name] for name in transient)
+    """Peak bytes of torch's allocator."""
+    return occupied(terms) - terms["CUDA context"]
 
 
 def occupied(terms: dict[str, int]) -> int:
     """Bytes that a client's process takes of a GPU at its peak."""
-    return allocated(terms) + terms["CUDA context"]
+    return sum(at_peak(terms).values())
 
 
 def _linear_bytes(linear: torch.nn.Linear, bits: int | None) -> int:

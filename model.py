@@ -7,6 +7,7 @@ for every PEFT method, the networks of P-tuning included, which PEFT's own file 
 import contextlib
 import gc
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import attention  # noqa: F401 (registers "blocked")
+from memory import release_inputs
 from utils import PROJECT, UserError, construct, local_path
 
 ABOUT = "flowertune.json"  # what `test.py` needs beside PEFT's own files
@@ -94,6 +97,7 @@ def load_base(
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
+            attn_implementation="blocked" if device.type == "cpu" else None,
         )
     except OSError as error:
         raise UserError(
@@ -104,6 +108,8 @@ def load_base(
         # a forward of a 4-bit layer in eval() repacks it for a kernel without autograd,
         # and what is trained on the same object afterwards has no gradients.)
         base = base.dequantize()
+    if quantization == 8:
+        release_inputs(base)
     return base.requires_grad_(False)
 
 
@@ -159,11 +165,24 @@ def _with_adapter(
     return model
 
 
-def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def autocast(model: torch.nn.Module) -> Iterator[None]:
     """Run the float32 adapter in the base's compute type; weights keep their type."""
     device = next(model.parameters()).device
     dtype = compute_dtype(device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if dtype == torch.float32:
+        yield
+        return
+    # PEFT's LoRA layers would cast inputs to float32, and autocast cast them back.
+    casting = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    for module in casting:
+        module.cast_input_dtype_enabled = False
+    try:
+        with torch.autocast(device.type, dtype):
+            yield
+    finally:
+        for module in casting:
+            module.cast_input_dtype_enabled = True
 
 
 # --- the adapter, in memory --------------------------------------------------------------

@@ -17,6 +17,7 @@ import logging
 import resource
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -103,7 +104,7 @@ def _quantised(
 ) -> torch.nn.Module:
     """A quantised layer of `linear`'s shape; moving its weight to `device` quantises it."""
     sizes = (linear.in_features, linear.out_features)
-    weight = torch.empty(sizes[::-1], dtype=torch.bfloat16).normal_(std=0.02)
+    weight = _random_weight(*sizes[::-1])
     if bits == 4:
         layer = bnb.nn.Linear4bit(
             *sizes,
@@ -131,13 +132,21 @@ def _quantised(
     return layer.requires_grad_(False)
 
 
+@lru_cache(maxsize=4)
+def _random_weight(rows: int, columns: int) -> torch.Tensor:
+    """Shared by all layers of a shape: drawing billions of values would take minutes."""
+    return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=0.02)
+
+
 def _materialise(base: torch.nn.Module, device: torch.device) -> None:
     """Give random values to what is not quantised: embeddings, norms and head."""
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 values = torch.empty_like(parameter, device=device)
-                values = values.fill_(1) if values.ndim == 1 else values.normal_(std=0.02)
+                values = (
+                    values.fill_(1) if values.ndim == 1 else values.normal_(std=0.02)
+                )
                 setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
     # Buffers (the rotary frequencies) are computed, so they are computed again.
     rotary = base.model.rotary_emb
@@ -193,7 +202,11 @@ def measure(name: str, bits: int, options: argparse.Namespace) -> dict[str, str]
     device, shape = torch.device(options.device), SHAPES[name]
     torch.manual_seed(0)
     terms = estimate_vram(
-        skeleton(shape), bits, options.batch, options.seq_length, checkpointing=True
+        skeleton(shape),
+        bits,
+        options.micro_batch,
+        options.seq_length,
+        checkpointing=True,
     )
     memory = Memory(device)
     net = build(shape, bits, device)
@@ -204,9 +217,7 @@ def measure(name: str, bits: int, options: argparse.Namespace) -> dict[str, str]
         batch = random_batch(options.batch, options.seq_length, shape[-1], device)
         _wait_for(device)
         started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = answer_loss(net, batch)
-        loss.backward()
+        loss = train_step(net, batch, options.micro_batch)
         optimizer.step()
         optimizer.zero_grad()
         _wait_for(device)
@@ -225,11 +236,26 @@ def measure(name: str, bits: int, options: argparse.Namespace) -> dict[str, str]
                 f"{allocated(terms) / GB:.2f}",
                 f"{step:.3f}",
                 f"{options.batch * options.seq_length / step:.0f}",
-                f"{loss.item():.3f}",
+                f"{loss:.3f}",
             ],
             strict=True,
         )
     )
+
+
+def train_step(
+    net: peft.PeftModel, batch: dict[str, torch.Tensor], micro_batch: int
+) -> float:
+    """Forward and backward, `micro_batch` examples at a time; the mean loss in nats."""
+    answers = (batch["labels"][:, 1:] != IGNORED).sum()
+    total = torch.zeros((), device=answers.device)
+    for start in range(0, len(batch["labels"]), micro_batch):
+        part = {name: ids[start : start + micro_batch] for name, ids in batch.items()}
+        with torch.autocast(answers.device.type, torch.bfloat16):
+            loss = answer_loss(net, part, answers)
+        loss.backward()
+        total += loss.detach()
+    return total.item()
 
 
 def _wait_for(device: torch.device) -> None:
@@ -246,13 +272,17 @@ def parse() -> argparse.Namespace:
     add("--models", nargs="+", choices=SHAPES, default=["7b", "3b"])
     add("--bits", nargs="+", type=int, choices=[4, 8], default=[4, 8])
     add("--batch", type=int, default=16, help="examples a step")
+    add("--micro-batch", type=int, help="examples at a time; the batch, if not given")
     add("--seq-length", type=int, default=512, help="tokens an example, above 16")
     add("--steps", type=int, default=3, help="measured steps, after one to warm up")
     add("--device", choices=["cuda", "cpu"], default=default)
     add("--csv", type=Path, metavar="PATH", help="write the table there as well")
     options = parser.parse_args()
+    options.micro_batch = options.micro_batch or options.batch
     if options.seq_length <= PROMPT or options.batch < 1 or options.steps < 1:
-        parser.error(f"--seq-length must be above {PROMPT}, --batch and --steps above 0")
+        parser.error(
+            f"--seq-length must be above {PROMPT}, --batch and --steps above 0"
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
     return options
@@ -267,7 +297,8 @@ def main() -> None:
     what = "peak RSS minus that before loading" if cpu else "peak allocated by torch"
     print(
         f"{where}, torch {torch.__version__}, batch {options.batch} x "
-        f"{options.seq_length} tokens; peak: {what}; estimate: of a GPU\n"
+        f"{options.seq_length} tokens, {options.micro_batch} examples at a time; "
+        f"peak: {what}; estimate: of a GPU\n"
     )
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     rows = []

@@ -1,5 +1,6 @@
 """pytest tests/test_checks.py: wrong settings and data are answered with what to do."""
 
+import copy
 import json
 import os
 import re
@@ -272,7 +273,7 @@ def test_data_of_ones_own_passes(tmp_path):
 @pytest.fixture
 def model_folder(tmp_path):
     """The shipped model without its chat template and without weights."""
-    tokenizer = model.load_tokenizer("assets/tiny_llama")
+    tokenizer = copy.deepcopy(model.load_tokenizer("assets/tiny_llama"))
     tokenizer.chat_template = None
     folder = tmp_path / "model"
     tokenizer.save_pretrained(folder)

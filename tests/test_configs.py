@@ -30,7 +30,7 @@ PUBLISHED = {
     "dataset.name": "vicgalle/alpaca-gpt4",
     "model.name": "openlm-research/open_llama_7b_v2",
     "model.quantization": 4,
-    "model.gradient_checkpointing": True,
+    "model.gradient_checkpointing": "auto",
     "model.use_fast_tokenizer": True,
     "model.lora.peft_lora_r": 32,
     "model.lora.peft_lora_alpha": 64,

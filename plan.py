@@ -1,0 +1,200 @@
+"""What a run will take, before it takes it: `python main.py dry_run=true`.
+
+From the configuration and the base's `config.json` alone; no weights are loaded.
+"""
+
+import math
+import os
+from typing import Any
+
+import torch
+
+import dataset
+import model
+from memory import allocated, at_peak, estimate_vram, occupied
+from strategy import cohort_size
+
+Rows = list[tuple[str, str]]  # label and value
+
+VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+SCALE_BYTES = 4  # int8: a float32 for each row
+
+
+def show(cfg: dict[str, Any]) -> str:
+    """The plan as text, one line a row, the values one below the other."""
+    rows = plan(cfg)
+    widest = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:{widest}}  {value}" for label, value in rows)
+
+
+def plan(cfg: dict[str, Any]) -> Rows:
+    """Parameters, work, bytes on the wire and VRAM of the resolved configuration."""
+    frame = model.skeleton(cfg["model"], cfg["peft"])
+    return [
+        *_parameters(frame),
+        *_work(cfg),
+        *_traffic(cfg, frame),
+        *_vram(cfg, frame),
+    ]
+
+
+def wire_bytes(frame: torch.nn.Module, dtype: str) -> int:
+    """Bytes of one adapter on the wire in float32, float16 or int8.
+
+    The values alone, and int8's scales: one for each row, a 1-D tensor being one row.
+    Each tensor's name and header come on top, some hundred bytes.
+    """
+    total = 0
+    for parameter in _trained(frame):
+        total += VALUE_BYTES[dtype] * parameter.numel()
+        if dtype == "int8":
+            total += SCALE_BYTES * (parameter.shape[0] if parameter.ndim > 1 else 1)
+    return total
+
+
+def steps_per_client(cfg: dict[str, Any]) -> int:
+    """Optimizer steps of one client in one round; of the one with most data, by epochs."""
+    arguments = cfg["train"]["training_arguments"]
+    if arguments["max_steps"] > 0:
+        return arguments["max_steps"]
+    records = max(
+        len(dataset.load_partition(cfg, i)) for i in range(cfg["num_clients"])
+    )
+    if cfg["strategy"]["fraction_evaluate"]:
+        records -= max(1, math.floor(cfg["evaluate"]["holdout"] * records))
+    examples = math.ceil(arguments["num_train_epochs"] * records)
+    batches = math.ceil(examples / arguments["per_device_train_batch_size"])
+    return math.ceil(batches / arguments["gradient_accumulation_steps"])
+
+
+def needs_checkpointing(cfg: dict[str, Any]) -> bool:
+    """Whether a client's step would not fit its share of the GPU (or memory) without."""
+    share = cfg["client_resources"]["num_gpus"]
+    if share and torch.cuda.device_count():
+        room = torch.cuda.get_device_properties(0).total_memory * share
+    elif share:
+        return True  # planning elsewhere for a GPU that is not here to be asked
+    else:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = pages * cfg["client_resources"]["num_cpus"] / (os.cpu_count() or 1)
+    settings = {**cfg["model"], "gradient_checkpointing": False}
+    if not share:
+        settings["quantization"] = None  # a CPU computes on the unpacked base
+    frame = model.skeleton(settings, cfg["peft"])
+    return occupied(_estimate({**cfg, "model": settings}, frame)) > 0.9 * room
+
+
+def _estimate(cfg: dict[str, Any], frame: torch.nn.Module) -> dict[str, int]:
+    virtual = getattr(frame.peft_config["default"], "num_virtual_tokens", 0) or 0
+    return estimate_vram(
+        frame,
+        cfg["model"]["quantization"],
+        cfg["train"]["training_arguments"]["per_device_train_batch_size"],
+        # Prompt methods put tokens of their own before the text.
+        cfg["train"]["seq_length"] + virtual,
+        cfg["model"]["gradient_checkpointing"],
+    )
+
+
+def _trained(frame: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in frame.parameters() if p.requires_grad]
+
+
+def _parameters(frame: torch.nn.Module) -> Rows:
+    total = sum(p.numel() for p in frame.parameters())
+    trained = sum(p.numel() for p in _trained(frame))
+    return [
+        ("parameters", _count(total)),
+        ("trained", f"{_count(trained)} ({trained / total:.2%})"),
+    ]
+
+
+def _work(cfg: dict[str, Any]) -> Rows:
+    arguments = cfg["train"]["training_arguments"]
+    size = arguments["per_device_train_batch_size"]
+    parts = arguments["gradient_accumulation_steps"]
+    rounds, clients = cfg["num_rounds"], _cohort(cfg, "fraction_fit")
+    steps = steps_per_client(cfg)
+    most = "" if arguments["max_steps"] > 0 else "at most "
+    tokens = clients * steps * size * parts * cfg["train"]["seq_length"]
+    return [
+        ("clients a round", f"{clients} of {cfg['num_clients']}"),
+        (
+            "steps a round",
+            f"{most}{clients * steps:,} ({steps:,} a client, {size} x {parts} examples each)",
+        ),
+        ("tokens a round", f"at most {tokens:,}"),
+        (
+            f"steps in {rounds} rounds",
+            f"{most}{rounds * clients * steps:,} steps, at most {_count(rounds * tokens)} "
+            "tokens",
+        ),
+    ]
+
+
+def _traffic(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
+    dtype, rounds = cfg["comm"]["dtype"], cfg["num_rounds"]
+    adapter = wire_bytes(frame, dtype)
+    way = _cohort(cfg, "fraction_fit") * adapter
+    # The clients of the first round make the first adapter and send it in float32.
+    first = _cohort(cfg, "fraction_fit") * wire_bytes(frame, "float32")
+    rows = [
+        ("adapter on the wire", f"{_bytes(adapter)} ({dtype})"),
+        ("bytes a round", f"{_bytes(way)} down, {_bytes(way)} up"),
+        (
+            f"bytes in {rounds} rounds",
+            f"{_bytes(2 * rounds * way)} both ways, and {_bytes(first)} for the first adapter",
+        ),
+    ]
+    if cfg["strategy"]["fraction_evaluate"]:
+        down = _cohort(cfg, "fraction_evaluate") * adapter
+        text = f"{_bytes(down)} down a round, {_bytes(rounds * down)} in all"
+        rows.append(("evaluation", text))
+    return rows
+
+
+def _vram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
+    terms = _estimate(cfg, frame)
+    rows = [
+        (
+            "VRAM a client",
+            f"{_bytes(occupied(terms))} (estimate): {_bytes(allocated(terms))} allocated, "
+            f"{_bytes(terms['CUDA context'])} CUDA context",
+        ),
+        *((f"  {name}", _bytes(size)) for name, size in at_peak(terms).items()),
+    ]
+    share = cfg["client_resources"]["num_gpus"]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        fit = gpu.total_memory // occupied(terms)
+        value = f"fits {fit} clients"
+        if share:
+            started = max(1, int(1 / share + 1e-9))
+            value += f"; client_resources.num_gpus={share:g} starts {started}"
+            value += " (too many)" if started > fit else ""
+        rows.append(
+            (f"GPU {index}", f"{gpu.name}, {_bytes(gpu.total_memory)}: {value}")
+        )
+    if not torch.cuda.device_count():
+        rows.append(("GPUs", "none visible here"))
+    return rows
+
+
+def _cohort(cfg: dict[str, Any], fraction: str) -> int:
+    return cohort_size(cfg["num_clients"], cfg["strategy"][fraction])
+
+
+def _count(number: int) -> str:
+    """A number of things to four digits: 16.78M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    """A number of bytes in binary units: 64.0 MiB."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"
