@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import attention  # noqa: F401 (registers "blocked")
+import cpu
 from memory import release_inputs
 from utils import PROJECT, UserError, construct, local_path
 
@@ -162,6 +162,8 @@ def _with_adapter(
         raise UserError(
             f"{peft_cfg['_target_']} on {model_cfg['name']}: {error}"
         ) from error
+    if base.device.type == "cpu":
+        cpu.quicken_dropout(model)
     return model
 
 

@@ -53,7 +53,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import attention  # noqa: F401 (registers "blocked")
+import cpu  # noqa: F401 (registers "blocked")
 import dataset
 import model
 import utils

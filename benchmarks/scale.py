@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 COHORT = 10
 ROUNDS = 4
-ADAPTER = 2_000_000  # values: 8 MB in float32
+ADAPTER = 500_000  # values: 2 MB in float32
 
 
 def main() -> None:

@@ -1,8 +1,6 @@
-"""Causal attention for training on a CPU, in a third of the time of torch's own there.
+"""What a CPU needs to train fast: attention in blocks of queries, and a quicker dropout.
 
-Blocks of queries, each against the keys up to its end: half of the products that a full
-matrix would take, in the matrix library's own kernels. Importing this registers it with
-transformers as "blocked".
+Importing this registers the attention with transformers as "blocked".
 """
 
 import math
@@ -28,6 +26,8 @@ def blocked_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of queries (batch, heads, length, size) to keys and values before them.
 
+    Each block goes against the keys up to its end: half of the products that a full matrix
+    would take, in the matrix library's own kernels, in a third of torch's time on a CPU.
     `attention_mask` is boolean (batch, 1, length, length), true where a query may look, or
     None where that is everywhere before it. Returns (batch, length, heads, size).
     Outside training, and for whatever else is special, torch's own takes over.
@@ -59,6 +59,30 @@ def blocked_attention(
         parts.append(torch.bmm(scores.softmax(-1), value[:, :end]))
     output = torch.cat(parts, dim=1).view(batch, heads, length, size)
     return output.transpose(1, 2).contiguous(), None
+
+
+class Dropout(torch.nn.Dropout):
+    """Dropout from 16 random bits an element, four elements a draw: half of torch's time.
+
+    The rate is met to 2**-17, and the scale is that of the rate that is met.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = round(self.p * 2**16)
+        if not self.training or steps == 0:
+            return x
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
+        bits = draws.random_(-(2**63), None).view(torch.int16)[: x.numel()].view_as(x)
+        kept = x.masked_fill(bits < steps - 2**15, 0)
+        return kept.mul_(2**16 / (2**16 - steps))
+
+
+def quicken_dropout(model: torch.nn.Module) -> None:
+    """Put `Dropout` in the place of every LoRA layer's own."""
+    for module in model.modules():
+        for name, dropout in getattr(module, "lora_dropout", {}).items():
+            if type(dropout) is torch.nn.Dropout:
+                module.lora_dropout[name] = Dropout(dropout.p)
 
 
 AttentionInterface.register("blocked", blocked_attention)

@@ -1,10 +1,10 @@
-"""pytest tests/test_attention.py: attention in blocks against torch's own, in float64."""
+"""pytest tests/test_cpu.py: attention in blocks against torch's own, and dropout."""
 
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import attention
+import cpu
 
 LONGEST, HEADS, SIZE = 23, 4, 8
 
@@ -22,7 +22,7 @@ def look(side: str, lengths: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("block", [7, 128])
 @pytest.mark.parametrize("side", ["left", "right", None])
 def test_blocks_equal_the_whole(side, block, key_heads, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(cpu, "BLOCK", block)
     lengths = [LONGEST, 5, 1]
     mask = look(side, lengths) if side else None
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def test_blocks_equal_the_whole(side, block, key_heads, monkeypatch):
     module.num_key_value_groups = HEADS // key_heads
     module.is_causal = True
     results = []
-    for attend in (attention.blocked_attention, sdpa_attention_forward):
+    for attend in (cpu.blocked_attention, sdpa_attention_forward):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         output, _ = attend(module, *leaves, mask, scaling=0.3)
         # A query of padding sees nothing, and nobody reads what it gets.
@@ -48,9 +48,31 @@ def test_blocks_equal_the_whole(side, block, key_heads, monkeypatch):
 def test_a_row_of_padding_makes_no_nan():
     mask = look("left", [LONGEST, 5, 1])
     query = torch.randn(3, HEADS, LONGEST, SIZE, requires_grad=True)
-    output, _ = attention.blocked_attention(
+    output, _ = cpu.blocked_attention(
         torch.nn.Module(), query, query, query, mask, scaling=1.0
     )
     output.sum().backward()
     assert torch.isfinite(output).all()
     assert torch.isfinite(query.grad).all()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_dropout_keeps_the_mean_and_repeats_by_seed(rate):
+    dropout = cpu.Dropout(rate).train()
+    x = torch.ones(1001, 1003, requires_grad=True)  # no multiple of four
+    torch.manual_seed(0)
+    kept = dropout(x)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), kept)
+    assert not torch.equal(dropout(x), kept)
+    share = (kept == 0).double().mean().item()
+    assert share == pytest.approx(rate, abs=0.002)  # four standard deviations
+    assert kept.unique().tolist() == pytest.approx([0, 1 / (1 - rate)], rel=1e-4)
+    kept.sum().backward()
+    assert torch.equal(x.grad, kept.detach())
+
+
+def test_dropout_rests_outside_training():
+    x = torch.ones(5, 7)
+    assert cpu.Dropout(0.5).eval()(x) is x
+    assert cpu.Dropout(0.0).train()(x) is x
