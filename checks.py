@@ -194,7 +194,7 @@ def check_model(cfg: dict[str, Any]) -> None:
 
     name = cfg["model"]["name"]
     path = local_path(name)
-    if path and not list(path.glob("*.safetensors")):
+    if path and not cfg["dry_run"] and not list(path.glob("*.safetensors")):
         raise UserError(
             f"model.name={name}: the folder {path} holds no .safetensors file. "
             "Save the model with save_pretrained(folder, safe_serialization=True)."
@@ -205,6 +205,8 @@ def check_model(cfg: dict[str, Any]) -> None:
 
             cfg["model"]["gradient_checkpointing"] = plan.needs_checkpointing(cfg)
         model.skeleton(cfg["model"], cfg["peft"])
+        if cfg["dry_run"]:
+            return
         tokenizer = model.load_tokenizer(name, cfg["model"]["use_fast_tokenizer"])
     except (OSError, ValueError) as error:
         if path or isinstance(try_to_load_from_cache(name, "config.json"), str):

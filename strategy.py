@@ -222,7 +222,7 @@ class Server:
             "sampled": len(cohort.nodes),
             "replied": len(clients),
             "failures": exchange.failures,
-            "bytes_down": exchange.bytes_down,
+            "bytes_down": len(cohort.nodes) * exchange.bytes_down,
             "bytes_up": sum(client["bytes_up"] for client in clients),
             "peak_memory_client": max(client["peak_memory"] for client in clients),
             "peak_memory_server": peak_memory(),
@@ -270,7 +270,7 @@ class Exchange:
         self.failures: list[dict[str, Any]] = []
         packed, _ = comm.pack(state or {}, server.cfg["comm"]["dtype"])
         arrays = ArrayRecord(packed)
-        self.bytes_down = len(messages) * num_bytes(arrays)
+        self.bytes_down = num_bytes(arrays)  # to each client
         for message in messages:
             # The strategy gave all of them one record; each names its own partition.
             config = message.content.config_records.get("config", ConfigRecord())
@@ -293,7 +293,8 @@ class Exchange:
                     failure = {"partition": partition, "cause": str(error)}
                     self.failures.append(failure)
                 else:
-                    self.clients.append({"partition": partition, **client})
+                    sizes = {"partition": partition, "bytes_down": self.bytes_down}
+                    self.clients.append(sizes | client)
                     yield state, self.clients[-1]
             time.sleep(PULL_INTERVAL)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from utils import PROJECT
 
@@ -151,6 +152,30 @@ def test_multirun_leaves_a_figure_and_a_table(tmp_path):
     assert (tmp_path / "losses.md").read_text().count("\n") == 6
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert all((tmp_path / f"{i}/peft_2").is_dir() for i in range(4))
+
+
+def test_a_plan_needs_neither_weights_nor_a_gpu(tmp_path):
+    config = LlamaConfig(  # LLaMA 7B
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
+    )
+    config.save_pretrained(tmp_path / "7b")
+    done = run(
+        "main.py",
+        "dry_run=true",
+        f"model.name={tmp_path / '7b'}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split("  ", 1) for line in done.stdout.splitlines() if line)
+    # The published size: 64 MiB in float32, half of it in float16.
+    assert rows["trained"].split()[0] == "16.78M"
+    assert rows["adapter on the wire"].strip() == "32.0 MiB (float16)"
+    assert rows["clients a round"].strip() == "2 of 20"
+    assert not (tmp_path / "run/history.json").exists()
 
 
 def test_a_failed_run_exits_with_the_cause_named_once(tmp_path):
