@@ -1,7 +1,6 @@
 """The Flower apps: unpack Messages into plain arguments, and pack the results again.
 
-`main.py` makes both around a composed configuration for simulation. In deployment `flwr
-run` finds `server` and `client` at the end of this file.
+`main.py` makes both around a composed configuration.
 """
 
 import traceback
@@ -18,13 +17,12 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 import client as local
 import comm
 import strategy
-
-CLIENT_FAILED = 1  # Flower leaves the meaning of an app's own error codes to the app
 
 
 def make_server_app(cfg: dict[str, Any], folder: Path) -> ServerApp:
@@ -98,6 +96,7 @@ def reply_with_cause(
         except Exception as error:
             traceback.print_exc()
             cause = f"{type(error).__name__}: {error}"
-            return Message(Error(CLIENT_FAILED, cause), reply_to=message)
+            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            return Message(Error(code, cause), reply_to=message)
 
     return answer

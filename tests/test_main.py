@@ -83,13 +83,13 @@ def test_quickstart_leaves_a_complete_record(quickstart):
 def test_the_adapter_answers_and_stops(quickstart):
     adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
     question = "--question=What is the capital of France?"
-    done = run("test.py", adapter, question, "--question=What is 2 plus 3?")
+    done = run("test.py", adapter, question, "--question=What is the opposite of hot?")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "Q: What is the capital of France?",
         "A: Paris",
-        "Q: What is 2 plus 3?",
-        "A: 5",
+        "Q: What is the opposite of hot?",
+        "A: cold",
     ]
     assert done.stderr == ""
 
