@@ -222,16 +222,24 @@ def plot_losses(curves: dict[str, list[float]], path: Path, smoothed: bool) -> N
 
 
 class Outputs(Callback):
-    """Hydra callback: the output folder is writable, and a multirun ends in a summary."""
+    """Hydra callback: the output folder is writable, and a multirun leaves a summary."""
+
+    sweep: Path | None = None
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         _check_writable(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        _check_writable(Path(config.hydra.sweep.dir))
+        self.sweep = Path(config.hydra.sweep.dir)
+        _check_writable(self.sweep)
+
+    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+        # After each one, because a job that failed keeps Hydra from announcing the end.
+        if self.sweep:
+            summarise_sweep(self.sweep)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        summarise_sweep(Path(config.hydra.sweep.dir))
+        say(f"Losses of all runs: {self.sweep}/losses.png, losses.csv, losses.md")
 
 
 def _check_writable(folder: Path) -> None:
@@ -282,4 +290,3 @@ def summarise_sweep(folder: Path) -> None:
     )
     if curves:
         plot_losses(curves, folder / "losses.png", smoothed=True)
-    say(f"Losses of all {len(rows)} runs: {folder}/losses.png, losses.csv, losses.md")

@@ -154,6 +154,26 @@ def test_multirun_leaves_a_figure_and_a_table(tmp_path):
     assert all((tmp_path / f"{i}/peft_2").is_dir() for i in range(4))
 
 
+def test_a_failed_run_of_a_multirun_keeps_the_others(tmp_path):
+    done = run(
+        "main.py",
+        "--multirun",
+        "experiment=quickstart",
+        "strategy.fraction_fit=7,0.1",
+        "num_rounds=1",
+        "train.training_arguments.max_steps=2",
+        "evaluate.exact_match=false",
+        f"hydra.sweep.dir={tmp_path}",
+    )
+    assert done.returncode == 1
+    assert "strategy.fraction_fit=7: it must be" in done.stderr
+    with (tmp_path / "losses.csv").open() as file:
+        _, failed, finished = csv.reader(file)
+    assert failed[-2:] == ["0", ""]
+    assert float(finished[-1]) > 0
+    assert (tmp_path / "losses.png").is_file()
+
+
 def test_a_plan_needs_neither_weights_nor_a_gpu(tmp_path):
     config = LlamaConfig(  # LLaMA 7B
         hidden_size=4096,
