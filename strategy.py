@@ -167,11 +167,16 @@ class Server:
         cohort = self._cohort("fraction_fit", 1).nodes
         messages = [Message(RecordDict(), node, MessageType.QUERY) for node in cohort]
         exchange = Exchange(self, messages)
+        first = None
+        # To the last: a reply that nobody fetches stays in Flower's store, and its engine
+        # would look at it again for every node until the run ends.
         for state, _ in exchange.replies():
-            return state
-        raise RunFailed(
-            f"No client could load the model: {exchange.failures[0]['cause']}."
-        )
+            first = first or state
+        if first is None:
+            raise RunFailed(
+                f"No client could load the model: {exchange.failures[0]['cause']}."
+            )
+        return first
 
     def train_round(
         self, server_round: int, state: model.State
@@ -296,7 +301,8 @@ class Exchange:
                     sizes = {"partition": partition, "bytes_down": self.bytes_down}
                     self.clients.append(sizes | client)
                     yield state, self.clients[-1]
-            time.sleep(PULL_INTERVAL)
+            if waiting:
+                time.sleep(PULL_INTERVAL)
 
     def _read(self, reply: Message) -> tuple[model.State, dict[str, Any]]:
         """A reply's arrays in float32 and its metrics. Raises `ValueError` if unusable."""
@@ -419,7 +425,9 @@ class Journal:
         self.frame = frame
         self.folder = folder
         self.rounds: list[dict[str, Any]] = []
-        self.tokenizer = model.load_tokenizer(cfg["model"]["name"])
+        self.tokenizer = model.load_tokenizer(
+            cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
+        )
 
     def write_round(self, entry: dict[str, Any], state: model.State) -> None:
         """Append to `history.json`, and save the adapter when it is due."""

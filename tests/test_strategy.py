@@ -179,6 +179,16 @@ def test_the_running_mean_equals_the_batch(name, configure):
     assert all(torch.allclose(running[k], batch[k], atol=1e-6) for k in start)
 
 
+def test_every_reply_with_a_first_adapter_is_fetched(configure, loopback):
+    cfg = configure("num_clients=3", "strategy.fraction_fit=1")
+    grid = loopback(cfg)
+    state = strategy.Server(cfg, grid).initial_adapter()
+    assert len(grid.sent) == 3
+    assert grid.waiting == []
+    own = client.initial_adapter(cfg)
+    assert all(torch.equal(state[name], own[name]) for name in own)
+
+
 # --- who is asked -------------------------------------------------------------------------------------
 
 
