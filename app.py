@@ -1,8 +1,13 @@
 """The Flower apps: unpack Messages into plain arguments, and pack the results again.
 
-`main.py` makes both around a composed configuration.
+`main.py` makes both around a composed configuration. `flwr run` takes `server` and `client`
+below, which compose the same `conf/` from the run's one setting, `overrides`.
 """
 
+# A SuperNode starts a process for every message. What is imported up here is paid for by
+# each of them; torch and all that needs it is imported where it is used.
+import logging
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +24,19 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
+from hydra.errors import HydraException
 
-import client as local
-import comm
-import strategy
+import node
+import utils
+
+# Seconds, unless train.round_timeout says otherwise. A SuperNode that is started again with
+# the same key is online, and will never answer what its predecessor was asked.
+ROUND_TIMEOUT = 3600.0
+# A client's configuration and its partition, for a message.
+Settle = Callable[[Message, Context], tuple[dict[str, Any], int]]
+
+
+# --- in a simulation: around a configuration ----------------------------------------------
 
 
 def make_server_app(cfg: dict[str, Any], folder: Path) -> ServerApp:
@@ -31,6 +45,8 @@ def make_server_app(cfg: dict[str, Any], folder: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        import strategy
+
         strategy.run(cfg, grid, folder)
 
     return app
@@ -38,65 +54,153 @@ def make_server_app(cfg: dict[str, Any], folder: Path) -> ServerApp:
 
 def make_client_app(cfg: dict[str, Any]) -> ClientApp:
     """A ClientApp that trains and evaluates whichever partition a message names."""
-    app = ClientApp()
 
-    @app.query()
-    @reply_with_cause
-    def query(message: Message, context: Context) -> RecordDict:
-        return RecordDict({"arrays": ArrayRecord(local.initial_adapter(cfg))})
+    def settle(message: Message, context: Context) -> tuple[dict[str, Any], int]:
+        return cfg, int(message.content["config"]["partition"])
 
-    @app.train()
-    @reply_with_cause
-    def train(message: Message, context: Context) -> RecordDict:
-        config = message.content["config"]
-        received = comm.unpack(message.content["arrays"].to_torch_state_dict())
-        state, metrics = local.train(
-            cfg,
-            received,
-            partition=config["partition"],
-            server_round=config["server-round"],
-            proximal_mu=config.get("proximal-mu", 0.0),
-        )
-        kept = context.state.array_records.get("residual")
-        packed, residual = comm.pack(
-            comm.update(state, received),
-            cfg["comm"]["dtype"],
-            kept.to_torch_state_dict() if kept else None,
-        )
-        if residual:
-            context.state["residual"] = ArrayRecord(residual)
-        return RecordDict(
-            {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
-        )
+    return client_app(settle, private=False)
 
-    @app.evaluate()
-    @reply_with_cause
-    def evaluate(message: Message, context: Context) -> RecordDict:
-        metrics = local.evaluate(
-            cfg,
-            comm.unpack(message.content["arrays"].to_torch_state_dict()),
-            partition=message.content["config"]["partition"],
-        )
-        return RecordDict({"metrics": MetricRecord(metrics)})
+
+# --- in `flwr run`: from the run's overrides, and a node's own settings ----------------------
+
+
+def federation_server() -> ServerApp:
+    """A ServerApp that composes `conf/` and writes the results where `hydra.run.dir` says.
+
+    That is a folder of the SuperLink's working directory.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        log = logging.getLogger("flwr")
+        log.addFilter(shorten)
+        overrides = str(context.run_config["overrides"])
+        node.admissible(overrides)  # what every node would refuse is refused here
+        config, folder = utils.compose_run(overrides)
+        if not config.verbose:
+            utils.quiet()
+            log.setLevel(logging.WARNING)
+        if not utils.local_path(str(config.model.name)):
+            utils.offline_if_unreachable()
+        import checks
+        import journal
+        import strategy
+
+        cfg = checks.check(config, deployed=True)
+        cfg["train"]["round_timeout"] = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
+        folder = folder.resolve()
+        utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
+        utils.record(config, overrides, folder)
+        strategy.run(cfg, grid, folder, announce=True)
+        journal.report(folder)
 
     return app
 
 
-def reply_with_cause(
-    handle: Callable[[Message, Context], RecordDict],
-) -> Callable[[Message, Context], Message]:
-    """Answer a message with the handler's result, or with the error it died of, in a line.
+def federation_client() -> ClientApp:
+    """A ClientApp that takes part in a run as far as its node's own settings allow."""
 
-    Left to Flower, the same error would be printed three times, traceback included.
+    def settle(message: Message, context: Context) -> tuple[dict[str, Any], int]:
+        # A node of `flwr run`'s simulation is a worker of Ray, which a SuperNode's never is.
+        ray = sys.modules.get("ray")
+        simulated = ray is not None and ray.is_initialized()
+        return node.settle(context.run_config, context.node_config, simulated)
+
+    return client_app(settle, private=True)
+
+
+def shorten(record: logging.LogRecord) -> bool:
+    """Log what a user can mend in a line; Flower would add the traceback."""
+    if record.exc_info and isinstance(record.exc_info[1], HydraException):
+        record.msg, record.args = str(record.exc_info[1]), ()
+        record.exc_info = None
+    return True
+
+
+# --- what a client does with a message -------------------------------------------------------
+
+
+def client_app(settle: Settle, private: bool) -> ClientApp:
+    """A ClientApp on the configuration and partition that `settle` gives for a message.
+
+    `private`: of an error that is no `Refusal` the server is told no more than its type,
+    because its text may quote data.
     """
+    app = ClientApp()
 
-    def answer(message: Message, context: Context) -> Message:
-        try:
-            return Message(handle(message, context), reply_to=message)
-        except Exception as error:
-            traceback.print_exc()
-            cause = f"{type(error).__name__}: {error}"
-            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-            return Message(Error(code, cause), reply_to=message)
+    def answer(handle: Callable[..., RecordDict]) -> Callable[..., Message]:
+        # Left to Flower, an error would be printed three times, traceback included.
+        def respond(message: Message, context: Context) -> Message:
+            try:
+                cfg, partition = settle(message, context)
+                content = handle(cfg, partition, message, context)
+                return Message(content, reply_to=message)
+            except utils.Refusal as error:
+                print(f"Refused: {error}", file=sys.stderr)
+                return Message(Error(error.code, str(error)), reply_to=message)
+            except Exception as error:
+                traceback.print_exc()
+                cause = "its own log says more" if private else str(error)
+                code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+                cause = f"{type(error).__name__}: {cause}"
+                return Message(Error(code, cause), reply_to=message)
 
-    return answer
+        return respond
+
+    app.query()(answer(query))
+    app.train()(answer(train))
+    app.evaluate()(answer(evaluate))
+    return app
+
+
+def query(
+    cfg: dict[str, Any], partition: int, message: Message, context: Context
+) -> RecordDict:
+    """The first adapter."""
+    import client
+
+    return RecordDict({"arrays": ArrayRecord(client.initial_adapter(cfg))})
+
+
+def train(
+    cfg: dict[str, Any], partition: int, message: Message, context: Context
+) -> RecordDict:
+    """One round's update to the adapter that came in, and its metrics."""
+    import client
+    import comm
+
+    config = message.content["config"]
+    received = comm.unpack(message.content["arrays"].to_torch_state_dict())
+    state, metrics = client.train(
+        cfg,
+        received,
+        partition=partition,
+        server_round=config["server-round"],
+        proximal_mu=config.get("proximal-mu", 0.0),
+    )
+    kept = context.state.array_records.get("residual")
+    packed, residual = comm.pack(
+        comm.update(state, received),
+        cfg["comm"]["dtype"],
+        kept.to_torch_state_dict() if kept else None,
+    )
+    if residual:
+        context.state["residual"] = ArrayRecord(residual)
+    return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
+
+
+def evaluate(
+    cfg: dict[str, Any], partition: int, message: Message, context: Context
+) -> RecordDict:
+    """The metrics of the adapter that came in."""
+    import client
+    import comm
+
+    received = comm.unpack(message.content["arrays"].to_torch_state_dict())
+    metrics = client.evaluate(cfg, received, partition=partition)
+    return RecordDict({"metrics": MetricRecord(metrics)})
+
+
+server = federation_server()
+client = federation_client()

@@ -7,6 +7,7 @@ commonest mistakes are answered in a second or two.
 import dataclasses
 import difflib
 import os
+import socket
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,34 +26,52 @@ OURS = {
     "disable_tqdm": "verbose",
     "use_cpu": "client_resources.num_gpus",
 }
+# Likewise, what ray.init takes.
+OURS_OF_RAY = {
+    "log_to_driver": "verbose",
+    "logging_level": "verbose",
+    "runtime_env": "main.py",
+}
 ANY = float("inf")
+MAY_BE_NULL = ("train.round_timeout", "train.training_arguments.learning_rate")
 
 
-def check(config: DictConfig) -> dict[str, Any]:
+def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
     """Resolve the configuration and hold it against this machine and its data.
 
-    Returns it as a plain dict. Raises `UserError` with what is wrong and what to do.
+    `deployed`: this is the server of a federation, where data, devices and the base's
+    weights are the nodes' own affair. Returns the configuration as a plain dict. Raises
+    `UserError` with what is wrong and what to do.
     """
+    cfg = resolve(config)
+    check_values(cfg)
+    if not (cfg["dry_run"] or deployed):
+        address = cfg["simulation"]["init_args"]["address"]
+        if address == "local":
+            check_machine(cfg["client_resources"])
+        else:
+            check_cluster(address)
+    check_strategy(cfg)
+    check_training_arguments(cfg)
+    by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
+    if not deployed and (by_epochs or not cfg["dry_run"]):  # a plan by steps needs none
+        import dataset
+
+        dataset.check(cfg)
+    check_model(cfg, weights=not (cfg["dry_run"] or deployed))
+    return cfg
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """The configuration as a plain dict. Raises `UserError` where it has gaps."""
     try:
-        cfg = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(
             f"{error.full_key} must be given: {error.full_key}=..."
         ) from None
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {error.msg}") from None
-    check_values(cfg)
-    if not cfg["dry_run"]:
-        check_machine(cfg["client_resources"])
-    check_strategy(cfg)
-    check_training_arguments(cfg)
-    by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
-    if by_epochs or not cfg["dry_run"]:  # a plan by steps needs no data
-        import dataset
-
-        dataset.check(cfg)
-    check_model(cfg)
-    return cfg
 
 
 def check_values(cfg: dict[str, Any]) -> None:
@@ -70,6 +89,8 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("strategy.fraction_fit", float, 1e-9, 1),
         ("strategy.fraction_evaluate", float, 0, 1),
         ("train.save_every_round", whole, 1, ANY),
+        ("train.round_timeout", float, 1, ANY),
+        ("train.min_records", whole, 1, ANY),
         ("train.seq_length", whole, 2, ANY),
         ("train.learning_rate_max", float, 0, ANY),
         ("train.learning_rate_min", float, 0, ANY),
@@ -84,7 +105,7 @@ def check_values(cfg: dict[str, Any]) -> None:
         value: Any = cfg
         for part in key.split("."):
             value = value.get(part)
-        if value is None and key == "train.training_arguments.learning_rate":
+        if value is None and key in MAY_BE_NULL:
             continue
         kinds = (int,) if kind is whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
@@ -116,6 +137,12 @@ def check_values(cfg: dict[str, Any]) -> None:
             raise UserError(
                 f"{key}={value}: take {', '.join(names[:-1])} or {names[-1]}."
             )
+    for name, value in cfg["simulation"]["init_args"].items():
+        key = f"simulation.init_args.{name}"
+        if name in OURS_OF_RAY:
+            raise UserError(f"{key} is set by {OURS_OF_RAY[name]} here.")
+        if name == "address" and not isinstance(value, str):
+            raise UserError(f"{key}={value}: take local, auto or host:port.")
 
 
 def check_machine(resources: dict[str, float]) -> None:
@@ -138,6 +165,40 @@ def check_machine(resources: dict[str, float]) -> None:
         raise UserError(
             f"client_resources.num_cpus={cpus:g}, but this machine has {here} CPUs: no "
             f"client would ever start. Set client_resources.num_cpus={here} or less."
+        )
+
+
+def check_cluster(address: str) -> None:
+    """That something answers where a Ray cluster is to be joined.
+
+    Ray by itself would look for more than a minute.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        host, _, port = canonicalize_bootstrap_address(address).rpartition(":")
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"simulation.init_args.address={address}: no Ray cluster answers there. Start "
+            "one with `ray start --head`, and give host:port of its head, or auto for the "
+            "one that RAY_ADDRESS names or this machine belongs to. local needs none."
+        ) from error
+
+
+def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> None:
+    """That one of Ray's nodes, as `ray.nodes()` tells them, has room for a client."""
+    cpus, gpus = resources["num_cpus"], resources["num_gpus"]
+    rooms = [
+        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+        for node in nodes
+        if node["Alive"]
+    ]
+    if not any(room[0] >= cpus and room[1] >= gpus for room in rooms):
+        have = ", ".join(f"{room[0]:g} and {room[1]:g}" for room in rooms)
+        raise UserError(
+            f"client_resources: {cpus:g} CPUs and {gpus:g} GPUs fit no node of Ray's; they "
+            f"have {have}. No client would ever start: ask for less, or add a node."
         )
 
 
@@ -182,10 +243,11 @@ def check_training_arguments(cfg: dict[str, Any]) -> None:
         raise UserError(f"train.training_arguments: {error}") from error
 
 
-def check_model(cfg: dict[str, Any]) -> None:
+def check_model(cfg: dict[str, Any], weights: bool) -> None:
     """That the base can be found and takes this adapter; needs its `config.json` only.
 
-    Settles `model.gradient_checkpointing=auto` on the way.
+    `weights`: they and the tokenizer are needed here. Settles
+    `model.gradient_checkpointing=auto` on the way.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -194,16 +256,13 @@ def check_model(cfg: dict[str, Any]) -> None:
 
     name = cfg["model"]["name"]
     path = local_path(name)
-    if path and not cfg["dry_run"] and not list(path.glob("*.safetensors")):
+    if path and weights and not list(path.glob("*.safetensors")):
         raise UserError(
             f"model.name={name}: the folder {path} holds no .safetensors file. "
             "Save the model with save_pretrained(folder, safe_serialization=True)."
         )
     try:
-        if cfg["model"]["gradient_checkpointing"] == "auto":
-            import plan
-
-            cfg["model"]["gradient_checkpointing"] = plan.needs_checkpointing(cfg)
+        settle_checkpointing(cfg)
         model.skeleton(cfg["model"], cfg["peft"])
         if cfg["dry_run"]:
             return
@@ -217,3 +276,11 @@ def check_model(cfg: dict[str, Any]) -> None:
         ) from error
     question = {"instruction": "", "input": ""}
     dataset.prompt(cfg["dataset"]["template"], [question], tokenizer)
+
+
+def settle_checkpointing(cfg: dict[str, Any]) -> None:
+    """Put true or false in the place of `model.gradient_checkpointing=auto`."""
+    if cfg["model"]["gradient_checkpointing"] == "auto":
+        import plan
+
+        cfg["model"]["gradient_checkpointing"] = plan.needs_checkpointing(cfg)

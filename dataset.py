@@ -8,18 +8,19 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
-from flwr_datasets import FederatedDataset
-from flwr_datasets.partitioner import Partitioner
 from transformers import PreTrainedTokenizerBase
 
 import files
 from loss import IGNORED
 from utils import UserError, construct, local_path
+
+if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
+    from flwr_datasets.partitioner import Partitioner
 
 Record = dict[str, str]  # instruction, input (may be empty), output
 Example = dict[str, list[int]]  # input_ids and labels, equally long
@@ -180,8 +181,12 @@ class Collator:
 def load_partition(cfg: dict[str, Any], partition: int) -> Dataset:
     """One client's records, in the dataset's own columns.
 
-    The data is loaded and divided once per process; only this partition is taken.
+    The data is loaded and divided once per process; only this partition is taken. Without
+    a partitioner it is one node's own, all of it.
     """
+    if cfg["partitioner"] is None:
+        dataset = cfg["dataset"]
+        return files.load(dataset["path"], "data-path", _columns(dataset, label=False))
     return _partitioner(cfg).load_partition(partition)
 
 
@@ -224,14 +229,14 @@ def _columns(dataset: dict[str, Any], label: bool) -> list[str]:
     return list(dict.fromkeys(str(name) for name in names if name is not None))
 
 
-def _partitioner(cfg: dict[str, Any]) -> Partitioner:
+def _partitioner(cfg: dict[str, Any]) -> "Partitioner":
     return _partitioner_once(
         json.dumps([cfg["dataset"], cfg["partitioner"], cfg["seed"]], sort_keys=True)
     )
 
 
 @lru_cache(maxsize=1)
-def _partitioner_once(key: str) -> Partitioner:
+def _partitioner_once(key: str) -> "Partitioner":
     dataset, settings, seed = json.loads(key)
     partitioner = construct(settings, "flwr_datasets.partitioner")
     if dataset["path"]:
@@ -240,6 +245,8 @@ def _partitioner_once(key: str) -> Partitioner:
         )
         partitioner.dataset = rows.shuffle(seed=seed)
         return partitioner
+    from flwr_datasets import FederatedDataset
+
     federated = FederatedDataset(
         dataset=str(local_path(dataset["name"]) or dataset["name"]),
         partitioners={"train": partitioner},

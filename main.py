@@ -6,17 +6,19 @@
 Every setting is in `conf/`; any of them can be given here: `num_rounds=50`.
 """
 
-import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import utils
-from checks import check
+from checks import check, check_nodes
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -34,63 +36,60 @@ def main(config: DictConfig) -> None:
     # Imported here, so that a mistake is answered without waiting for them.
     from flwr.simulation import run_simulation
 
+    import journal
     from app import make_client_app, make_server_app
 
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    utils.say(f"{describe(cfg)}\nResults: {folder}")
-    run_simulation(
-        server_app=make_server_app(cfg, folder),
-        client_app=make_client_app(cfg),
-        num_supernodes=cfg["num_clients"],
-        backend_config={
-            "init_args": {
-                "log_to_driver": cfg["verbose"],
-                "logging_level": logging.INFO if cfg["verbose"] else logging.ERROR,
-            },
+    utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
+    with start_ray(cfg):
+        run_simulation(
+            server_app=make_server_app(cfg, folder),
+            client_app=make_client_app(cfg),
+            num_supernodes=cfg["num_clients"],
             # Passed on to Ray: a worker that is killed comes back for later rounds.
-            "client_resources": {**cfg["client_resources"], "max_restarts": -1},
-        },
-    )
-    report(folder)
-
-
-def describe(cfg: dict) -> str:
-    """One line on what is about to run."""
-    strategy = cfg["strategy"]["_target_"].rpartition(".")[2]
-    bits = cfg["model"]["quantization"]
-    return (
-        f"{cfg['model']['name']} ({f'{bits}-bit' if bits else 'not quantised'}), "
-        f"{cfg['peft']['_target_'].rpartition('.')[2].removesuffix('Config')}, "
-        f"{strategy}: {cfg['num_clients']} clients, "
-        f"{cfg['strategy']['fraction_fit']:.0%} of them a round, {cfg['num_rounds']} rounds"
-    )
-
-
-def report(folder: Path) -> None:
-    """Print a finished run's last word: losses, scores, sample answers, what to do next."""
-    summary = json.loads((folder / "summary.json").read_text())
-    utils.say(
-        f"\nTraining loss {summary['train_loss_first']:.3f} -> "
-        f"{summary['train_loss_last']:.3f} in {summary['rounds']} rounds, "
-        f"{summary['seconds']:.0f} s."
-    )
-    adapter = folder / f"peft_{summary['rounds']}"
-    question = "What is the ideal 1-day plan in London?"
-    if "exact_match_after" in summary:
-        answers = json.loads((folder / "answers.json").read_text())
-        for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
-            utils.say(f"\n  {record['instruction']} {record['input']}".rstrip())
-            for name in ("base", "tuned"):
-                utils.say(f"    {name + ':':6} {' '.join(record[name].split())}")
-        utils.say(
-            f"\nExact match on {len(answers)} held-out questions: "
-            f"{summary['exact_match_before']:.1%} -> {summary['exact_match_after']:.1%}"
+            backend_config={
+                "client_resources": {**cfg["client_resources"], "max_restarts": -1}
+            },
         )
-        question = answers[0]["instruction"]
-    utils.say(f'\nAsk it: python test.py --peft-path={adapter} --question="{question}"')
+    journal.report(folder)
 
 
-SHOWN = 3  # sample questions printed after a run
+# What the libraries read when they are imported. On a cluster, workers inherit it from the
+# machine they are on: without HF_HUB_OFFLINE, one behind a firewall would wait for the hub.
+PASSED_ON = (
+    "FLWR_",
+    "HF_DATASETS_",
+    "HF_HUB_",
+    "TOKENIZERS_",
+    "TQDM_",
+    "TRANSFORMERS_",
+)
+
+
+@contextmanager
+def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
+    """Start Ray here or join a cluster, as `simulation.init_args` say, until the end.
+
+    Flower takes up the connection that it finds. Raises `UserError` where Ray refuses or
+    no machine has room for a client.
+    """
+    import ray
+
+    passed_on = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+    try:
+        connection = ray.init(
+            **cfg["simulation"]["init_args"],
+            log_to_driver=cfg["verbose"],
+            logging_level=logging.INFO if cfg["verbose"] else logging.ERROR,
+            runtime_env={"env_vars": passed_on},
+        )
+    except Exception as error:
+        hint = ". Is this machine one of its nodes?" * isinstance(error, OSError)
+        raise utils.UserError(f"simulation.init_args: {error}{hint}") from error
+    with connection:
+        check_nodes(cfg["client_resources"], ray.nodes())
+        yield
+
 
 if __name__ == "__main__":
     main()

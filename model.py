@@ -7,13 +7,18 @@ for every PEFT method, the networks of P-tuning included, which PEFT's own file 
 import contextlib
 import gc
 import json
+import logging
+import os
+import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import transformers
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -22,10 +27,16 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 import cpu
 from memory import release_inputs
-from utils import PROJECT, UserError, construct, local_path
+from utils import PROJECT, Refusal, UserError, construct, local_path, mix_seed
+
+
+class Misfit(Refusal, ValueError):
+    """A state that is not an adapter of this model."""
+
 
 ABOUT = "flowertune.json"  # what `test.py` needs beside PEFT's own files
 State = dict[str, torch.Tensor]
@@ -83,18 +94,25 @@ def load_tokenizer(name: str, use_fast: bool = True) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    name: str, quantization: int | None, device: torch.device
+    name: str, quantization: int | None, device: torch.device, cache: str | None = None
 ) -> torch.nn.Module:
     """Load a causal LM with frozen weights, quantised, from safetensors only.
 
-    Raises `UserError` where neither a local folder nor the hub has such weights.
+    `cache`: a folder that keeps it as quantised, for the next process. Raises `UserError`
+    where neither a local folder nor the hub has such weights.
     """
-    dtype = compute_dtype(device)
+    source = _source(name)
+    config = quantization_config(quantization, compute_dtype(device))
+    kept = None
+    if cache and config:
+        kept = Path(cache) / _fingerprint(source, quantization, device)
+    stored = kept is not None and kept.exists()
     try:
         base = AutoModelForCausalLM.from_pretrained(
-            _source(name),
-            quantization_config=quantization_config(quantization, dtype),
-            dtype=dtype,
+            kept if stored else source,
+            # A folder of ours says itself how it is quantised, and None would deny it.
+            **({} if stored or not config else {"quantization_config": config}),
+            dtype=compute_dtype(device),
             device_map={"": device},
             use_safetensors=True,
             attn_implementation="blocked" if device.type == "cpu" else None,
@@ -103,19 +121,45 @@ def load_base(
         raise UserError(
             f"model.name={name}: no weights could be loaded. {error}"
         ) from error
-    if quantization == 4 and device.type == "cpu":
+    if quantization == 4 and device.type == "cpu" and not stored:
         # The same values, computed on at twice the speed. (Also, on CPUs with AVX512-BF16
         # a forward of a 4-bit layer in eval() repacks it for a kernel without autograd,
         # and what is trained on the same object afterwards has no gradients.)
         base = base.dequantize()
+    if kept and not stored:
+        _keep(base, kept)
     if quantization == 8:
         release_inputs(base)
     return base.requires_grad_(False)
 
 
+def _fingerprint(source: str, quantization: int, device: torch.device) -> str:
+    """A name for the quantised base that changes with all that it is made of."""
+    folder = Path(cached_file(source, "config.json")).parent
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    made_with = [transformers.__version__, version("bitsandbytes")]
+    parts = [folder, stats, quantization, device.type, compute_dtype(device), made_with]
+    return f"{folder.name}-{mix_seed(*map(str, parts)):08x}"
+
+
+def _keep(base: torch.nn.Module, folder: Path) -> None:
+    """Save a quantised base; its folder appears under its name only when it is complete."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            base.save_pretrained(temporary)
+            os.rename(temporary, folder)
+    except OSError as error:
+        # A full disk, or another process that was first: the base is there all the same.
+        logging.warning("The quantised base was not kept in %s: %s", folder, error)
+
+
 def build(model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device) -> PeftModel:
     """The base with a fresh adapter that depends on nothing but the base and `seed`."""
-    base = load_base(model_cfg["name"], model_cfg["quantization"], device)
+    base = load_base(
+        model_cfg["name"], model_cfg["quantization"], device, model_cfg.get("cache")
+    )
     return _with_adapter(base, model_cfg, peft_cfg, seed)
 
 
@@ -200,10 +244,10 @@ def adapter_state(model: PeftModel) -> State:
 
 
 def set_adapter_state(model: PeftModel, state: State) -> None:
-    """Overwrite every trainable parameter. Raises `ValueError` unless all fit exactly."""
+    """Overwrite every trainable parameter. Raises `Misfit` unless all fit exactly."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if fault := mismatch(state, parameters):
-        raise ValueError(fault)
+        raise Misfit(f"the adapter does not fit the base that is here: {fault}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])

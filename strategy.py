@@ -36,10 +36,11 @@ from hydra.errors import InstantiationException
 import comm
 import model
 from evaluate import Examination
-from utils import Progress, UserError, mix_seed, plot_losses, say, write_json
+from journal import Journal, report_failures
+from utils import Progress, Refusal, UserError, mix_seed, say, write_json
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
-PULL_INTERVAL = 0.02  # seconds between looks for replies
+PULL_INTERVAL = 0.02  # seconds between looks for replies, at first
 # Strategies that are a function of the weighted mean of the replies.
 AVERAGING = {FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad}
 
@@ -96,13 +97,16 @@ class Cohort:
 # --- the run -------------------------------------------------------------------------------------
 
 
-def run(cfg: dict[str, Any], grid: Grid, folder: Path) -> None:
+def run(cfg: dict[str, Any], grid: Grid, folder: Path, announce: bool = False) -> None:
     """Fine-tune for `cfg.num_rounds` rounds; write history, adapters and summary.
+
+    The clients are whoever is connected: workers of a simulation, or nodes that come and
+    go; `announce` says which node goes by which number.
 
     Raises `RunFailed` when no client of a round gives a usable reply.
     """
     started = time.monotonic()
-    server = Server(cfg, grid)
+    server = Server(cfg, grid, announce)
     journal = Journal(cfg, server.frame, folder)
     examination = Examination(cfg) if cfg["evaluate"]["exact_match"] else None
     base_answers = examination.base_answers() if examination else []
@@ -131,9 +135,10 @@ def run(cfg: dict[str, Any], grid: Grid, folder: Path) -> None:
 class Server:
     """Talks to the clients: what goes out, what comes back, what is fit to be used."""
 
-    def __init__(self, cfg: dict[str, Any], grid: Grid) -> None:
+    def __init__(self, cfg: dict[str, Any], grid: Grid, announce: bool = False) -> None:
         self.cfg = cfg
         self.grid = grid
+        self.announce = announce
         self.strategy = build(cfg["strategy"])
         self.frame = model.skeleton(cfg["model"], cfg["peft"])
         self.expected = {
@@ -141,22 +146,38 @@ class Server:
             for name, parameter in self.frame.named_parameters()
             if parameter.requires_grad
         }
-        self.nodes = self._wait_for_nodes()
-        self.partitions = {node: place for place, node in enumerate(self.nodes)}
+        # The number that a node goes by here, and in a simulation its partition.
+        self.partitions: dict[int, int] = {}
+        self.refused: set[int] = set()
+        self._wait_for_nodes(cfg["num_clients"])
 
-    def _wait_for_nodes(self) -> list[int]:
-        # Nodes register while this already runs. Their ids are random in every run; the
-        # partition that a node stands for is its place among them in ascending order.
-        deadline = time.monotonic() + NODES_TIMEOUT
-        wanted = self.cfg["num_clients"]
-        while len(nodes := sorted(self.grid.get_node_ids())) < wanted:
-            if time.monotonic() > deadline:
+    def _available(self) -> list[int]:
+        """Nodes that are connected and take part, in the order in which they were seen."""
+        # Their ids are random in every run; ascending, they are as good as any.
+        connected = sorted(self.grid.get_node_ids())
+        for node in connected:
+            if node not in self.partitions:
+                self.partitions[node] = len(self.partitions)
+                if self.announce:
+                    say(f"Client {self.partitions[node]} is node {node}.")
+        willing = set(connected) - self.refused
+        return sorted(willing, key=self.partitions.__getitem__)
+
+    def _wait_for_nodes(self, wanted: int) -> None:
+        # They connect while this already runs, and get their numbers all at once.
+        started = time.monotonic()
+        told = False
+        while (here := len(set(self.grid.get_node_ids()) - self.refused)) < wanted:
+            waited = time.monotonic() - started
+            if waited > NODES_TIMEOUT:
                 raise RunFailed(
-                    f"Only {len(nodes)} of num_clients={wanted} clients connected within "
-                    f"{NODES_TIMEOUT:.0f} s."
+                    f"Only {here} of {wanted} clients connected within "
+                    f"{NODES_TIMEOUT:.0f} s (num_clients={self.cfg['num_clients']})."
                 )
+            if waited > 5 and not told:
+                say(f"Waiting for {wanted} clients; {here} are connected.")
+                told = True
             time.sleep(0.1)
-        return nodes
 
     def initial_adapter(self) -> model.State:
         """The first adapter, made by the clients that train first.
@@ -172,6 +193,7 @@ class Server:
         # would look at it again for every node until the run ends.
         for state, _ in exchange.replies():
             first = first or state
+        report_failures(0, exchange.failures)
         if first is None:
             raise RunFailed(
                 f"No client could load the model: {exchange.failures[0]['cause']}."
@@ -256,9 +278,13 @@ class Server:
         return result
 
     def _cohort(self, fraction: str, server_round: int) -> Cohort:
+        """The nodes that take part, in order of their numbers; waits until there is one."""
+        if not (nodes := self._available()):
+            self._wait_for_nodes(1)
+            nodes = self._available()
         seed = mix_seed(self.cfg["seed"], fraction, server_round)
         share = self.cfg["strategy"][fraction]
-        return Cohort([self.nodes[p] for p in sample(len(self.nodes), share, seed)])
+        return Cohort([nodes[place] for place in sample(len(nodes), share, seed)])
 
 
 class Exchange:
@@ -285,24 +311,51 @@ class Exchange:
         self.messages = messages
 
     def replies(self) -> Iterator[tuple[model.State, dict[str, Any]]]:
-        """Each usable reply's arrays and its metrics, in order of arrival."""
-        grid = self.server.grid
-        waiting = set(grid.push_messages(self.messages))
+        """Each usable reply's arrays and its metrics, in order of arrival.
+
+        Ends when everybody has answered, or `train.round_timeout` is over.
+        """
+        grid, timeout = self.server.grid, self.server.cfg["train"]["round_timeout"]
+        began = time.monotonic()
+        nodes = [message.metadata.dst_node_id for message in self.messages]
+        waiting = {}
+        for message_id, node in zip(
+            grid.push_messages(self.messages), nodes, strict=True
+        ):
+            if message_id:
+                waiting[message_id] = node
+            else:
+                self._fail(node, "it is no longer connected")
         while waiting:
-            for reply in grid.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                partition = self.server.partitions[reply.metadata.src_node_id]
+            # An error of Flower's own does not name the node; the message that it answers
+            # does.
+            for reply in grid.pull_messages(set(waiting)):
+                node = waiting.pop(reply.metadata.reply_to_message_id)
                 try:
                     state, client = self._read(reply)
                 except ValueError as error:
-                    failure = {"partition": partition, "cause": str(error)}
-                    self.failures.append(failure)
+                    self._fail(node, str(error))
+                    if reply.has_error() and reply.error.code == Refusal.code:
+                        self.server.refused.add(node)
                 else:
+                    partition = self.server.partitions[node]
                     sizes = {"partition": partition, "bytes_down": self.bytes_down}
                     self.clients.append(sizes | client)
                     yield state, self.clients[-1]
+            waited = time.monotonic() - began
+            if waiting and timeout and waited > timeout:
+                for node in waiting.values():
+                    self._fail(
+                        node, f"no reply within train.round_timeout={timeout:g} s"
+                    )
+                return
             if waiting:
-                time.sleep(PULL_INTERVAL)
+                # A long wait is no place for fifty questions a second over a network.
+                time.sleep(max(PULL_INTERVAL, min(1.0, waited / 100)))
+
+    def _fail(self, node: int, cause: str) -> None:
+        partition = self.server.partitions[node]
+        self.failures.append({"partition": partition, "cause": cause})
 
     def _read(self, reply: Message) -> tuple[model.State, dict[str, Any]]:
         """A reply's arrays in float32 and its metrics. Raises `ValueError` if unusable."""
@@ -401,72 +454,3 @@ def num_bytes(arrays: ArrayRecord) -> int:
 def peak_memory() -> int:
     """The most memory that this process has held so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def report_failures(server_round: int, failures: list[dict[str, Any]]) -> None:
-    """Name each cause once, with the clients that it cost."""
-    causes: dict[str, list[int]] = {}
-    for failure in failures:
-        causes.setdefault(failure["cause"], []).append(failure["partition"])
-    for cause, partitions in causes.items():
-        say(f"round {server_round}: left out client {str(partitions)[1:-1]}: {cause}")
-
-
-# --- what a run leaves behind --------------------------------------------------------------------
-
-
-class Journal:
-    """Writes a run down, round by round, into its folder."""
-
-    def __init__(
-        self, cfg: dict[str, Any], frame: model.PeftModel, folder: Path
-    ) -> None:
-        self.cfg = cfg
-        self.frame = frame
-        self.folder = folder
-        self.rounds: list[dict[str, Any]] = []
-        self.tokenizer = model.load_tokenizer(
-            cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
-        )
-
-    def write_round(self, entry: dict[str, Any], state: model.State) -> None:
-        """Append to `history.json`, and save the adapter when it is due."""
-        self.rounds.append(entry)
-        write_json(self.folder / "history.json", {"rounds": self.rounds})
-        done = entry["round"]
-        if (
-            done % self.cfg["train"]["save_every_round"] == 0
-            or done == self.cfg["num_rounds"]
-        ):
-            self.save_last(state)
-
-    def save_last(self, state: model.State) -> None:
-        """Save `state` as the adapter of the last finished round, if it is not there."""
-        done = len(self.rounds)
-        folder = self.folder / f"peft_{done}"
-        if not done or folder.exists():
-            return
-        settings = dict(self.cfg["model"])
-        settings["name"] = model.portable_name(settings["name"])
-        about = {
-            "round": done,
-            "template": self.cfg["dataset"]["template"],
-            "model": settings,
-        }
-        model.save_adapter(self.frame, state, self.tokenizer, about, folder)
-
-    def write_summary(self, more: dict[str, Any]) -> None:
-        """Write `summary.json` and draw `train_loss.png`."""
-        losses = [entry["train_loss"] for entry in self.rounds]
-        plot_losses({"": losses}, self.folder / "train_loss.png", smoothed=False)
-        summary = {
-            "rounds": len(self.rounds),
-            "train_loss_first": losses[0],
-            "train_loss_last": losses[-1],
-            "bytes_down": sum(entry["bytes_down"] for entry in self.rounds),
-            "bytes_up": sum(entry["bytes_up"] for entry in self.rounds),
-            "failures": sum(len(entry["failures"]) for entry in self.rounds),
-            "peak_memory_client": max(e["peak_memory_client"] for e in self.rounds),
-            "peak_memory_server": max(e["peak_memory_server"] for e in self.rounds),
-        }
-        write_json(self.folder / "summary.json", summary | more)

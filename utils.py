@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import hydra
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -42,6 +42,12 @@ class UserError(CompactHydraException):
     """Something that the user can mend. Hydra prints its text without a traceback."""
 
 
+class Refusal(UserError):
+    """A client that cannot take part in a run. The text may be told to the server."""
+
+    code = 100  # of the error by which the server knows that there is no use in asking again
+
+
 # --- configuration ---------------------------------------------------------------------
 
 
@@ -50,10 +56,36 @@ def compose(overrides: str = "") -> DictConfig:
 
     Raises `hydra.errors.HydraException` for an override that does not fit `conf/`.
     """
+    return compose_run(overrides)[0]
+
+
+def compose_run(overrides: str) -> tuple[DictConfig, Path]:
+    """Likewise, and the folder that `hydra.run.dir` gives to the run."""
     with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        cfg = hydra.compose("config", overrides=shlex.split(overrides))
+        cfg = hydra.compose(
+            "config", overrides=shlex.split(overrides), return_hydra_config=True
+        )
+    folder = Path(cfg.hydra.run.dir)
+    with open_dict(cfg):
+        del cfg.hydra
     OmegaConf.resolve(cfg)
-    return cfg
+    return cfg, folder
+
+
+def record(cfg: DictConfig, overrides: str, folder: Path) -> None:
+    """Write the configuration into a run's folder, as `@hydra.main` would.
+
+    Raises `UserError` where the folder cannot be written.
+    """
+    try:
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, folder / ".hydra/config.yaml")
+        OmegaConf.save(shlex.split(overrides), folder / ".hydra/overrides.yaml")
+    except OSError as error:
+        raise UserError(
+            f"The output folder {folder} cannot be written ({error.strerror}). "
+            "Name another one: hydra.run.dir=/path/to/folder"
+        ) from error
 
 
 def construct(node: Any, package: str, **more: Any) -> Any:

@@ -44,7 +44,8 @@ def configure() -> Callable[..., dict[str, Any]]:
 class LoopbackGrid:
     """Delivers messages to a real ClientApp in this process, in reversed order.
 
-    `tamper(partition, reply)` may change or replace a reply on its way back.
+    `tamper(partition, reply)` may change or replace a reply on its way back. `nodes` may
+    change between rounds, and those in `silent` never answer.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class LoopbackGrid:
         self.client_app = app.make_client_app(cfg)
         # Unordered, as Flower's node ids are.
         self.nodes = [1000 - 7 * (i % 3) + 31 * i for i in range(cfg["num_clients"])]
+        self.silent: set[int] = set()
         self.tamper = tamper
         self.sent: list[Message] = []
         self.waiting: list[Message] = []
@@ -69,10 +71,13 @@ class LoopbackGrid:
         for message in messages:
             self.sent.append(message)
             message.metadata.__dict__["_message_id"] = f"message {len(self.sent)}"
-        self.waiting = [*messages]
-        return [message.metadata.message_id for message in messages]
+        here = [m for m in messages if m.metadata.dst_node_id in self.nodes]
+        self.waiting = [m for m in here if m.metadata.dst_node_id not in self.silent]
+        return [m.metadata.message_id if m in here else None for m in messages]
 
     def pull_messages(self, message_ids: set[str]) -> list[Message]:
+        if not self.waiting:
+            return []
         message = self.waiting.pop()
         node = message.metadata.dst_node_id
         context = self.contexts.setdefault(

@@ -4,7 +4,9 @@ import re
 import shlex
 
 import pytest
+from flwr.common.config import parse_config_args
 
+import node
 import utils
 
 README = (utils.PROJECT / "README.md").read_text()
@@ -23,6 +25,30 @@ def test_each_run_composes(arguments):
         words = [word.split(",")[0] for word in words]
     cfg = utils.compose(" ".join(map(shlex.quote, words)))
     assert cfg.num_rounds >= 1
+
+
+def commands(name: str) -> list[list[str]]:
+    """Every command of that name in the README, as words."""
+    lines = re.findall(rf"^({name} .*)$", README, re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def test_each_federated_run_composes_and_no_node_would_refuse_it():
+    runs = [words for words in commands("flwr") if words[1] == "run"]
+    assert len(runs) >= 3
+    for words in runs:
+        given = parse_config_args([words[words.index("--run-config") + 1]])
+        assert given.keys() == {"overrides"}
+        utils.compose(node.admissible(given["overrides"]))
+
+
+def test_each_nodes_settings_are_known():
+    nodes = commands("flower-supernode")
+    assert len(nodes) >= 4
+    for words in nodes:
+        given = parse_config_args([words[words.index("--node-config") + 1]])
+        paths = {key: "." for key in given if key.endswith("-path")}
+        node.check_settings(given | paths)
 
 
 def test_the_seed_commands_stand_in_it():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
@@ -14,7 +14,7 @@ import dataset
 import evaluate
 import model
 import strategy
-from utils import PROJECT
+from utils import PROJECT, Refusal
 
 STRATEGIES = sorted(path.stem for path in (PROJECT / "conf/strategy").glob("*.yaml"))
 QUESTION = {"instruction": "What is the capital of France?", "input": ""}
@@ -104,6 +104,94 @@ def test_robust_strategies_shrug_off_an_outlier(name, expected, configure, loopb
     start = server.initial_adapter()
     state, _ = server.train_round(1, start)
     assert all(torch.allclose(state[name], start[name] + expected) for name in start)
+
+
+# --- clients that come, go, are late or want no part ------------------------------------------
+
+
+def test_a_client_that_refuses_is_not_asked_again(configure, loopback, capsys):
+    cfg = configure("num_clients=3", "num_rounds=3", "strategy.fraction_fit=1")
+
+    def refuse(partition: int, reply: Message) -> Message:
+        if partition != 1 or "metrics" not in reply.content:
+            return reply
+        reason = "it has 3 records, and train.min_records=10"
+        return Message(Error(Refusal.code, reason), reply_to=asked[reply])
+
+    grid = loopback(cfg, refuse)
+    asked = Asked(grid)
+    server = strategy.Server(cfg, grid)
+    state = server.initial_adapter()
+    entries = []
+    for number in (1, 2, 3):
+        state, entry = server.train_round(number, state)
+        entries.append(entry)
+    assert [entry["sampled"] for entry in entries] == [3, 2, 2]
+    assert [len(entry["failures"]) for entry in entries] == [1, 0, 0]
+    assert capsys.readouterr().out.count("it has 3 records") == 1
+    assert [c["partition"] for c in entries[2]["clients"]] == [0, 2]
+
+
+class Asked:
+    """The message that a reply answers, by the reply."""
+
+    def __init__(self, grid) -> None:
+        self.grid = grid
+
+    def __getitem__(self, reply: Message) -> Message:
+        answered = reply.metadata.reply_to_message_id
+        return next(m for m in self.grid.sent if m.metadata.message_id == answered)
+
+
+def test_a_client_that_is_late_is_left_out_of_its_round_only(configure, loopback):
+    cfg = configure("num_clients=3", "strategy.fraction_fit=1", "train.round_timeout=1")
+    grid = loopback(cfg)
+    server = strategy.Server(cfg, grid)
+    state = server.initial_adapter()
+    late = sorted(grid.nodes)[1]
+    grid.silent = {late}
+    state, first = server.train_round(1, state)
+    assert first["replied"] == 2
+    [failure] = first["failures"]
+    assert failure == {
+        "partition": 1,
+        "cause": "no reply within train.round_timeout=1 s",
+    }
+    grid.silent = set()
+    _, second = server.train_round(2, state)
+    assert second["replied"] == 3
+
+
+def test_nodes_may_leave_and_join_between_rounds(configure, loopback, capsys):
+    cfg = configure("num_clients=4", "strategy.fraction_fit=1")
+    grid = loopback(cfg)
+    grid.nodes.pop()
+    server = strategy.Server(cfg | {"num_clients": 3}, grid, announce=True)
+    state = server.initial_adapter()
+    gone = sorted(grid.nodes)[0]
+    grid.nodes = [node for node in grid.nodes if node != gone]
+    state, entry = server.train_round(1, state)
+    assert [c["partition"] for c in entry["clients"]] == [1, 2]
+    # Back under another id, as a SuperNode without a key comes.
+    grid.nodes = [7, *grid.nodes]
+    _, entry = server.train_round(2, state)
+    assert [c["partition"] for c in entry["clients"]] == [1, 2, 3]
+    assert "Client 3 is node 7." in capsys.readouterr().out
+
+
+def test_a_node_that_leaves_before_it_is_asked_costs_its_reply_only(
+    configure, loopback
+):
+    cfg = configure("num_clients=3", "strategy.fraction_fit=1")
+    grid = loopback(cfg)
+    server = strategy.Server(cfg, grid)
+    state = server.initial_adapter()
+    everybody = [*grid.nodes]
+    grid.get_node_ids = lambda: everybody  # the list is a moment old
+    grid.nodes = sorted(everybody)[1:]
+    _, entry = server.train_round(1, state)
+    assert entry["replied"] == 2
+    assert entry["failures"] == [{"partition": 0, "cause": "it is no longer connected"}]
 
 
 def test_bytes_are_counted_exactly(configure, loopback):

@@ -1,0 +1,189 @@
+"""pytest tests/test_federation.py: the README's federation, as real processes (slow)."""
+
+import json
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from federation import Federation
+from utils import PROJECT
+
+pytestmark = pytest.mark.slow
+
+RUN = (
+    "experiment=quickstart num_clients=2 strategy.fraction_fit=1 num_rounds=2 "
+    "evaluate.exact_match=false train.training_arguments.max_steps=2"
+)
+
+
+def write_records(file: Path, count: int, **columns: str) -> None:
+    """Questions in columns of any name: `frage="instruction"` renames one."""
+    source = (PROJECT / "assets/tiny_qa/train.jsonl").read_text().splitlines()
+    with file.open("w") as records:
+        for line in source[:count]:
+            row = json.loads(line)
+            row = {name: row[column] for name, column in columns.items()}
+            records.write(json.dumps(row) + "\n")
+
+
+def node_config(folder: Path, **settings: str | int) -> str:
+    """A `--node-config` with the base's folder; underscores stand for dashes."""
+    settings |= {
+        "model_path": str(PROJECT / "assets/tiny_llama"),
+        "cache_path": str(folder / "cache"),
+        "cpus": 1,
+    }
+    return " ".join(
+        f"{key.replace('_', '-')}={json.dumps(value)}"
+        for key, value in settings.items()
+    )
+
+
+def rounds(run_folder: Path) -> list[dict]:
+    return json.loads((run_folder / "history.json").read_text())["rounds"]
+
+
+def results(federation: Federation) -> Path:
+    """The folder of the federation's newest run."""
+    return max(federation.superlink.folder.glob("outputs/*/*"), key=os.path.getctime)
+
+
+def test_nodes_with_data_of_their_own_train_together(tmp_path):
+    """Sizes and columns differ; one offers too little; the run names a file of theirs."""
+    write_records(tmp_path / "a.jsonl", 200, frage="instruction", antwort="output")
+    write_records(tmp_path / "b.jsonl", 17, instruction="instruction", output="output")
+    write_records(tmp_path / "c.jsonl", 3, instruction="instruction", output="output")
+    with Federation(tmp_path / "federation") as federation:
+        for name, columns in (
+            ("a", {"column_instruction": "frage", "column_output": "antwort"}),
+            ("b", {}),
+            ("c", {}),
+        ):
+            data = str(tmp_path / f"{name}.jsonl")
+            settings = node_config(tmp_path, data_path=data, column_input="", **columns)
+            federation.supernode(name, settings)
+        # By epochs, so that a node trains on as many examples as it has records.
+        status, output = federation.run(
+            PROJECT,
+            f"{RUN} num_clients=3 train.training_arguments.max_steps=-1 "
+            "dataset=local dataset.path=/etc/passwd hydra.run.dir=results/first",
+        )
+        assert status == "finished:completed", output
+        folder = federation.superlink.folder / "results/first"
+        first, second = rounds(folder)
+        assert sorted(c["num-examples"] for c in first["clients"]) == [17, 200]
+        weighed = sum(c["num-examples"] * c["train_loss"] for c in first["clients"])
+        assert first["train_loss"] == pytest.approx(weighed / 217)
+        assert second["sampled"] == 2
+        assert output.count("it has 3 records, and train.min_records=10") == 1
+        assert (folder / "peft_2/adapter_model.safetensors").is_file()
+        assert (folder / "train_loss.png").is_file()
+        assert (
+            "dataset.path=/etc/passwd" in (folder / ".hydra/overrides.yaml").read_text()
+        )
+        assert f"Results: {folder}" in output
+        assert "round 2/2  loss" in output
+        assert "Traceback" not in output
+
+
+def test_a_runs_mistake_is_answered_in_a_line(tmp_path):
+    with Federation(tmp_path) as federation:
+        status, output = federation.run(PROJECT, f"{RUN} num_rounds=none")
+        assert status == "finished:failed"
+        assert "num_rounds=none: a whole number is needed." in output
+        status, output = federation.run(PROJECT, f"{RUN} +model.lora.alpha=3")
+        assert status == "finished:failed"
+        assert "+model.lora.alpha=3 does more than give a plain value" in output
+        assert "Traceback" not in output
+
+
+def test_the_same_app_in_a_local_simulation(tmp_path):
+    with Federation(tmp_path, "--simulation") as federation:
+        (federation.superlink.folder / "assets").symlink_to(PROJECT / "assets")
+        run = federation.flwr(
+            "run",
+            str(PROJECT),
+            "--stream",
+            f"--run-config=overrides={json.dumps(RUN)}",
+            "--federation-config=num-supernodes=2 client-resources-num-cpus=1",
+        )
+        status, output = federation.finish(run)
+        assert status == "finished:completed", output
+        assert [entry["replied"] for entry in rounds(results(federation))] == [2, 2]
+
+
+def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
+    """Of three, one is killed and one stopped in round 2; both are back before the end."""
+    with Federation(tmp_path) as federation:
+        nodes = [
+            federation.supernode(
+                f"node-{i}",
+                node_config(tmp_path, partition_id=i, num_partitions=3),
+            )
+            for i in range(3)
+        ]
+        run = federation.submit(
+            PROJECT,
+            f"{RUN} num_clients=3 num_rounds=6 train.round_timeout=40 "
+            "train.save_every_round=1",
+        )
+        run.wait_for(r"round 1/6 .* 3 of 3 clients", 180)
+        for node in nodes[1:]:
+            node.wait_for(r"(?s)(Receiving: train message.*){2}")
+        pause(nodes[1], signal.SIGSTOP)
+        nodes[2].kill()
+        run.wait_for(r"round 2/6 .* [12] of 3 clients")
+        pause(nodes[1], signal.SIGCONT)
+        nodes[2].start()
+        status, output = federation.finish(run)
+        assert status == "finished:completed", output
+        history = rounds(results(federation))
+        assert "no reply within train.round_timeout=40 s" in str(history[1]["failures"])
+        # The stopped one is itself again; the killed one has come back under another id.
+        last = [client["partition"] for client in history[5]["clients"]]
+        assert last == [0, 1, 3]
+        assert "Client 3 is node" in output
+
+
+def pause(process, signal_number: int) -> None:
+    """Stop or go on with a SuperNode and all that it has started."""
+    parent = psutil.Process(process.popen.pid)
+    for each in [parent, *parent.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # a child may end in this moment
+            each.send_signal(signal_number)
+
+
+def test_what_a_superlink_with_a_database_remembers(tmp_path):
+    """Runs and nodes are back after a restart; a run that was going on is not."""
+    database = tmp_path / "state.db"
+    with Federation(tmp_path / "federation", f"--database={database}") as federation:
+        settings = node_config(tmp_path, partition_id=0, num_partitions=1)
+        federation.supernode("node", settings)
+        alone = f"{RUN} num_clients=1 train.save_every_round=1"
+        status, output = federation.run(PROJECT, f"{alone} num_rounds=1")
+        assert status == "finished:completed", output
+        before = federation.ask("ls")["runs"]
+        run = federation.submit(PROJECT, f"{alone} num_rounds=50")
+        run.wait_for("round 2/50")
+        folder = results(federation)
+        federation.superlink.kill()
+        federation.superlink.start()
+        federation.superlink.wait_for("Uvicorn running on")
+        after = {run["run-id"]: run["status"] for run in federation.ask("ls")["runs"]}
+        assert {run["run-id"]: run["status"] for run in before}.items() <= after.items()
+        # What the broken run had finished is on disk, whole.
+        assert len(rounds(folder)) >= 2
+        assert (folder / "peft_2/adapter_model.safetensors").is_file()
+        # The SuperNode was never started again, and serves the next run.
+        status, output = federation.run(PROJECT, f"{alone} num_rounds=1")
+        assert status == "finished:completed", output
+        last = {run["run-id"]: run["status"] for run in federation.ask("ls")["runs"]}
+        assert sorted(last.values()) == [
+            "finished:completed",
+            "finished:completed",
+            "finished:failed",
+        ]
