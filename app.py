@@ -7,6 +7,7 @@ below, which compose the same `conf/` from the run's one setting, `overrides`.
 # A SuperNode starts a process for every message. What is imported up here is paid for by
 # each of them; torch and all that needs it is imported where it is used.
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from hydra.errors import HydraException
 
+import checks
 import node
 import utils
 
@@ -52,8 +54,12 @@ def make_server_app(cfg: dict[str, Any], folder: Path) -> ServerApp:
     return app
 
 
-def make_client_app(cfg: dict[str, Any]) -> ClientApp:
-    """A ClientApp that trains and evaluates whichever partition a message names."""
+def make_client_app(cfg: dict[str, Any], folder: Path) -> ClientApp:
+    """A ClientApp that trains and evaluates whichever partition a message names.
+
+    What its clients keep from one round to another goes into the run's `folder`.
+    """
+    cfg = cfg | {"residuals": str(folder.resolve() / "residuals")}
 
     def settle(message: Message, context: Context) -> tuple[dict[str, Any], int]:
         return cfg, int(message.content["config"]["partition"])
@@ -78,12 +84,15 @@ def federation_server() -> ServerApp:
         overrides = str(context.run_config["overrides"])
         node.admissible(overrides)  # what every node would refuse is refused here
         config, folder = utils.compose_run(overrides)
+        chosen = shlex.split(overrides)
+        if config.resume:
+            folder = Path(config.resume)
+            config, chosen = checks.resumed(config.resume, chosen)
         if not config.verbose:
             utils.quiet()
             log.setLevel(logging.WARNING)
         if not utils.local_path(str(config.model.name)):
             utils.offline_if_unreachable()
-        import checks
         import journal
         import strategy
 
@@ -91,8 +100,10 @@ def federation_server() -> ServerApp:
         cfg["train"]["round_timeout"] = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
         folder = folder.resolve()
         utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
-        utils.record(config, overrides, folder)
-        strategy.run(cfg, grid, folder, announce=True)
+        utils.record(config, chosen, folder)
+        # A run that goes on was begun with other overrides than it is gone on with.
+        told = {"overrides": shlex.join(chosen), "run": folder.name}
+        strategy.run(cfg, grid, folder, told)
         journal.report(folder)
 
     return app
@@ -105,7 +116,8 @@ def federation_client() -> ClientApp:
         # A node of `flwr run`'s simulation is a worker of Ray, which a SuperNode's never is.
         ray = sys.modules.get("ray")
         simulated = ray is not None and ray.is_initialized()
-        return node.settle(context.run_config, context.node_config, simulated)
+        told = message.content["config"]
+        return node.settle(told, context.node_config, simulated)
 
     return client_app(settle, private=True)
 
@@ -179,14 +191,13 @@ def train(
         server_round=config["server-round"],
         proximal_mu=config.get("proximal-mu", 0.0),
     )
-    kept = context.state.array_records.get("residual")
+    # In files, because Flower's state of a client would not outlive the run's process.
+    place = Path(cfg["residuals"]), partition, int(config["server-round"])
     packed, residual = comm.pack(
-        comm.update(state, received),
-        cfg["comm"]["dtype"],
-        kept.to_torch_state_dict() if kept else None,
+        comm.update(state, received), cfg["comm"]["dtype"], comm.load_residual(*place)
     )
     if residual:
-        context.state["residual"] = ArrayRecord(residual)
+        comm.save_residual(*place, residual)
     return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
 
 

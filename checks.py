@@ -7,13 +7,16 @@ commonest mistakes are answered in a second or two.
 import dataclasses
 import difflib
 import os
+import shlex
 import socket
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
-from utils import UserError, local_path
+from utils import UserError, compose, local_path
 
 # What TrainingArguments takes, but this app sets itself, and where it is set instead.
 OURS = {
@@ -33,6 +36,19 @@ OURS_OF_RAY = {
     "runtime_env": "main.py",
 }
 ANY = float("inf")
+# What a run that goes on may have otherwise than when it was begun.
+MAY_CHANGE = (
+    "num_rounds",
+    "resume",
+    "verbose",
+    "dry_run",
+    "client_resources",
+    "simulation",
+    "evaluate.exact_match",
+    "evaluate.max_new_tokens",
+    "train.save_every_round",
+    "train.round_timeout",
+)
 MAY_BE_NULL = ("train.round_timeout", "train.training_arguments.learning_rate")
 
 
@@ -60,6 +76,47 @@ def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
         dataset.check(cfg)
     check_model(cfg, weights=not (cfg["dry_run"] or deployed))
     return cfg
+
+
+def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """The configuration of the run in `folder` as `overrides` change it, and what makes it.
+
+    Raises `UserError` where there is no run, or where more is changed than a run can go on
+    with and still be the one that it was.
+    """
+    saved = Path(folder) / ".hydra"
+    try:
+        before = OmegaConf.load(saved / "config.yaml")
+        begun_with = list(OmegaConf.load(saved / "overrides.yaml"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(
+            f"resume={folder}: no run to go on with is here ({error}). Give the folder "
+            "that the run named as its results, outputs/<date>/<time>."
+        ) from error
+    ours = ("resume=", "hydra.")
+    chosen = [o for o in [*begun_with, *overrides] if not o.startswith(ours)]
+    config = compose(shlex.join([*chosen, f"resume={folder}"]))
+    OmegaConf.resolve(before)
+    old, new = _flat(before), _flat(config)
+    changed = [
+        f"{key} was {old.get(key)} and would be {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"resume={folder}: a run goes on as it was begun. {'; '.join(changed)}. What "
+            f"may change: {', '.join(MAY_CHANGE)}."
+        )
+    return config, chosen
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their dotted keys."""
+    if not isinstance(node, DictConfig):
+        return {path: node}
+    parts = (_flat(value, f"{path}.{key}".lstrip(".")) for key, value in node.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run says and leaves behind: its figures, adapters and plot, its last word."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ class Journal:
         self.tokenizer = model.load_tokenizer(
             cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
         )
+
+    def go_on(self, done: int) -> None:
+        """Take up the record of a run whose last checkpoint is of round `done`.
+
+        What was written of later rounds goes: they will be done again.
+        """
+        history = json.loads((self.folder / "history.json").read_text())
+        self.rounds = history["rounds"][:done]
+        for adapter in self.folder.glob("peft_*"):
+            if int(adapter.name.removeprefix("peft_")) > done:
+                shutil.rmtree(adapter)
+        for unfinished in self.folder.rglob(".*.tmp"):
+            shutil.rmtree(unfinished)
 
     def write_round(self, entry: dict[str, Any], state: model.State) -> None:
         """Append to `history.json`, and save the adapter when it is due."""

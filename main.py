@@ -18,11 +18,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import utils
-from checks import check, check_nodes
+from checks import check, check_nodes, resumed
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
+    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    overrides = list(HydraConfig.get().overrides.task)
+    if config.resume:
+        folder = Path(config.resume)
+        config, overrides = resumed(config.resume, overrides)
     if not config.verbose:
         utils.quiet()
     if not (utils.local_path(str(config.model.name)) and config.dataset.get("path")):
@@ -34,24 +39,37 @@ def main(config: DictConfig) -> None:
         utils.say(plan.show(cfg))
         return
     # Imported here, so that a mistake is answered without waiting for them.
+    import journal
+    from strategy import Stopped
+
+    utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
+    if cfg["resume"]:
+        utils.record(config, overrides, folder)
+    try:
+        simulate(cfg, folder)
+    except Stopped as error:
+        utils.say(str(error))
+        raise SystemExit(utils.INTERRUPTED) from error
+    journal.report(folder)
+
+
+def simulate(cfg: dict[str, Any], folder: Path) -> None:
     from flwr.simulation import run_simulation
 
-    import journal
     from app import make_client_app, make_server_app
+    from strategy import STOP
 
-    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
     with start_ray(cfg):
+        utils.on_interrupt(STOP.set)  # Ray has just put a handler of its own there
         run_simulation(
             server_app=make_server_app(cfg, folder),
-            client_app=make_client_app(cfg),
+            client_app=make_client_app(cfg, folder),
             num_supernodes=cfg["num_clients"],
             # Passed on to Ray: a worker that is killed comes back for later rounds.
             backend_config={
                 "client_resources": {**cfg["client_resources"], "max_restarts": -1}
             },
         )
-    journal.report(folder)
 
 
 # What the libraries read when they are imported. On a cluster, workers inherit it from the

@@ -8,8 +8,6 @@ import contextlib
 import gc
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
@@ -31,7 +29,7 @@ from transformers.utils import cached_file
 
 import cpu
 from memory import release_inputs
-from utils import PROJECT, Refusal, UserError, construct, local_path, mix_seed
+from utils import PROJECT, Refusal, UserError, commit, construct, local_path, mix_seed
 
 
 class Misfit(Refusal, ValueError):
@@ -146,12 +144,9 @@ def _fingerprint(source: str, quantization: int, device: torch.device) -> str:
 def _keep(base: torch.nn.Module, folder: Path) -> None:
     """Save a quantised base; its folder appears under its name only when it is complete."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        with commit(folder) as temporary:
             base.save_pretrained(temporary)
-            os.rename(temporary, folder)
-    except OSError as error:
-        # A full disk, or another process that was first: the base is there all the same.
+    except OSError as error:  # a full disk, say; the base is in memory all the same
         logging.warning("The quantised base was not kept in %s: %s", folder, error)
 
 
@@ -291,13 +286,12 @@ def save_adapter(
     frame.load_state_dict(state, strict=False, assign=True)
     settings = frame.peft_config["default"]
     settings.base_model_name_or_path = about["model"]["name"]
-    temporary = folder.with_name(folder.name + ".tmp")
-    frame.save_pretrained(
-        temporary, safe_serialization=True, save_embedding_layers=False
-    )
-    tokenizer.save_pretrained(temporary)
-    (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    temporary.rename(folder)
+    with commit(folder) as temporary:
+        frame.save_pretrained(
+            temporary, safe_serialization=True, save_embedding_layers=False
+        )
+        tokenizer.save_pretrained(temporary)
+        (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
 def read_about(folder: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
 import utils
-from utils import PROJECT, Refusal, UserError
+from utils import PROJECT, Refusal, UserError, mix_seed
 
 # Every key that `--node-config` may hold, and its type.
 SETTINGS: dict[str, type] = {
@@ -35,27 +35,34 @@ SETTINGS: dict[str, type] = {
 }
 CACHE = "~/.cache/llm-flowertune"
 PLAIN = (str, int, float, bool, type(None), QuotedString)  # values that name no code
+RUN_NAME = re.compile(r"[^\w-]")  # what a name may not hold that becomes a folder's
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def settle(
-    run_config: dict[str, Any], node_config: dict[str, Any], simulated: bool = False
+    told: dict[str, Any], node_config: dict[str, Any], simulated: bool = False
 ) -> tuple[dict[str, Any], int]:
     """The configuration that this node trains with, and its partition.
 
-    `simulated`: the node is one of a simulation, where there is no operator but the user.
+    `told`: the run's `overrides`, and its name, `run`, as the server sends them with every
+    message. `simulated`: the node is one of a simulation, where there is no operator but the user.
     Raises `Refusal` where the run asks for what the node does not allow, or the node has
     less than the run needs.
     """
     try:
         own = check_settings(node_config)
         choose_device(own.get("device"))
-        cfg = compose_run(str(run_config["overrides"]))
+        cfg = compose_run(str(told["overrides"]))
         partition = choose_partition(cfg, own)
         if not simulated:
             cfg["model"]["name"] = choose_base(cfg["model"]["name"], own)
             cfg["dataset"] = choose_data(cfg["dataset"], own)
-            cfg["model"]["cache"] = str(Path(own.get("cache-path", CACHE)).expanduser())
+        cache = Path(own.get("cache-path", CACHE)).expanduser()
+        cfg["model"]["cache"] = str(cache)
+        # Two nodes of one machine may share the folder, but not their data.
+        share = mix_seed(str(cfg["dataset"]["path"]), partition)
+        run = RUN_NAME.sub("_", str(told["run"]))
+        cfg["residuals"] = str(cache / "runs" / f"{run}-{share:08x}")
         if not cfg["verbose"]:
             utils.quiet()
         if not utils.local_path(cfg["model"]["name"]):

@@ -6,6 +6,7 @@ a reply is checked before it counts and each round is on disk before the next on
 
 import random
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,9 @@ from flwr.serverapp.strategy import (
     FedYogi,
 )
 from hydra.errors import InstantiationException
+from safetensors import SafetensorError
 
+import checkpoint
 import comm
 import model
 from evaluate import Examination
@@ -45,8 +48,15 @@ PULL_INTERVAL = 0.02  # seconds between looks for replies, at first
 AVERAGING = {FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad}
 
 
+STOP = threading.Event()  # ends the run at the next look for replies
+
+
 class RunFailed(UserError):
     """A round could not be completed. What came before it is on disk."""
+
+
+class Stopped(UserError):
+    """Somebody asked the run to end. What came before is on disk."""
 
 
 # --- whom to ask, and how to aggregate -------------------------------------------------------
@@ -97,48 +107,79 @@ class Cohort:
 # --- the run -------------------------------------------------------------------------------------
 
 
-def run(cfg: dict[str, Any], grid: Grid, folder: Path, announce: bool = False) -> None:
+def run(
+    cfg: dict[str, Any],
+    grid: Grid,
+    folder: Path,
+    told: dict[str, str] | None = None,
+) -> None:
     """Fine-tune for `cfg.num_rounds` rounds; write history, adapters and summary.
 
-    The clients are whoever is connected: workers of a simulation, or nodes that come and
-    go; `announce` says which node goes by which number.
+    The clients are whoever is connected: workers of a simulation, or the nodes of a
+    federation, which come and go. `told` is what nodes are told with every message.
 
-    Raises `RunFailed` when no client of a round gives a usable reply.
+    With `cfg.resume` it goes on after the newest checkpoint in `folder`. Raises
+    `RunFailed` when no client of a round gives a usable reply or the disk is full, and
+    `Stopped` after `STOP.set()`; what the rounds before have left stays.
     """
     started = time.monotonic()
-    server = Server(cfg, grid, announce)
+    server = Server(cfg, grid, told)
     journal = Journal(cfg, server.frame, folder)
     examination = Examination(cfg) if cfg["evaluate"]["exact_match"] else None
     base_answers = examination.base_answers() if examination else []
-    state = server.initial_adapter()
-    progress = Progress(cfg["num_rounds"])
+    state: model.State = {}
+    done = 0
+    if cfg["resume"] and (newest := checkpoint.newest(folder)):
+        state, done, before = checkpoint.load(newest, server.strategy)
+        started -= before
+        journal.go_on(done)
+        say(f"Going on after round {done}.")
+    progress = Progress(cfg["num_rounds"], done)
     try:
-        for server_round in range(1, cfg["num_rounds"] + 1):
-            state, entry = server.train_round(server_round, state)
-            entry |= server.evaluate_round(server_round, state)
-            journal.write_round(entry, state)
+        if not done:
+            state = server.initial_adapter()
+        for server_round in range(done + 1, cfg["num_rounds"] + 1):
+            new_state, entry = server.train_round(server_round, state)
+            entry |= server.evaluate_round(server_round, new_state)
+            journal.write_round(entry, new_state)
+            seconds = time.monotonic() - started
+            checkpoint.save(folder, server_round, new_state, server.strategy, seconds)
+            state, done = new_state, server_round
             progress.advance(entry)
-    except RunFailed as error:
+        scores = {}
+        if examination:
+            tuned_answers = examination.tuned_answers(state)
+            scores = examination.scores(base_answers, tuned_answers)
+            answers = examination.side_by_side(base_answers, tuned_answers)
+            write_json(folder / "answers.json", answers)
+        journal.write_summary(scores | {"seconds": time.monotonic() - started})
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(
+            f"{folder} cannot be written: {error}. {go_on(folder, done)}"
+        ) from error
+    except (RunFailed, Stopped) as error:
         journal.save_last(state)
-        raise RunFailed(f"{error} The rounds before are in {folder}.") from error
+        raise type(error)(f"{error} {go_on(folder, done)}") from error
     finally:
         progress.close()
-    scores = {}
-    if examination:
-        tuned_answers = examination.tuned_answers(state)
-        scores = examination.scores(base_answers, tuned_answers)
-        answers = examination.side_by_side(base_answers, tuned_answers)
-        write_json(folder / "answers.json", answers)
-    journal.write_summary(scores | {"seconds": time.monotonic() - started})
+
+
+def go_on(folder: Path, done: int) -> str:
+    """How to take up a run that has stopped."""
+    if not done:
+        return "No round was finished."
+    return f"Go on after round {done} with: python main.py resume={folder}"
 
 
 class Server:
     """Talks to the clients: what goes out, what comes back, what is fit to be used."""
 
-    def __init__(self, cfg: dict[str, Any], grid: Grid, announce: bool = False) -> None:
+    def __init__(
+        self, cfg: dict[str, Any], grid: Grid, told: dict[str, str] | None = None
+    ) -> None:
         self.cfg = cfg
         self.grid = grid
-        self.announce = announce
+        self.told = told or {}
         self.strategy = build(cfg["strategy"])
         self.frame = model.skeleton(cfg["model"], cfg["peft"])
         self.expected = {
@@ -158,7 +199,7 @@ class Server:
         for node in connected:
             if node not in self.partitions:
                 self.partitions[node] = len(self.partitions)
-                if self.announce:
+                if self.told:
                     say(f"Client {self.partitions[node]} is node {node}.")
         willing = set(connected) - self.refused
         return sorted(willing, key=self.partitions.__getitem__)
@@ -306,7 +347,7 @@ class Exchange:
             # The strategy gave all of them one record; each names its own partition.
             config = message.content.config_records.get("config", ConfigRecord())
             partition = server.partitions[message.metadata.dst_node_id]
-            config = ConfigRecord({**config, "partition": partition})
+            config = ConfigRecord({**config, **server.told, "partition": partition})
             message.content = RecordDict({"arrays": arrays, "config": config})
         self.messages = messages
 
@@ -327,6 +368,8 @@ class Exchange:
             else:
                 self._fail(node, "it is no longer connected")
         while waiting:
+            if STOP.is_set():
+                raise Stopped("Stopped.")
             # An error of Flower's own does not name the node; the message that it answers
             # does.
             for reply in grid.pull_messages(set(waiting)):

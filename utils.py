@@ -11,19 +11,25 @@ import logging
 import math
 import os
 import shlex
+import shutil
+import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 PROJECT = Path(__file__).resolve().parent
+INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 # Read by the libraries when they are imported, in the worker processes as well.
 for _name, _value in {
@@ -61,6 +67,7 @@ def compose(overrides: str = "") -> DictConfig:
 
 def compose_run(overrides: str) -> tuple[DictConfig, Path]:
     """Likewise, and the folder that `hydra.run.dir` gives to the run."""
+    GlobalHydra.instance().clear()  # `@hydra.main` may have left one
     with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         cfg = hydra.compose(
             "config", overrides=shlex.split(overrides), return_hydra_config=True
@@ -72,7 +79,7 @@ def compose_run(overrides: str) -> tuple[DictConfig, Path]:
     return cfg, folder
 
 
-def record(cfg: DictConfig, overrides: str, folder: Path) -> None:
+def record(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     """Write the configuration into a run's folder, as `@hydra.main` would.
 
     Raises `UserError` where the folder cannot be written.
@@ -80,7 +87,7 @@ def record(cfg: DictConfig, overrides: str, folder: Path) -> None:
     try:
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / ".hydra/config.yaml")
-        OmegaConf.save(shlex.split(overrides), folder / ".hydra/overrides.yaml")
+        OmegaConf.save(overrides, folder / ".hydra/overrides.yaml")
     except OSError as error:
         raise UserError(
             f"The output folder {folder} cannot be written ({error.strerror}). "
@@ -169,19 +176,53 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader finds the old content or the new, never a part."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    _flush(temporary)
     os.replace(temporary, path)
+
+
+@contextmanager
+def commit(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which then becomes `folder`, whole or not at all.
+
+    After a crash at any moment there is `folder` with all its content on the disk, or there
+    is none. One that exists already stays as it is.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(exist_ok=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        _flush(temporary)
+        if not folder.exists():
+            temporary.rename(folder)
+            _flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk, not only on its way."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Progress:
     """A bar over the rounds on a terminal, one line a round elsewhere."""
 
-    def __init__(self, num_rounds: int) -> None:
+    def __init__(self, num_rounds: int, done: int = 0) -> None:
         from tqdm import tqdm
 
         self.num_rounds = num_rounds
+        self.first = done
         self.started = time.monotonic()
         self.bar = tqdm(
             total=num_rounds,
+            initial=done,
             unit="round",
             disable=not sys.stderr.isatty(),
             bar_format="{desc}: {n}/{total} |{bar}| {elapsed}, {remaining} left{postfix}",
@@ -196,7 +237,8 @@ class Progress:
             self.bar.update()
             return
         done = entry["round"]
-        left = (time.monotonic() - self.started) / done * (self.num_rounds - done)
+        pace = (time.monotonic() - self.started) / (done - self.first)
+        left = pace * (self.num_rounds - done)
         print(
             f"round {done}/{self.num_rounds}  {loss}  {entry['seconds']:.1f} s  "
             f"{entry['replied']} of {entry['sampled']} clients  "
@@ -251,6 +293,27 @@ def plot_losses(curves: dict[str, list[float]], path: Path, smoothed: bool) -> N
         axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def on_interrupt(stop: Callable[[], None]) -> None:
+    """Let Ctrl-C (or a scheduler's SIGTERM) stop the run once, and at once the second time."""
+
+    def handle(number: int, frame: Any) -> None:
+        if asked:
+            import psutil
+
+            # Ray's processes would outlive this one, each in a session of its own.
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            os._exit(INTERRUPTED)
+        asked.append(number)
+        say("Stopping. Once more to stop at once.")
+        stop()
+
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 class Outputs(Callback):

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
@@ -45,17 +46,20 @@ class LoopbackGrid:
     """Delivers messages to a real ClientApp in this process, in reversed order.
 
     `tamper(partition, reply)` may change or replace a reply on its way back. `nodes` may
-    change between rounds, and those in `silent` never answer.
+    change between rounds, and those in `silent` never answer. What clients keep from one
+    round to another is in `folder`.
     """
 
     def __init__(
         self,
         cfg: dict[str, Any],
         tamper: Callable[[int, Message], Message] = lambda partition, reply: reply,
+        folder: Path | None = None,
     ) -> None:
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="clients-"))
         # What Flower's runtime sets before an app may make Messages.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
-        self.client_app = app.make_client_app(cfg)
+        self.client_app = app.make_client_app(cfg, self.folder)
         # Unordered, as Flower's node ids are.
         self.nodes = [1000 - 7 * (i % 3) + 31 * i for i in range(cfg["num_clients"])]
         self.silent: set[int] = set()

@@ -37,7 +37,9 @@ def notes(tmp_path) -> dict:
 
 
 def settle(settings: dict, overrides: str = "", simulated: bool = False):
-    return node.settle({"overrides": f"{RUN} {overrides}"}, settings, simulated)
+    return node.settle(
+        {"overrides": f"{RUN} {overrides}", "run": "../first"}, settings, simulated
+    )
 
 
 def test_a_node_trains_on_its_own_records_whatever_the_run_names(notes):
@@ -142,6 +144,7 @@ def test_no_tracker_and_no_checkpoints_on_a_node(notes):
     assert cfg["train"]["training_arguments"]["report_to"] is None
     assert cfg["train"]["training_arguments"]["save_strategy"] == "no"
     assert cfg["client_resources"]["num_cpus"] == 1
+    assert cfg["residuals"].startswith(f"{notes['cache-path']}/runs/___first-")
 
 
 @pytest.mark.parametrize(
@@ -200,16 +203,16 @@ def identity() -> None:
 
 
 def ask(kind: str, settings: dict, adapter: dict, overrides: str = "") -> Message:
-    config = ConfigRecord({"server-round": 1, "partition": 3})
+    told = {"overrides": f"{RUN} {overrides}", "run": "first"}
+    config = ConfigRecord({"server-round": 1, "partition": 3, **told})
     content = RecordDict({"arrays": ArrayRecord(adapter), "config": config})
     message = Message(content, 5, kind)
     message.metadata.__dict__["_message_id"] = "message"
-    run_config = {"overrides": f"{RUN} {overrides}"}
-    return app.client(message, Context(1, 5, settings, RecordDict(), run_config))
+    return app.client(message, Context(1, 5, settings, RecordDict(), {}))
 
 
 def test_the_app_answers_with_the_update_of_its_own_partition(
-    identity, configure, loopback
+    identity, configure, tmp_path
 ):
     first = ask("query", SHARE, {}).content["arrays"].to_torch_state_dict()
     reply = ask("train", SHARE, first)
@@ -219,7 +222,7 @@ def test_the_app_answers_with_the_update_of_its_own_partition(
     cfg = configure(
         "num_clients=4 train.training_arguments.per_device_train_batch_size=16"
     )
-    simulated = app.make_client_app(cfg)
+    simulated = app.make_client_app(cfg, tmp_path)
     for partition, same in ((1, True), (3, False)):
         config = ConfigRecord({"server-round": 1, "partition": partition})
         message = Message(

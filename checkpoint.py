@@ -1,0 +1,99 @@
+"""What a run needs in order to go on after any stop: written after every round, atomically.
+
+A checkpoint is a folder `checkpoints/<round>/` that appears under its name only when all of
+it is on the disk. Whatever else a round depends on (who is sampled, the order of the data,
+the learning rate) follows from the configuration and the round's number.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from safetensors.torch import load_file, save_file
+
+from utils import commit
+
+KEPT = 2  # the newest ones: should the last turn out unreadable, there is another
+State = dict[str, torch.Tensor]
+
+
+def save(folder: Path, done: int, state: State, strategy: Any, seconds: float) -> None:
+    """Write the state after round `done` of the run in `folder`; drop all but the newest two.
+
+    `seconds` that the run has taken so far. Raises `OSError` where the disk is full, with
+    the earlier checkpoints intact.
+    """
+    tensors, kept = _strategy_state(strategy)
+    target = folder / "checkpoints" / f"{done:06d}"
+    with commit(target) as temporary:
+        save_file(state, temporary / "adapter.safetensors")
+        save_file(tensors, temporary / "strategy.safetensors")
+        # With the names in order, which a safetensors file loses: FedAvgM's momentum is a
+        # list beside it.
+        about = {
+            "round": done,
+            "seconds": seconds,
+            "adapter": [*state],
+            "strategy": kept,
+        }
+        (temporary / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    for old in sorted(target.parent.glob("[0-9]*"))[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of the run in `folder`, or None before the first."""
+    return max((folder / "checkpoints").glob("[0-9]" * 6), default=None)
+
+
+def load(checkpoint: Path, strategy: Any) -> tuple[State, int, float]:
+    """The adapter, its round and the seconds until then; `strategy` gets its own state."""
+    about = json.loads((checkpoint / "about.json").read_text())
+    tensors = load_file(checkpoint / "strategy.safetensors")
+    for attribute, (kind, names) in about["strategy"].items():
+        arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
+        setattr(strategy, attribute, _KINDS[kind](arrays))
+    state = load_file(checkpoint / "adapter.safetensors")
+    state = {name: state[name] for name in about["adapter"]}
+    return state, about["round"], about["seconds"]
+
+
+def _strategy_state(strategy: Any) -> tuple[State, dict[str, tuple[str, list[str]]]]:
+    """Every array that a strategy of Flower's has come to hold, by attribute and name.
+
+    Momenta and second moments are dicts or lists of ndarrays, or ArrayRecords. Also gives
+    each attribute's kind and names.
+    """
+    tensors: State = {}
+    kept: dict[str, tuple[str, list[str]]] = {}
+    for attribute, value in vars(strategy).items():
+        if isinstance(value, ArrayRecord):
+            kind, arrays = "record", {k: v.numpy() for k, v in value.items()}
+        elif isinstance(value, list) and _arrays(value):
+            kind, arrays = "list", {str(i): v for i, v in enumerate(value)}
+        elif isinstance(value, dict) and _arrays(list(value.values())):
+            kind, arrays = "dict", value
+        else:
+            continue
+        kept[attribute] = kind, list(arrays)
+        for name, array in arrays.items():
+            tensor = torch.from_numpy(np.array(array))
+            tensors[f"{attribute}/{name}"] = tensor
+    return tensors, kept
+
+
+def _arrays(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, np.ndarray) for value in values)
+
+
+_KINDS = {
+    "record": lambda arrays: ArrayRecord(
+        {k: torch.tensor(v) for k, v in arrays.items()}
+    ),
+    "list": lambda arrays: list(arrays.values()),
+    "dict": dict,
+}

@@ -1,0 +1,352 @@
+"""pytest tests/test_resume.py: a run that is stopped at any moment ends as if it was not."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load
+
+import checkpoint
+import comm
+import strategy
+from checks import resumed
+from utils import PROJECT, UserError, commit
+
+OPTIMISERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian"]
+
+
+class Killed(BaseException):
+    """Ends a run in this process as suddenly as a signal would."""
+
+
+def adapter(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    # From bytes, because a test below writes into the file.
+    return load((folder / f"peft_{number}/adapter_model.safetensors").read_bytes())
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[k].equal(other[k]) for k in one)
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "history.json").read_text())
+    return [entry["train_loss"] for entry in history["rounds"]]
+
+
+def killed_in(loopback, cfg: dict, folder: Path, last: int) -> None:
+    """Run until round `last` is under way, with one of its replies in."""
+    seen = []
+
+    def kill(partition: int, reply):
+        if "metrics" in reply.content:
+            seen.append(partition)
+            if len(seen) == 2 * last:  # two clients a round
+                raise Killed
+        return reply
+
+    with pytest.raises(Killed):
+        strategy.run(cfg, loopback(cfg, kill, folder), folder)
+
+
+# --- in this process: every strategy, every wire format ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float16") for name in OPTIMISERS), ("fedadam", "int8")],
+)
+def test_a_run_that_goes_on_ends_bit_identical(
+    name, dtype, configure, loopback, tmp_path
+):
+    cfg = configure(
+        f"strategy={name}",
+        f"comm.dtype={dtype}",
+        "num_rounds=4",
+        "num_clients=3",
+        "strategy.fraction_fit=0.7",
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    strategy.run(cfg, loopback(cfg, folder=whole), whole)
+    killed_in(loopback, cfg, parts, last=2)
+    again = cfg | {"resume": str(parts)}
+    killed_in(loopback, again, parts, last=2)  # its second round, the third of all
+    strategy.run(again, loopback(again, folder=parts), parts)
+    assert same(adapter(whole, 4), adapter(parts, 4))
+    assert losses(whole) == losses(parts)
+    summary = json.loads((parts / "summary.json").read_text())
+    assert summary["rounds"] == 4
+    kept = sorted(path.name for path in (parts / "checkpoints").iterdir())
+    assert kept == ["000003", "000004"]
+
+
+def test_the_order_of_replies_leaves_no_trace(configure, loopback, tmp_path):
+    cfg = configure("num_clients=4", "strategy.fraction_fit=1")
+    (one := tmp_path / "one").mkdir()
+    (other := tmp_path / "other").mkdir()
+    strategy.run(cfg, loopback(cfg), one)
+    forward = loopback(cfg)
+    push = forward.push_messages
+
+    def push_reversed(messages):
+        ids = push(messages)
+        forward.waiting.reverse()
+        return ids
+
+    forward.push_messages = push_reversed
+    strategy.run(cfg, forward, other)
+    assert same(adapter(one, 2), adapter(other, 2))
+
+
+def test_more_rounds_may_be_asked_for(configure, loopback, tmp_path):
+    cfg = configure("num_rounds=2", "train.save_every_round=1")
+    strategy.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    first = adapter(tmp_path, 2)
+    longer = cfg | {"num_rounds": 3, "resume": str(tmp_path)}
+    strategy.run(longer, loopback(longer, folder=tmp_path), tmp_path)
+    assert len(losses(tmp_path)) == 3
+    assert same(first, adapter(tmp_path, 2))
+    assert not same(first, adapter(tmp_path, 3))
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_begins(
+    configure, loopback, tmp_path
+):
+    cfg = configure("num_rounds=1") | {"resume": str(tmp_path)}
+    strategy.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    assert len(losses(tmp_path)) == 1
+
+
+# --- what is on the disk ------------------------------------------------------------------------
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    whole = tmp_path / "checkpoints/000003"
+    with commit(whole) as temporary:
+        (temporary / "adapter.safetensors").write_text("whole")
+
+    def write_half() -> None:
+        with commit(tmp_path / "checkpoints/000004") as temporary:
+            (temporary / "adapter.safetensors").write_text("half")
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_half()
+    # As kill -9 leaves it: nothing cleans up.
+    (tmp_path / "checkpoints/.000005.77.tmp").mkdir()
+    assert checkpoint.newest(tmp_path) == whole
+
+
+def test_what_a_killed_run_left_of_later_rounds_is_done_again(
+    configure, loopback, tmp_path
+):
+    cfg = configure("num_rounds=3", "train.save_every_round=1")
+    strategy.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    whole = adapter(tmp_path, 3)
+    # Killed between the adapter of round 3 and its checkpoint, while writing another.
+    shutil.rmtree(tmp_path / "checkpoints/000003")
+    (tmp_path / "peft_3/adapter_model.safetensors").write_bytes(b"stale")
+    (tmp_path / "checkpoints/.000003.77.tmp").mkdir()
+    again = cfg | {"resume": str(tmp_path)}
+    strategy.run(again, loopback(again, folder=tmp_path), tmp_path)
+    assert same(whole, adapter(tmp_path, 3))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_error_feedback_of_a_round_that_is_done_again_is_not_used(tmp_path):
+    for number in (1, 2, 3):
+        left = {"w": torch.tensor([float(number)])}
+        comm.save_residual(tmp_path, 0, number, left)
+    comm.save_residual(tmp_path, 10, 2, {"w": torch.tensor([9.0])})
+    assert comm.load_residual(tmp_path, 0, 3)["w"].item() == 2
+    assert comm.load_residual(tmp_path, 0, 4)["w"].item() == 3
+    assert comm.load_residual(tmp_path, 0, 1) is None
+    assert len(list(tmp_path.glob("0-*"))) == 2
+
+
+# --- a changed configuration ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """The folder of a run that was begun with the command of a test below."""
+    done = main(f"{SHORT} num_rounds=1 hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    return tmp_path
+
+
+SHORT = (
+    "experiment=quickstart num_clients=4 strategy.fraction_fit=0.5 "
+    "evaluate.exact_match=false train.training_arguments.max_steps=2 "
+    "train.training_arguments.per_device_train_batch_size=4"
+)
+
+
+def main(overrides: str, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "main.py", *overrides.split()],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **more,
+    )
+
+
+@pytest.mark.slow
+def test_what_may_change_and_what_may_not(begun):
+    config, overrides = resumed(str(begun), ["num_rounds=9", "verbose=true"])
+    assert config.num_rounds == 9
+    assert config.num_clients == 4
+    assert "num_rounds=9" in overrides
+    for change, told in (
+        ("model.quantization=8", "model.quantization was 4 and would be 8"),
+        ("dataset.template=vicuna", "dataset.template was alpaca and would be vicuna"),
+        ("peft=ia3", "peft._target_ was peft.LoraConfig and would be peft.IA3Config"),
+        ("model.lora.peft_lora_r=4", "model.lora.peft_lora_r was 16 and would be 4"),
+        ("num_clients=5", "num_clients was 4 and would be 5"),
+        ("strategy=fedadam", "strategy._target_ was"),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            resumed(str(begun), [change])
+    # The command itself; what was finished is not lost, and nothing is done twice.
+    before = (begun / "history.json").read_bytes()
+    refused = main(f"resume={begun} seed=1")
+    assert refused.returncode == 1
+    assert "seed was 0 and would be 1" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    again = main(f"resume={begun}")
+    assert again.returncode == 0, again.stderr
+    assert (begun / "history.json").read_bytes() == before
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="no run to go on with is here"):
+        resumed(str(tmp_path), [])
+
+
+# --- real processes, killed ------------------------------------------------------------------------
+
+
+class Run:
+    """The command as a user starts it, in a session of its own."""
+
+    def __init__(self, *overrides: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "main.py", *" ".join(overrides).split()],
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.said = ""
+
+    def read_until(self, pattern: str) -> None:
+        for line in self.process.stdout:
+            self.said += line
+            if re.search(pattern, line):
+                return
+        raise AssertionError(f"ended without {pattern}:\n{self.said}")
+
+    def everything(self) -> list[psutil.Process]:
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def end(self) -> int:
+        rest, _ = self.process.communicate(timeout=300)
+        self.said += rest
+        return self.process.returncode
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedavg", "fedadam"])
+def test_killed_three_times_it_ends_bit_identical(name, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = f"{SHORT} strategy={name} num_rounds=6 train.save_every_round=6"
+    done = main(f"{command} hydra.run.dir={whole}")
+    assert done.returncode == 0, done.stderr
+    begin = f"{command} hydra.run.dir={parts}"
+    # While the workers load the base, in the middle of round 2, in the middle of round 5.
+    for start, when in (
+        (begin, "Results:"),
+        (f"resume={parts}", "round 1/6"),
+        (f"resume={parts}", "round 4/6"),
+    ):
+        run = Run(start)
+        run.read_until(when)
+        everything = run.everything()
+        for process in everything:
+            process.kill()
+        run.end()
+        assert gone(everything)
+    done = main(f"resume={parts}")
+    assert done.returncode == 0, done.stderr
+    assert "Going on after round" in done.stdout
+    assert same(adapter(whole, 6), adapter(parts, 6))
+    assert losses(whole) == losses(parts)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nobody_behind(tmp_path):
+    run = Run(f"{SHORT} num_rounds=500 hydra.run.dir={tmp_path}")
+    run.read_until("round 2/500")
+    everything = run.everything()
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
+    assert run.end() == 130, run.said
+    assert gone(everything)
+    [number] = re.findall(
+        r"Go on after round (\d+) with: python main.py resume=", run.said
+    )
+    assert (tmp_path / f"peft_{number}/adapter_model.safetensors").is_file()
+    assert len(losses(tmp_path)) == int(number)
+    assert "Traceback" not in run.said
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_stops_at_once(tmp_path):
+    run = Run(f"{SHORT} num_rounds=500 hydra.run.dir={tmp_path}")
+    run.read_until("round 1/500")
+    everything = run.everything()
+    began = time.monotonic()
+    for _ in range(2):
+        os.kill(run.process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    run.end()
+    assert time.monotonic() - began < 60
+    assert gone(everything)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(tmp_path):
+    command = f"{SHORT} train.save_every_round=100 num_rounds=100"
+    run = Run(f"{command} hydra.run.dir={tmp_path}")
+    run.read_until("round 2/100")
+    # From now on no file of the server's may grow beyond 100 kB, and an adapter is 300.
+    limit = (100_000, resource.RLIM_INFINITY)
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, limit)
+    assert run.end() == 1, run.said
+    assert "cannot be written" in run.said
+    [number] = re.findall(r"Go on after round (\d+) with: python main.py", run.said)
+    assert "Traceback" not in run.said
+    assert checkpoint.newest(tmp_path).name == f"{int(number):06d}"
+    assert not list(tmp_path.rglob(".*.tmp"))
+    done = main(f"resume={tmp_path} num_rounds={int(number) + 1}")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path)) == int(number) + 1
