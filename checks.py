@@ -49,7 +49,11 @@ MAY_CHANGE = (
     "train.save_every_round",
     "train.round_timeout",
 )
-MAY_BE_NULL = ("train.round_timeout", "train.training_arguments.learning_rate")
+MAY_BE_NULL = (
+    "strategy.clip_norm",
+    "train.round_timeout",
+    "train.training_arguments.learning_rate",
+)
 
 
 def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
@@ -145,6 +149,9 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("model.lora.peft_lora_dropout", float, 0, 0.99),
         ("strategy.fraction_fit", float, 1e-9, 1),
         ("strategy.fraction_evaluate", float, 0, 1),
+        ("strategy.min_fit_replies", whole, 1, ANY),
+        ("strategy.max_round_retries", whole, 0, ANY),
+        ("strategy.clip_norm", float, 1e-9, ANY),
         ("train.save_every_round", whole, 1, ANY),
         ("train.round_timeout", float, 1, ANY),
         ("train.min_records", whole, 1, ANY),
@@ -265,9 +272,15 @@ def check_strategy(cfg: dict[str, Any]) -> None:
 
     strategy.build(cfg["strategy"])
     node = cfg["strategy"]
+    cohort = strategy.cohort_size(cfg["num_clients"], node["fraction_fit"])
+    if cohort < node["min_fit_replies"]:
+        raise UserError(
+            f"strategy.min_fit_replies={node['min_fit_replies']}, but strategy.fraction_fit="
+            f"{node['fraction_fit']} of num_clients={cfg['num_clients']} are {cohort} "
+            "clients a round."
+        )
     if not node["_target_"].endswith(".Bulyan"):
         return
-    cohort = strategy.cohort_size(cfg["num_clients"], node["fraction_fit"])
     needed = 4 * node["num_malicious_nodes"] + 3
     if cohort < needed:
         raise UserError(

@@ -44,6 +44,20 @@ from utils import Progress, Refusal, UserError, mix_seed, say, write_json
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
 PULL_INTERVAL = 0.02  # seconds between looks for replies, at first
+# Keys of conf/strategy that are this module's, not the constructor's.
+OURS = (
+    "fraction_fit",
+    "fraction_evaluate",
+    "min_fit_replies",
+    "max_round_retries",
+    "clip_norm",
+)
+# What a reply must tell for its kind of message.
+METRICS = {
+    MessageType.QUERY: (),
+    MessageType.TRAIN: ("num-examples", "train_loss", "peak_memory"),
+    MessageType.EVALUATE: ("num-examples", "eval_loss"),
+}
 # Strategies that are a function of the weighted mean of the replies.
 AVERAGING = {FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad}
 
@@ -65,10 +79,10 @@ class Stopped(UserError):
 def build(node: dict[str, Any]) -> FedAvg:
     """The strategy that `conf/strategy` names.
 
-    `sample` decides whom it asks, so it takes everyone that it is shown.
+    `Server` decides whom it asks, so it takes everyone that it is shown.
     Raises `UserError` for settings that it does not take.
     """
-    settings = {k: v for k, v in node.items() if not k.startswith("fraction_")}
+    settings = {k: v for k, v in node.items() if k not in OURS}
     everyone = {
         "fraction_train": 1.0,
         "fraction_evaluate": 1.0,
@@ -88,10 +102,10 @@ def cohort_size(num_clients: int, fraction: float) -> int:
     return max(1, int(num_clients * fraction + 1e-9))
 
 
-def sample(num_clients: int, fraction: float, seed: int) -> list[int]:
-    """The partitions that take part, in ascending order; `seed` alone decides."""
-    size = cohort_size(num_clients, fraction)
-    return sorted(random.Random(seed).sample(range(num_clients), size))
+def sample(nodes: list[int], size: int, seed: int) -> list[int]:
+    """The nodes that take part, in the order in which they stand; `seed` alone decides."""
+    places = sorted(random.Random(seed).sample(range(len(nodes)), size))
+    return [nodes[place] for place in places]
 
 
 class Cohort:
@@ -249,24 +263,37 @@ class Server:
         Returns the new adapter and the round's entry for `history.json`.
         """
         began = time.monotonic()
-        cohort = self._cohort("fraction_fit", server_round)
-        messages = self.strategy.configure_train(
-            server_round, ArrayRecord(state), ConfigRecord(), cohort
-        )
-        exchange = Exchange(self, messages, state)
-        aggregator = aggregator_for(self.strategy, state)
-        seconds_aggregate = 0.0
-        for update, client in exchange.replies():
-            received = time.monotonic()
-            aggregator.add(update, client)
-            seconds_aggregate += time.monotonic() - received
-        clients = sorted(exchange.clients, key=lambda client: client["partition"])
-        if not clients:
-            raise RunFailed(
-                f"Round {server_round}: none of {len(cohort.nodes)} clients gave a usable "
-                f"reply. The first cause: {exchange.failures[0]['cause']}."
+        settings = self.cfg["strategy"]
+        failures: list[dict[str, Any]] = []
+        tried: set[int] = set()
+        for attempt in range(1 + settings["max_round_retries"]):
+            cohort = self._cohort("fraction_fit", server_round, attempt, tried)
+            messages = self.strategy.configure_train(
+                server_round, ArrayRecord(state), ConfigRecord(), cohort
             )
-        report_failures(server_round, exchange.failures)
+            exchange = Exchange(self, messages, state)
+            aggregator = aggregator_for(self.strategy, state)
+            seconds_aggregate = 0.0
+            for update, client in exchange.replies():
+                received = time.monotonic()
+                aggregator.add(clip(update, settings["clip_norm"]), client)
+                seconds_aggregate += time.monotonic() - received
+            failures += exchange.failures
+            tried |= set(cohort.nodes)
+            if len(exchange.clients) >= settings["min_fit_replies"]:
+                break
+            say(
+                f"round {server_round}: {len(exchange.clients)} usable replies where "
+                f"strategy.min_fit_replies={settings['min_fit_replies']}."
+            )
+        else:
+            raise RunFailed(
+                f"Round {server_round} failed {attempt + 1} times "
+                f"(strategy.max_round_retries={settings['max_round_retries']}). The last "
+                f"cause: {failures[-1]['cause']}."
+            )
+        report_failures(server_round, failures)
+        clients = sorted(exchange.clients, key=lambda client: client["partition"])
         received = time.monotonic()
         aggregated, _ = self.strategy.aggregate_train(
             server_round, aggregator.replies()
@@ -289,7 +316,8 @@ class Server:
             "train_loss": float(np.average(losses, weights=weights)),
             "sampled": len(cohort.nodes),
             "replied": len(clients),
-            "failures": exchange.failures,
+            "retries": attempt,
+            "failures": failures,
             "bytes_down": len(cohort.nodes) * exchange.bytes_down,
             "bytes_up": sum(client["bytes_up"] for client in clients),
             "peak_memory_client": max(client["peak_memory"] for client in clients),
@@ -318,14 +346,25 @@ class Server:
             result["eval_loss"] = float(np.average(losses, weights=weights))
         return result
 
-    def _cohort(self, fraction: str, server_round: int) -> Cohort:
-        """The nodes that take part, in order of their numbers; waits until there is one."""
+    def _cohort(
+        self,
+        fraction: str,
+        server_round: int,
+        attempt: int = 0,
+        tried: set[int] | None = None,
+    ) -> Cohort:
+        """The nodes that take part, in order of their numbers; waits until there is one.
+
+        Those that were `tried` in this round already come in only if the others are too few.
+        """
         if not (nodes := self._available()):
             self._wait_for_nodes(1)
             nodes = self._available()
-        seed = mix_seed(self.cfg["seed"], fraction, server_round)
         share = self.cfg["strategy"][fraction]
-        return Cohort([nodes[place] for place in sample(len(nodes), share, seed)])
+        size = cohort_size(len(nodes), share)
+        others = [node for node in nodes if node not in (tried or ())]
+        seed = mix_seed(self.cfg["seed"], fraction, server_round, *[attempt][:attempt])
+        return Cohort(sample(others if len(others) >= size else nodes, size, seed))
 
 
 class Exchange:
@@ -405,6 +444,11 @@ class Exchange:
         if reply.has_error():
             raise ValueError(reply.error.reason)
         metrics = dict(reply.content.metric_records.get("metrics", {}))
+        kind = reply.metadata.message_type
+        if missing := [name for name in METRICS[kind] if name not in metrics]:
+            raise ValueError(f"its metrics lack {missing[0]}")
+        if metrics.get("num-examples", 1) <= 0:
+            raise ValueError("its number of examples is not positive")
         if not np.isfinite(list(metrics.values())).all():
             raise ValueError("a metric is not finite")
         arrays = reply.content.array_records.get("arrays")
@@ -414,6 +458,20 @@ class Exchange:
         if fault := model.mismatch(state, self.server.expected):
             raise ValueError(fault)
         return state, metrics | {"bytes_up": num_bytes(arrays)}
+
+
+def clip(update: model.State, norm: float | None) -> model.State:
+    """The update, scaled down to an L2 norm of `norm` over all tensors if it is longer.
+
+    What a client can do to a mean is then bounded (Sun et al. 2019, arXiv 1911.07963).
+    """
+    if norm is None:
+        return update
+    length = torch.sqrt(
+        sum(tensor.double().square().sum() for tensor in update.values())
+    )
+    scale = min(1.0, norm / max(length.item(), 1e-12))
+    return {name: tensor * scale for name, tensor in update.items()}
 
 
 # --- from updates to the replies that a strategy aggregates ------------------------------------

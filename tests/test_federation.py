@@ -161,7 +161,7 @@ def pause(process, signal_number: int) -> None:
 
 
 def test_what_a_superlink_with_a_database_remembers(tmp_path):
-    """Runs and nodes are back after a restart; a run that was going on is not."""
+    """Runs and nodes are back after a restart; a run that was going on has to be resumed."""
     database = tmp_path / "state.db"
     with Federation(tmp_path / "federation", f"--database={database}") as federation:
         settings = node_config(tmp_path, partition_id=0, num_partitions=1)
@@ -178,12 +178,16 @@ def test_what_a_superlink_with_a_database_remembers(tmp_path):
         federation.superlink.wait_for("Uvicorn running on")
         after = {run["run-id"]: run["status"] for run in federation.ask("ls")["runs"]}
         assert {run["run-id"]: run["status"] for run in before}.items() <= after.items()
-        # What the broken run had finished is on disk, whole.
-        assert len(rounds(folder)) >= 2
+        # What the broken run had finished is on disk, whole, and another run goes on with
+        # it. The SuperNode was never started again.
+        done = len(rounds(folder))
+        assert done >= 2
         assert (folder / "peft_2/adapter_model.safetensors").is_file()
-        # The SuperNode was never started again, and serves the next run.
-        status, output = federation.run(PROJECT, f"{alone} num_rounds=1")
+        goes_on = f"resume={folder} num_rounds={done + 1}"
+        status, output = federation.run(PROJECT, goes_on)
         assert status == "finished:completed", output
+        assert re.search(r"Going on after round \d", output)
+        assert len(rounds(folder)) == done + 1
         last = {run["run-id"]: run["status"] for run in federation.ask("ls")["runs"]}
         assert sorted(last.values()) == [
             "finished:completed",

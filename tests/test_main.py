@@ -207,7 +207,7 @@ def test_a_failed_run_exits_with_the_cause_named_once(tmp_path):
         f"hydra.run.dir={tmp_path}",
     )
     assert done.returncode == 1
-    assert "Round 1: none of 2 clients gave a usable reply" in done.stderr
+    assert "Round 1 failed 3 times (strategy.max_round_retries=2)" in done.stderr
     assert (done.stdout + done.stderr).count("the prompt alone fills") == 1
     assert "Traceback" not in done.stdout + done.stderr
 

@@ -143,6 +143,115 @@ class Asked:
         return next(m for m in self.grid.sent if m.metadata.message_id == answered)
 
 
+def broken_in(grid, partitions: set[int]) -> None:
+    """Let these clients of a grid send an error in the place of a trained adapter."""
+
+    def fail(partition: int, reply: Message) -> Message:
+        if partition not in partitions or "metrics" not in reply.content:
+            return reply
+        return Message(Error(2, "RuntimeError: broken"), reply_to=Asked(grid)[reply])
+
+    grid.tamper = fail
+
+
+def test_a_round_with_too_few_replies_is_repeated_with_others(configure, loopback):
+    cfg = configure(
+        "num_clients=4", "strategy.fraction_fit=0.5", "strategy.min_fit_replies=2"
+    )
+    grid = loopback(cfg)
+    server = strategy.Server(cfg, grid)
+    state = server.initial_adapter()
+    first = {server.partitions[n] for n in server._cohort("fraction_fit", 1).nodes}
+    broken_in(grid, {min(first)})
+    _, entry = server.train_round(1, state)
+    assert {c["partition"] for c in entry["clients"]} == {0, 1, 2, 3} - first
+    assert entry["retries"] == 1
+    assert entry["failures"] == [
+        {"partition": min(first), "cause": "RuntimeError: broken"}
+    ]
+
+
+def test_a_round_that_fails_too_often_ends_the_run_with_all_before_saved(
+    configure, loopback, tmp_path, capsys
+):
+    cfg = configure(
+        "num_clients=3",
+        "num_rounds=4",
+        "strategy.fraction_fit=0.7",
+        "strategy.min_fit_replies=2",
+        "strategy.max_round_retries=1",
+    )
+    grid = loopback(cfg)
+    trained = []
+
+    def fail_later(partition: int, reply: Message) -> Message:
+        trained.append("metrics" in reply.content)
+        if sum(trained) == 2 * 2 + 1:  # two clients a round: the first reply of round 3
+            broken_in(grid, {0, 1, 2})
+            return grid.tamper(partition, reply)
+        return reply
+
+    grid.tamper = fail_later
+    with pytest.raises(strategy.RunFailed) as failure:
+        strategy.run(cfg, grid, tmp_path)
+    told = str(failure.value)
+    assert "Round 3 failed 2 times (strategy.max_round_retries=1)" in told
+    assert "RuntimeError: broken" in told
+    assert f"Go on after round 2 with: python main.py resume={tmp_path}" in told
+    assert (tmp_path / "peft_2/adapter_model.safetensors").is_file()
+    # With the fault mended, the run goes on and ends.
+    again = cfg | {"resume": str(tmp_path)}
+    strategy.run(again, loopback(again), tmp_path)
+    history = json.loads((tmp_path / "history.json").read_text())["rounds"]
+    assert [entry["replied"] for entry in history] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("break_", "cause"),
+    [
+        (lambda content: content["metrics"].pop("num-examples"), "num-examples"),
+        (lambda content: content["metrics"].pop("train_loss"), "lack train_loss"),
+        (
+            lambda content: content["metrics"].update({"num-examples": -5}),
+            "its number of examples is not positive",
+        ),
+        (
+            lambda content: content["metrics"].update({"train_loss": float("nan")}),
+            "a metric is not finite",
+        ),
+    ],
+)
+def test_a_reply_with_broken_figures_is_left_out(break_, cause, configure, loopback):
+    cfg = configure("num_clients=2", "strategy.fraction_fit=1")
+
+    def tamper(partition: int, reply: Message) -> Message:
+        if partition == 1 and "metrics" in reply.content:
+            break_(reply.content)
+        return reply
+
+    server = strategy.Server(cfg, loopback(cfg, tamper))
+    _, entry = server.train_round(1, server.initial_adapter())
+    assert entry["replied"] == 1
+    [failure] = entry["failures"]
+    assert cause in failure["cause"]
+
+
+def test_clipping_bounds_what_one_client_can_do(configure, loopback):
+    cfg = configure("num_clients=2", "strategy.fraction_fit=1", "strategy.clip_norm=3")
+    tamper = fixed_replies({0: 0.0, 1: 1000.0}, {0: 1, 1: 1})
+    server = strategy.Server(cfg, loopback(cfg, tamper))
+    start = server.initial_adapter()
+    state, _ = server.train_round(1, start)
+    moved = {name: state[name] - start[name] for name in start}
+    length = sum(tensor.square().sum() for tensor in moved.values()).sqrt()
+    # Half of what is left of the long one, which is 3, and of the other, which is 0.
+    assert length.item() == pytest.approx(1.5, rel=1e-4)
+    short = {"w": torch.tensor([3.0, 4.0])}
+    assert strategy.clip(short, 5.0)["w"].tolist() == [3.0, 4.0]
+    assert strategy.clip(short, 2.5)["w"].tolist() == [1.5, 2.0]
+    assert strategy.clip(short, None) is short
+
+
 def test_a_client_that_is_late_is_left_out_of_its_round_only(configure, loopback):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1", "train.round_timeout=1")
     grid = loopback(cfg)
@@ -281,8 +390,9 @@ def test_every_reply_with_a_first_adapter_is_fetched(configure, loopback):
 
 
 def test_sampling_repeats_by_seed_and_counts_down():
-    assert strategy.sample(20, 0.1, 5) == strategy.sample(20, 0.1, 5)
-    draws = {tuple(strategy.sample(20, 0.1, seed)) for seed in range(50)}
+    nodes = list(range(20))
+    assert strategy.sample(nodes, 2, 5) == strategy.sample(nodes, 2, 5)
+    draws = {tuple(strategy.sample(nodes, 2, seed)) for seed in range(50)}
     assert len(draws) > 25
     assert {p for draw in draws for p in draw} == set(range(20))
     sizes = [(20, 0.1), (20, 0.14), (100, 0.29), (3, 0.1), (7, 1.0)]
@@ -370,7 +480,7 @@ def test_a_run_without_usable_replies_fails_and_keeps_what_it_had(
         return spoil(partition, poison)(partition, reply) if late else reply
 
     grid = loopback(cfg, tamper)
-    with pytest.raises(strategy.RunFailed, match=r"Round 2: none of 2 .* not finite"):
+    with pytest.raises(strategy.RunFailed, match=r"Round 2 failed 3 times .* not finite"):
         strategy.run(cfg, grid, tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert [entry["round"] for entry in rounds] == [1]
