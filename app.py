@@ -170,21 +170,21 @@ def query(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The first adapter."""
-    import client
+    import launch
 
-    return RecordDict({"arrays": ArrayRecord(client.initial_adapter(cfg))})
+    return RecordDict({"arrays": ArrayRecord(launch.initial_adapter(cfg))})
 
 
 def train(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    import client
     import comm
+    import launch
 
     config = message.content["config"]
     received = comm.unpack(message.content["arrays"].to_torch_state_dict())
-    state, metrics = client.train(
+    state, metrics = launch.train(
         cfg,
         received,
         partition=partition,
@@ -205,11 +205,11 @@ def evaluate(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The metrics of the adapter that came in."""
-    import client
     import comm
+    import launch
 
     received = comm.unpack(message.content["arrays"].to_torch_state_dict())
-    metrics = client.evaluate(cfg, received, partition=partition)
+    metrics = launch.evaluate(cfg, received, partition=partition)
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 

@@ -28,6 +28,9 @@ OURS = {
     "remove_unused_columns": "dataset.columns",
     "disable_tqdm": "verbose",
     "use_cpu": "client_resources.num_gpus",
+    "fsdp": "launch=fsdp",
+    "fsdp_config": "launch=fsdp",
+    "deepspeed": "launch=fsdp",
 }
 # Likewise, what ray.init takes.
 OURS_OF_RAY = {
@@ -71,6 +74,7 @@ def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
             check_machine(cfg["client_resources"])
         else:
             check_cluster(address)
+    check_launch(cfg)
     check_strategy(cfg)
     check_training_arguments(cfg)
     by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
@@ -144,6 +148,7 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("seed", whole, 0, ANY),
         ("client_resources.num_cpus", float, 1, ANY),
         ("client_resources.num_gpus", float, 0, ANY),
+        ("launch.processes", whole, 1, ANY),
         ("model.lora.peft_lora_r", whole, 1, ANY),
         ("model.lora.peft_lora_alpha", float, 1e-9, ANY),
         ("model.lora.peft_lora_dropout", float, 0, 0.99),
@@ -188,6 +193,7 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("comm.dtype", cfg["comm"]["dtype"], ("float32", "float16", "int8")),
         ("verbose", cfg["verbose"], (True, False)),
         ("dry_run", cfg["dry_run"], (True, False)),
+        ("launch.sharded", cfg["launch"]["sharded"], (True, False)),
         ("evaluate.exact_match", cfg["evaluate"]["exact_match"], (True, False)),
         (
             "model.gradient_checkpointing",
@@ -263,6 +269,33 @@ def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> Non
         raise UserError(
             f"client_resources: {cpus:g} CPUs and {gpus:g} GPUs fit no node of Ray's; they "
             f"have {have}. No client would ever start: ask for less, or add a node."
+        )
+
+
+def check_launch(cfg: dict[str, Any]) -> None:
+    """That each process of a client has its own GPU, or none, and what it needs of the base."""
+    processes = cfg["launch"]["processes"]
+    gpus = cfg["client_resources"]["num_gpus"]
+    if gpus not in (0, processes) and max(gpus, processes) > 1:
+        raise UserError(
+            f"client_resources.num_gpus={gpus:g}, but launch.processes={processes}: each "
+            "process takes one GPU. Set both to the same number (above 1 with launch=ddp or "
+            "launch=fsdp), or client_resources.num_gpus=0."
+        )
+    if processes == 1 or not cfg["launch"]["sharded"]:
+        return
+    if bits := cfg["model"]["quantization"]:
+        raise UserError(
+            f"launch=fsdp with model.quantization={bits}: a quantised base cannot be "
+            "sharded. Set model.quantization=null, or launch=ddp, which holds it whole on "
+            "every GPU."
+        )
+    kind = cfg["peft"]["_target_"].removeprefix("peft.")
+    whole = "DoRA" if cfg["peft"].get("use_dora") else kind
+    if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig"):
+        raise UserError(
+            f"launch=fsdp: {whole} reads weights of the base that no process has whole. "
+            "Take peft=lora, rslora, ia3 or prefix, or launch=ddp."
         )
 
 

@@ -40,6 +40,7 @@ def train(
 ) -> tuple[State, Metrics]:
     """Train the adapter for one round on one partition.
 
+    Each process of a team calls this, and all of them get the same adapter and figures.
     `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on,
     `train_loss` (nats per answer token), `dropped` records, `peak_memory` in bytes (of
     the GPU where there is one, else of this process), and `seconds`, whole and by part.
@@ -53,29 +54,29 @@ def train(
         rows, _ = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
     seed = mix_seed(cfg["seed"], "train", partition, server_round)
     arguments = training_arguments(cfg, server_round, seed)
-    steps = arguments.max_steps
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    batch = arguments.train_batch_size * arguments.world_size  # of all processes
+    count = arguments.max_steps * arguments.gradient_accumulation_steps * batch
     examples, dropped = dataset.draw(
         rows,
         lambda row: _encode(cfg, row, tokenizer),
         seed,
-        examples=steps * batch if steps > 0 else None,
+        examples=count if count > 0 else None,
         passes=cfg["train"]["training_arguments"]["num_train_epochs"],
     )
-    examples = dataset.group_by_length(examples, arguments.train_batch_size, seed)
+    examples = dataset.group_by_length(examples, batch, seed)
     clock.lap("tokenise")
     model.set_adapter_state(net, state)
     clock.lap("set")
     trainer = LocalTrainer(
         model=net,
         args=arguments,
-        train_dataset=examples,
+        train_dataset=fill(examples, batch) if arguments.world_size > 1 else examples,
         data_collator=_collator(cfg, tokenizer),
         proximal_mu=proximal_mu,
     )
     if not cfg["verbose"]:
         trainer.remove_callback(PrinterCallback)
-    loss = trainer.train().training_loss
+    loss = trainer.mean(trainer.train().training_loss)
     clock.lap("train")
     trained = model.adapter_state(net)
     clock.lap("read")
@@ -86,6 +87,15 @@ def train(
         "peak_memory": peak_memory(),
         **clock.seconds(),
     }
+
+
+def fill(examples: list[dataset.Example], batch: int) -> list[dataset.Example]:
+    """Examples that count for nothing put behind, up to a whole number of batches.
+
+    Left to accelerate, the last batch would be filled with records from the first.
+    """
+    blank = {"input_ids": [0], "labels": [dataset.IGNORED]}
+    return examples + [blank] * (-len(examples) % batch)
 
 
 class Clock:
@@ -133,6 +143,8 @@ class LocalTrainer(Trainer):
 
     def __init__(self, *args: Any, proximal_mu: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Whatever the model takes: `compute_loss` wants to know `num_items_in_batch`.
+        self.model_accepts_loss_kwargs = True
         self.proximal_mu = proximal_mu
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.anchor = [p.detach().clone() for p in self.trained] if proximal_mu else []
@@ -143,6 +155,9 @@ class LocalTrainer(Trainer):
         """The loss on the answers, plus mu/2 ||w - w_global||^2 (arXiv 1812.06127)."""
         with model.autocast(model_):
             loss = answer_loss(model_, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # A share of the sum over all processes, whose gradients are then averaged.
+            loss = loss * self.args.world_size
         if self.proximal_mu:
             distance = sum(
                 (now - before).square().sum()
@@ -152,6 +167,11 @@ class LocalTrainer(Trainer):
             parts = self.args.gradient_accumulation_steps
             loss = loss + self.proximal_mu / 2 * distance / parts
         return loss
+
+    def mean(self, loss: float) -> float:
+        """The mean of all processes' losses."""
+        here = torch.tensor(loss, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(here, "mean").item()
 
 
 def training_arguments(
@@ -175,7 +195,7 @@ def training_arguments(
     settings["report_to"] = settings.get("report_to") or "none"
     # `draw` has made the passes over the data already.
     settings["num_train_epochs"] = 1
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         seed=seed,
         train_sampling_strategy="sequential",
@@ -184,6 +204,10 @@ def training_arguments(
         use_cpu=model.default_device().type == "cpu",
         **settings,
     )
+    # The Trainer would divide each batch among all GPUs in sight, quantised bases excepted,
+    # and multiply its size by their number for all of them.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def peak_memory() -> int:

@@ -7,10 +7,13 @@ of a chunk is its gradient with respect to the hidden states (as in Liger Kernel
 linear cross entropy, arXiv 2410.10989). Needs torch alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the label that counts for nothing
@@ -25,43 +28,67 @@ def answer_loss(
 ) -> torch.Tensor:
     """Cross entropy over the labelled tokens of a batch, in nats; a scalar with gradient.
 
-    `net` is a causal LM, with or without PEFT; `batch` holds `input_ids`,
-    `attention_mask` and `labels`, each (batch, length). The sum is divided by
-    `num_items`, or else by the number of labelled tokens. Equal to the model's own loss
-    up to rounding.
+    `net` is a causal LM, with or without PEFT, on several processes inside DDP or with its
+    base sharded; `batch` holds `input_ids`, `attention_mask` and `labels`, each (batch,
+    length). The sum is divided by `num_items`, or else by the number of labelled tokens.
+    Equal to the model's own loss up to rounding.
     """
-    base = net.get_base_model() if hasattr(net, "get_base_model") else net
+    # DDP has to be called itself, or the gradients would not be averaged.
+    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     head = base.get_output_embeddings()
     labels = batch["labels"][:, 1:]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     kept = labels != IGNORED
     targets = labels[kept]
-    if any(getattr(base.config, name, None) for name in _ADJUSTMENTS):
-        logits = _aligned(net(**inputs).logits, labels)[kept]
-        total = cross_entropy(logits.float(), targets, reduction="sum")
+    adjusted = any(getattr(base.config, name, None) for name in _ADJUSTMENTS)
+    if adjusted or _sharded(base):
+        # The model has to call such a head itself, but with no more than the answers.
+        logits = _forward(
+            net,
+            head,
+            inputs,
+            lambda states: _aligned(states, labels)[kept].unsqueeze(0),
+        )
+        total = cross_entropy(logits.squeeze(0).float(), targets, reduction="sum")
     else:
         hidden = _aligned(_hidden_states(net, head, inputs), labels)[kept]
         total = _total(head, hidden, targets)
     return total / (len(targets) if num_items is None else num_items)
 
 
-def _hidden_states(net: Any, head: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """What the head is given, (batch, length, hidden), without its logits.
+def _sharded(base: Any) -> bool:
+    """Whether the head's weights are together only in the model's own forward."""
+    return isinstance(base, FSDPModule)
 
-    Taken at the head's door, which every model and every PEFT method comes by.
-    """
+
+def _hidden_states(net: Any, head: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What the head is given, (batch, length, hidden), without its logits."""
     taken: list[torch.Tensor] = []
 
-    def take(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple:
-        taken.append(arguments[0])
-        return (arguments[0][:, :0],)
+    def take(states: torch.Tensor) -> torch.Tensor:
+        taken.append(states)
+        return states[:, :0]
 
-    handle = head.register_forward_pre_hook(take)
+    _forward(net, head, inputs, take)
+    return taken[0]
+
+
+def _forward(
+    net: Any,
+    head: Any,
+    inputs: dict[str, Any],
+    choose: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The logits of those hidden states that `choose` lets through to the head.
+
+    It stands at the head's door, which every model and every PEFT method comes by.
+    """
+    handle = head.register_forward_pre_hook(lambda _, given: (choose(given[0]),))
     try:
-        net(**inputs, use_cache=False)
+        return net(**inputs, use_cache=False).logits
     finally:
         handle.remove()
-    return taken[0]
 
 
 def _aligned(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

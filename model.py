@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DistributedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
@@ -42,7 +44,9 @@ State = dict[str, torch.Tensor]
 
 def default_device() -> torch.device:
     """The GPU that this process may use, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def use_cpus(cpus: float) -> None:
@@ -92,12 +96,18 @@ def load_tokenizer(name: str, use_fast: bool = True) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    name: str, quantization: int | None, device: torch.device, cache: str | None = None
+    name: str,
+    quantization: int | None,
+    device: torch.device,
+    cache: str | None = None,
+    shards: int = 1,
 ) -> torch.nn.Module:
     """Load a causal LM with frozen weights, quantised, from safetensors only.
 
-    `cache`: a folder that keeps it as quantised, for the next process. Raises `UserError`
-    where neither a local folder nor the hub has such weights.
+    `shards`: this is one of as many processes, and each loads and holds its part of every
+    weight (FSDP2); more than 1 needs `quantization` None. `cache`: a folder that keeps it
+    as quantised, for the next process. Raises `UserError` where neither a local folder nor
+    the hub has such weights.
     """
     source = _source(name)
     config = quantization_config(quantization, compute_dtype(device))
@@ -105,6 +115,7 @@ def load_base(
     if cache and config:
         kept = Path(cache) / _fingerprint(source, quantization, device)
     stored = kept is not None and kept.exists()
+    sharding = DistributedConfig(fsdp_size=shards) if shards > 1 else None
     try:
         base = AutoModelForCausalLM.from_pretrained(
             kept if stored else source,
@@ -112,6 +123,7 @@ def load_base(
             **({} if stored or not config else {"quantization_config": config}),
             dtype=compute_dtype(device),
             device_map={"": device},
+            distributed_config=sharding,
             use_safetensors=True,
             attn_implementation="blocked" if device.type == "cpu" else None,
         )
@@ -153,7 +165,11 @@ def _keep(base: torch.nn.Module, folder: Path) -> None:
 def build(model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device) -> PeftModel:
     """The base with a fresh adapter that depends on nothing but the base and `seed`."""
     base = load_base(
-        model_cfg["name"], model_cfg["quantization"], device, model_cfg.get("cache")
+        model_cfg["name"],
+        model_cfg["quantization"],
+        device,
+        model_cfg.get("cache"),
+        model_cfg.get("shards", 1),
     )
     return _with_adapter(base, model_cfg, peft_cfg, seed)
 

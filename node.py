@@ -29,6 +29,7 @@ SETTINGS: dict[str, type] = {
     "model-path": str,  # the folder where this node keeps the base
     "device": str,  # cpu, cuda, or cuda:1
     "cpus": int,  # threads for one client; all that there are unless given
+    "processes": int,  # that train one client together, a GPU each (conf/launch)
     "cache-path": str,  # where the quantised base is kept between messages
     "partition-id": int,  # without data of its own: its share of the run's dataset
     "num-partitions": int,
@@ -111,8 +112,9 @@ def check_settings(node_config: dict[str, Any]) -> dict[str, Any]:
     for key in ("data-path", "model-path"):
         if key in node_config and not Path(node_config[key]).expanduser().exists():
             raise UserError(f"--node-config: {key}={node_config[key]} does not exist.")
-    if node_config.get("cpus", 1) < 1:
-        raise UserError("--node-config: cpus must be 1 or more.")
+    for key in ("cpus", "processes"):
+        if node_config.get(key, 1) < 1:
+            raise UserError(f"--node-config: {key} must be 1 or more.")
     return dict(node_config)
 
 
@@ -221,7 +223,8 @@ def settle_resources(cfg: dict[str, Any], own: dict[str, Any]) -> None:
 
     gpu = model.default_device().type == "cuda"
     cpus = own.get("cpus", os.cpu_count() or 1)
-    cfg["client_resources"] = {"num_cpus": cpus, "num_gpus": 1 if gpu else 0}
+    processes = cfg["launch"]["processes"] = own.get("processes", 1)
+    cfg["client_resources"] = {"num_cpus": cpus, "num_gpus": processes if gpu else 0}
     # Trackers and checkpoints of the Trainer's would be somebody else's to choose.
     cfg["train"]["training_arguments"] |= {"report_to": None, "save_strategy": "no"}
     checks.settle_checkpointing(cfg)

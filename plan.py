@@ -63,7 +63,8 @@ def steps_per_client(cfg: dict[str, Any]) -> int:
     if cfg["strategy"]["fraction_evaluate"]:
         records -= max(1, math.floor(cfg["evaluate"]["holdout"] * records))
     examples = math.ceil(arguments["num_train_epochs"] * records)
-    batches = math.ceil(examples / arguments["per_device_train_batch_size"])
+    each = arguments["per_device_train_batch_size"] * cfg["launch"]["processes"]
+    batches = math.ceil(examples / each)
     return math.ceil(batches / arguments["gradient_accumulation_steps"])
 
 
@@ -71,7 +72,7 @@ def needs_checkpointing(cfg: dict[str, Any]) -> bool:
     """Whether a client's step would not fit its share of the GPU (or memory) without."""
     share = cfg["client_resources"]["num_gpus"]
     if share and torch.cuda.device_count():
-        room = torch.cuda.get_device_properties(0).total_memory * share
+        room = torch.cuda.get_device_properties(0).total_memory * min(share, 1)
     elif share:
         return True  # planning elsewhere for a GPU that is not here to be asked
     else:
@@ -111,7 +112,7 @@ def _parameters(frame: torch.nn.Module) -> Rows:
 
 def _work(cfg: dict[str, Any]) -> Rows:
     arguments = cfg["train"]["training_arguments"]
-    size = arguments["per_device_train_batch_size"]
+    size = arguments["per_device_train_batch_size"] * cfg["launch"]["processes"]
     parts = arguments["gradient_accumulation_steps"]
     rounds, clients = cfg["num_rounds"], _cohort(cfg, "fraction_fit")
     steps = steps_per_client(cfg)

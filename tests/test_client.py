@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
 
 import client
 import dataset
@@ -106,6 +108,31 @@ def test_a_learning_rate_of_ones_own_replaces_the_cosine(configure):
         1e-3,
         1e-3,
     ]
+
+
+def test_one_process_uses_one_gpu_however_many_there_are(configure, monkeypatch):
+    cfg = configure()
+    monkeypatch.setattr(model, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = client.training_arguments(cfg, 1, 0)
+    assert arguments.n_gpu == 1  # more is DataParallel
+    assert arguments.train_batch_size == 4
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 19])
+def test_processes_are_dealt_each_record_once(count):
+    batch, processes = 4, 2
+    examples = [{"input_ids": [i], "labels": [i]} for i in range(1, count + 1)]
+    filled = client.fill(examples, batch * processes)
+    sampler = BatchSampler(SequentialSampler(filled), batch, drop_last=False)
+    dealt = [
+        [*BatchSamplerShard(sampler, processes, rank)] for rank in range(processes)
+    ]
+    assert len({len(batches) for batches in dealt}) == 1  # they step together
+    seen = [filled[i] for batches in dealt for indices in batches for i in indices]
+    real = [one for one in seen if one["labels"] != [dataset.IGNORED]]
+    assert sorted(real, key=str) == sorted(examples, key=str)
+    assert len(seen) - len(real) < batch * processes
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -49,10 +49,13 @@ def gradients(net: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("chunk", [4, 1024])
+@pytest.mark.parametrize("chunk", [4, 1024, "whole"])
 @pytest.mark.parametrize("kind", PEFT)
 def test_loss_and_gradients_equal_the_plain_computation(kind, chunk, side, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    # A sharded base's head has to take the answers as a whole.
+    monkeypatch.setattr(loss, "_sharded", lambda base: chunk == "whole")
+    if chunk != "whole":
+        monkeypatch.setattr(loss, "CHUNK", chunk)
     net, batch = make(kind), make_batch(side)
     ours, plain = loss.answer_loss(net, batch), net(**batch).loss
     assert torch.allclose(ours, plain, rtol=1e-5)
@@ -61,6 +64,21 @@ def test_loss_and_gradients_equal_the_plain_computation(kind, chunk, side, monke
         scale = expected[name].abs().max()
         assert scale > 0
         assert torch.allclose(found[name], expected[name], atol=1e-5 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_batch_without_answers_adds_nothing(sharded, monkeypatch):
+    # What a process gets where the records do not suffice for all of them.
+    monkeypatch.setattr(loss, "_sharded", lambda base: sharded)
+    net, blank = make("lora"), torch.zeros(2, 1, dtype=torch.int64)
+    batch = {
+        "input_ids": blank,
+        "attention_mask": blank + 1,
+        "labels": blank + loss.IGNORED,
+    }
+    value = loss.answer_loss(net, batch, num_items=7)
+    assert value.item() == 0
+    assert all(not g.any() for g in gradients(net, value).values())
 
 
 def test_a_share_of_an_accumulated_batch(monkeypatch):
@@ -103,5 +121,7 @@ def test_logits_that_a_model_adjusts_are_left_to_it():
     net.config.final_logit_softcapping = 30.0
     seen = []
     net.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
-    loss.answer_loss(net, make_batch("right"))
-    assert seen == [12]
+    batch = make_batch("right")
+    assert torch.allclose(loss.answer_loss(net, batch), net(**batch).loss, rtol=1e-5)
+    answers = int((batch["labels"] != loss.IGNORED).sum())
+    assert seen == [answers, 12]

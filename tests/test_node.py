@@ -138,12 +138,13 @@ def test_hydras_own_settings_stay_with_the_server():
 def test_no_tracker_and_no_checkpoints_on_a_node(notes):
     cfg, _ = settle(
         notes,
-        "train.training_arguments.report_to=wandb "
+        "train.training_arguments.report_to=wandb launch=ddp launch.processes=64 "
         "train.training_arguments.save_strategy=epoch",
     )
     assert cfg["train"]["training_arguments"]["report_to"] is None
     assert cfg["train"]["training_arguments"]["save_strategy"] == "no"
     assert cfg["client_resources"]["num_cpus"] == 1
+    assert cfg["launch"]["processes"] == 1
     assert cfg["residuals"].startswith(f"{notes['cache-path']}/runs/___first-")
 
 

@@ -10,6 +10,12 @@ import node
 import utils
 
 README = (utils.PROJECT / "README.md").read_text()
+for _blank, _value in {
+    "<date>": "2026-11-20",
+    "<time>": "12-00-00",
+    "<head>": "10.0.0.7",
+}.items():
+    README = README.replace(_blank, _value)
 RUNS = [
     (line or quoted).removeprefix("python main.py")
     for line, quoted in re.findall(
@@ -20,7 +26,9 @@ RUNS = [
 
 @pytest.mark.parametrize("arguments", RUNS)
 def test_each_run_composes(arguments):
-    words = [word for word in shlex.split(arguments) if word != "--multirun"]
+    words = [
+        word for word in shlex.split(arguments, comments=True) if word != "--multirun"
+    ]
     if "--multirun" in arguments:  # the first value of each sweep
         words = [word.split(",")[0] for word in words]
     cfg = utils.compose(" ".join(map(shlex.quote, words)))

@@ -480,7 +480,9 @@ def test_a_run_without_usable_replies_fails_and_keeps_what_it_had(
         return spoil(partition, poison)(partition, reply) if late else reply
 
     grid = loopback(cfg, tamper)
-    with pytest.raises(strategy.RunFailed, match=r"Round 2 failed 3 times .* not finite"):
+    with pytest.raises(
+        strategy.RunFailed, match=r"Round 2 failed 3 times .* not finite"
+    ):
         strategy.run(cfg, grid, tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert [entry["round"] for entry in rounds] == [1]
