@@ -42,8 +42,9 @@ def train(
 
     Each process of a team calls this, and all of them get the same adapter and figures.
     `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on,
-    `train_loss` (nats per answer token), `dropped` records, `peak_memory` in bytes (of
-    the GPU where there is one, else of this process), and `seconds`, whole and by part.
+    `train_loss` (nats per answer token), `dropped` records, the `micro_batch` that memory
+    allowed, `peak_memory` in bytes (of the GPU where there is one, else of this process),
+    and `seconds`, whole and by part.
     """
     clock = Clock()
     net = _load(cfg)
@@ -65,18 +66,34 @@ def train(
     )
     examples = dataset.group_by_length(examples, batch, seed)
     clock.lap("tokenise")
-    model.set_adapter_state(net, state)
-    clock.lap("set")
-    trainer = LocalTrainer(
-        model=net,
-        args=arguments,
-        train_dataset=fill(examples, batch) if arguments.world_size > 1 else examples,
-        data_collator=_collator(cfg, tokenizer),
-        proximal_mu=proximal_mu,
-    )
-    if not cfg["verbose"]:
-        trainer.remove_callback(PrinterCallback)
-    loss = trainer.mean(trainer.train().training_loss)
+
+    def fit(arguments: TrainingArguments) -> float:
+        model.set_adapter_state(net, state)
+        clock.lap("set")
+        trainer = LocalTrainer(
+            model=net,
+            args=arguments,
+            train_dataset=fill(examples, batch)
+            if arguments.world_size > 1
+            else examples,
+            data_collator=_collator(cfg, tokenizer),
+            proximal_mu=proximal_mu,
+        )
+        if not cfg["verbose"]:
+            trainer.remove_callback(PrinterCallback)
+        return trainer.mean(trainer.train().training_loss)
+
+    loss = None
+    try:
+        loss = fit(arguments)
+    except torch.OutOfMemoryError:
+        if arguments.train_batch_size == 1 or arguments.world_size > 1:
+            raise
+    if loss is None:  # not in the handler, whose traceback holds on to the memory
+        arguments = training_arguments(smaller(cfg), server_round, seed)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        loss = fit(arguments)
     clock.lap("train")
     trained = model.adapter_state(net)
     clock.lap("read")
@@ -84,9 +101,22 @@ def train(
         "num-examples": len(examples),
         "train_loss": loss,
         "dropped": dropped,
+        "micro_batch": arguments.train_batch_size,
         "peak_memory": peak_memory(),
         **clock.seconds(),
     }
+
+
+def smaller(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The same steps on the same examples, with half the examples in memory at a time."""
+    settings = dict(cfg["train"]["training_arguments"])
+    size = settings["per_device_train_batch_size"]
+    parts = next(
+        n for n in range(2, size + 1) if size % n == 0
+    )  # an odd size has no half
+    settings["per_device_train_batch_size"] = size // parts
+    settings["gradient_accumulation_steps"] *= parts
+    return {**cfg, "train": {**cfg["train"], "training_arguments": settings}}
 
 
 def fill(examples: list[dataset.Example], batch: int) -> list[dataset.Example]:

@@ -90,6 +90,16 @@ def report_failures(server_round: int, failures: list[dict[str, Any]]) -> None:
         say(f"round {server_round}: left out client {str(partitions)[1:-1]}: {cause}")
 
 
+def report_memory(server_round: int, clients: list[dict[str, Any]], size: int) -> None:
+    """Name the clients whose micro-batch had to be smaller than `size`."""
+    for client in clients:
+        if client.get("micro_batch", size) < size:
+            say(
+                f"round {server_round}: client {client['partition']} ran out of GPU memory "
+                f"and went on with {client['micro_batch']:g} examples at a time"
+            )
+
+
 def describe(cfg: dict) -> str:
     """One line on what is about to run."""
     strategy = cfg["strategy"]["_target_"].rpartition(".")[2]

@@ -39,7 +39,7 @@ import checkpoint
 import comm
 import model
 from evaluate import Examination
-from journal import Journal, report_failures
+from journal import Journal, report_failures, report_memory
 from utils import Progress, Refusal, UserError, mix_seed, say, write_json
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
@@ -294,6 +294,8 @@ class Server:
             )
         report_failures(server_round, failures)
         clients = sorted(exchange.clients, key=lambda client: client["partition"])
+        arguments = self.cfg["train"]["training_arguments"]
+        report_memory(server_round, clients, arguments["per_device_train_batch_size"])
         received = time.monotonic()
         aggregated, _ = self.strategy.aggregate_train(
             server_round, aggregator.replies()

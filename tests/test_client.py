@@ -209,3 +209,59 @@ def test_records_held_back_are_not_trained_on(configure, monkeypatch):
     columns = cfg["dataset"]["columns"]
     assert len(held) == 3
     assert sorted(trained) == sorted(str(dataset.to_record(r, columns)) for r in kept)
+
+
+def out_of_memory_above(net: torch.nn.Module, rows: int):
+    """Let a forward of more than `rows` examples fail, as one on a full GPU does."""
+
+    def refuse(module: torch.nn.Module, given: tuple, named: dict) -> None:
+        if len(named["input_ids"]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    return net.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(configure):
+    cfg = configure(
+        "model.quantization=null",
+        "+train.training_arguments.optim=sgd",
+        "+train.training_arguments.learning_rate=0.5",
+    )
+    start = client.initial_adapter(cfg)
+    plain, metrics = client.train(cfg, start, partition=0, server_round=1)
+    assert metrics["micro_batch"] == 4
+    net = model.build_once(
+        cfg["model"], cfg["peft"], cfg["seed"], model.default_device()
+    )
+    full = out_of_memory_above(net, 2)
+    try:
+        halved, metrics = client.train(cfg, start, partition=0, server_round=1)
+        # Once is enough: what does not fit in halves fails.
+        full.remove()
+        full = out_of_memory_above(net, 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            client.train(cfg, start, partition=0, server_round=1)
+    finally:
+        full.remove()
+    assert metrics["micro_batch"] == 2
+    assert metrics["num-examples"] == 8
+    moved = max((plain[name] - start[name]).abs().max() for name in plain)
+    apart = max((plain[name] - halved[name]).abs().max() for name in plain)
+    assert apart < 0.02 * moved
+
+
+def test_an_odd_micro_batch_is_divided_by_its_smallest_factor():
+    def smaller(size: int) -> tuple[int, int]:
+        arguments = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": 2,
+        }
+        given = {"train": {"training_arguments": arguments}}
+        made = client.smaller(given)["train"]["training_arguments"]
+        assert arguments["per_device_train_batch_size"] == size
+        return (
+            made["per_device_train_batch_size"],
+            made["gradient_accumulation_steps"],
+        )
+
+    assert [smaller(size) for size in (16, 9, 7)] == [(8, 4), (3, 6), (1, 14)]

@@ -23,7 +23,6 @@ from checks import resumed
 from utils import PROJECT, UserError, commit
 
 
-
 class Killed(BaseException):
     """Ends a run in this process as suddenly as a signal would."""
 
