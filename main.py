@@ -94,6 +94,8 @@ def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
     import ray
 
     passed_on = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+    if not cfg["client_resources"]["num_gpus"]:
+        passed_on["CUDA_VISIBLE_DEVICES"] = ""  # a worker would take one that it sees
     try:
         connection = ray.init(
             **cfg["simulation"]["init_args"],

@@ -221,7 +221,12 @@ def out_of_memory_above(net: torch.nn.Module, rows: int):
     return net.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(configure):
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
+    configure, monkeypatch
+):
+    # In bfloat16 the two would differ by its rounding.
+    monkeypatch.setattr(model, "compute_dtype", lambda device: torch.float32)
+    model._build_once.cache_clear()
     cfg = configure(
         "model.quantization=null",
         "+train.training_arguments.optim=sgd",
@@ -247,7 +252,8 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(configure):
     assert metrics["num-examples"] == 8
     moved = max((plain[name] - start[name]).abs().max() for name in plain)
     apart = max((plain[name] - halved[name]).abs().max() for name in plain)
-    assert apart < 0.02 * moved
+    assert apart < 1e-5 * moved
+    model._build_once.cache_clear()
 
 
 def test_an_odd_micro_batch_is_divided_by_its_smallest_factor():
