@@ -68,7 +68,7 @@ def settle(
             utils.quiet()
         if not utils.local_path(cfg["model"]["name"]):
             utils.offline_if_unreachable()
-        settle_resources(cfg, own)
+        settle_resources(cfg, own, simulated)
         check_data(cfg, partition)
     except Refusal:
         raise
@@ -216,15 +216,20 @@ def in_bundle(path: str) -> Path | None:
     return inside if inside.is_relative_to(PROJECT) and inside.exists() else None
 
 
-def settle_resources(cfg: dict[str, Any], own: dict[str, Any]) -> None:
-    """Train with what the node has, and leave nothing elsewhere."""
+def settle_resources(cfg: dict[str, Any], own: dict[str, Any], simulated: bool) -> None:
+    """Train with what the node has, and leave nothing elsewhere.
+
+    A simulated node is one of several on its machine, and has what the run gives it.
+    """
     import checks
     import model
 
-    gpu = model.default_device().type == "cuda"
-    cpus = own.get("cpus", os.cpu_count() or 1)
-    processes = cfg["launch"]["processes"] = own.get("processes", 1)
-    cfg["client_resources"] = {"num_cpus": cpus, "num_gpus": processes if gpu else 0}
+    if not simulated:
+        gpu = model.default_device().type == "cuda"
+        cpus = own.get("cpus", os.cpu_count() or 1)
+        processes = cfg["launch"]["processes"] = own.get("processes", 1)
+        gpus = processes if gpu else 0
+        cfg["client_resources"] = {"num_cpus": cpus, "num_gpus": gpus}
     # Trackers and checkpoints of the Trainer's would be somebody else's to choose.
     cfg["train"]["training_arguments"] |= {"report_to": None, "save_strategy": "no"}
     checks.settle_checkpointing(cfg)

@@ -148,6 +148,16 @@ def test_no_tracker_and_no_checkpoints_on_a_node(notes):
     assert cfg["residuals"].startswith(f"{notes['cache-path']}/runs/___first-")
 
 
+def test_a_simulated_node_has_the_threads_that_the_run_gives_it(tmp_path):
+    share = SHARE | {"cache-path": str(tmp_path)}
+    del share["cpus"]
+    alone, _ = settle(share)
+    assert alone["client_resources"]["num_cpus"] == os.cpu_count()
+    # Beside others, more threads than free cores would spin, waiting for each other.
+    beside_others, _ = settle(share, simulated=True)
+    assert beside_others["client_resources"]["num_cpus"] == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
