@@ -36,6 +36,7 @@ SETTINGS: dict[str, type] = {
 }
 CACHE = "~/.cache/llm-flowertune"
 PLAIN = (str, int, float, bool, type(None), QuotedString)  # values that name no code
+FILE_NAME = re.compile(r"[\w-]+")
 RUN_NAME = re.compile(r"[^\w-]")  # what a name may not hold that becomes a folder's
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -139,11 +140,13 @@ def admissible(overrides: str) -> str:
     for text in shlex.split(overrides):
         override = OverridesParser.create().parse_override(text)
         key, value = override.key_or_group, override.value()
-        if key.startswith("hydra."):
+        if key.startswith(("hydra.", "hydra/")):
             continue
         parts = value if isinstance(value, list) else [value]
         plain = all(isinstance(part, PLAIN) for part in parts)
         listed = text[0] not in "+~" and override.package is None
+        if (PROJECT / "conf" / key).is_dir():  # a group: a file of it, by its name
+            plain = FILE_NAME.fullmatch(str(value)) is not None
         if not (plain and listed) or "${" in text or key.endswith("_target_"):
             raise Refusal(
                 f"the override {text} does more than give a plain value to a setting of "

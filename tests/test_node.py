@@ -76,6 +76,9 @@ def test_a_node_without_data_takes_its_share_of_the_bundles(configure):
         "'dataset.template=${oc.env:HOME}'",
         "'dataset.columns.input=${oc.env:HOME}'",
         "seed=1,2",
+        "model=../../../../../../tmp/evil",
+        "experiment=/tmp/evil",
+        "model=[tiny]",
     ],
 )
 def test_an_override_that_adds_or_reads_is_refused(override):
@@ -131,7 +134,7 @@ def test_a_base_without_weights_in_the_bundle_is_asked_for(
 
 
 def test_hydras_own_settings_stay_with_the_server():
-    overrides = "seed=3 hydra.run.dir=/x 'hydra.searchpath=[file:///srv]' num_rounds=2"
+    overrides = "seed=3 hydra.run.dir=/x hydra/launcher=x 'hydra.searchpath=[file:///srv]' num_rounds=2"
     assert node.admissible(overrides) == "seed=3 num_rounds=2"
 
 
