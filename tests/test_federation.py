@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from federation import ONLINE, Federation
+from federation import ONLINE, Federation, wait_until
 from utils import PROJECT
 
 pytestmark = pytest.mark.slow
@@ -188,9 +188,12 @@ def test_what_a_superlink_with_a_database_remembers(tmp_path):
         assert status == "finished:completed", output
         assert re.search(r"Going on after round \d", output)
         assert len(rounds(folder)) == done + 1
-        last = {run["run-id"]: run["status"] for run in federation.ask("ls")["runs"]}
-        assert sorted(last.values()) == [
-            "finished:completed",
-            "finished:completed",
-            "finished:failed",
-        ]
+        # It takes the SuperLink a minute to miss the ServerApp that died with it.
+        ended = ["finished:completed", "finished:completed", "finished:failed"]
+        wait_until(
+            lambda: (
+                sorted(run["status"] for run in federation.ask("ls")["runs"]) == ended
+            ),
+            120,
+            federation.superlink.tail,
+        )
