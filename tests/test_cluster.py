@@ -105,7 +105,12 @@ def test_argument_that_ray_does_not_know():
 def test_this_machine_does_not_limit_a_cluster():
     with socket.create_server(("", 0)) as head:
         address = f"{ADDRESS}=127.0.0.1:{head.getsockname()[1]}"
-        check(address, "client_resources.num_cpus=1000", "client_resources.num_gpus=8")
+        check(
+            address,
+            "client_resources.num_cpus=1000",
+            "launch=ddp",
+            "launch.processes=8",
+        )
 
 
 def test_a_client_must_fit_one_node():

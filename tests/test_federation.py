@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from federation import ONLINE, Federation, wait_until
+from federation import ONLINE, Federation
 from utils import PROJECT
 
 pytestmark = pytest.mark.slow
@@ -129,16 +129,16 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         ]
         run = federation.submit(
             PROJECT,
-            f"{RUN} num_clients=3 num_rounds=6 train.round_timeout=40 "
+            f"{RUN} num_clients=3 num_rounds=5 train.round_timeout=40 "
             "train.save_every_round=1",
         )
-        run.wait_for(r"round 1/6 .* 3 of 3 clients", 180)
+        run.wait_for(r"round 1/5 .* 3 of 3 clients", 180)
         for node in nodes[1:]:
             node.wait_for(r"(?s)(Receiving: train message.*){2}")
         killed = nodes[2].wait_for(ONLINE)[1]
         pause(nodes[1], signal.SIGSTOP)
         nodes[2].kill()
-        run.wait_for(r"round 2/6 .* [12] of 3 clients")
+        run.wait_for(r"round 2/5 .* [12] of 3 clients")
         pause(nodes[1], signal.SIGCONT)
         nodes[2].start()
         status, output = federation.finish(run)
@@ -146,7 +146,7 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         history = rounds(results(federation))
         assert "no reply within train.round_timeout=40 s" in str(history[1]["failures"])
         # The stopped one is itself again; the killed one has come back under another id.
-        last = {client["partition"] for client in history[5]["clients"]}
+        last = {client["partition"] for client in history[4]["clients"]}
         [number] = re.findall(rf"Client (\d) is node {killed}\.", output)
         assert last == {0, 1, 2, 3} - {int(number)}
         assert "Client 3 is node" in output
@@ -167,17 +167,14 @@ def test_what_a_superlink_with_a_database_remembers(tmp_path):
         settings = node_config(tmp_path, partition_id=0, num_partitions=1)
         federation.supernode("node", settings)
         alone = f"{RUN} num_clients=1 train.save_every_round=1"
-        status, output = federation.run(PROJECT, f"{alone} num_rounds=1")
-        assert status == "finished:completed", output
-        before = federation.ask("ls")["runs"]
         run = federation.submit(PROJECT, f"{alone} num_rounds=50")
         run.wait_for("round 2/50")
+        run_id = run.wait_for(r"started run (\d+)")[1]
         folder = results(federation)
         federation.superlink.kill()
         federation.superlink.start()
         federation.superlink.wait_for("Uvicorn running on")
-        after = {run["run-id"]: run["status"] for run in federation.ask("ls")["runs"]}
-        assert {run["run-id"]: run["status"] for run in before}.items() <= after.items()
+        assert [run["run-id"] for run in federation.ask("ls")["runs"]] == [run_id]
         # What the broken run had finished is on disk, whole, and another run goes on with
         # it. The SuperNode was never started again.
         done = len(rounds(folder))
@@ -188,12 +185,8 @@ def test_what_a_superlink_with_a_database_remembers(tmp_path):
         assert status == "finished:completed", output
         assert re.search(r"Going on after round \d", output)
         assert len(rounds(folder)) == done + 1
-        # It takes the SuperLink a minute to miss the ServerApp that died with it.
-        ended = ["finished:completed", "finished:completed", "finished:failed"]
-        wait_until(
-            lambda: (
-                sorted(run["status"] for run in federation.ask("ls")["runs"]) == ended
-            ),
-            120,
-            federation.superlink.tail,
-        )
+        # It takes the SuperLink a minute to miss the ServerApp that died with it: until
+        # then its run counts as running.
+        statuses = {r["run-id"]: r["status"] for r in federation.ask("ls")["runs"]}
+        assert statuses.pop(run_id) in ("running", "finished:failed")
+        assert list(statuses.values()) == ["finished:completed"]
