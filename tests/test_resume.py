@@ -22,7 +22,6 @@ import strategy
 from checks import resumed
 from utils import PROJECT, UserError, commit, compose, record
 
-
 OPTIMISERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian"]
 
 
