@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from utils import commit
 
-KEPT = 2  # the newest ones: should the last turn out unreadable, there is another
+KEPT = 2  # the newest ones: who deletes the last goes back by a round
 State = dict[str, torch.Tensor]
 
 

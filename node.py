@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
+import checks
 import utils
 from utils import PROJECT, Refusal, UserError, mix_seed
 
@@ -47,8 +48,8 @@ def settle(
     """The configuration that this node trains with, and its partition.
 
     `told`: the run's `overrides`, and its name, `run`, as the server sends them with every
-    message. `simulated`: the node is one of a simulation, where there is no operator but the user.
-    Raises `Refusal` where the run asks for what the node does not allow, or the node has
+    message. `simulated`: the node is one of a simulation, where there is no operator but
+    the user. Raises `Refusal` where the run asks for what the node does not allow, or the node has
     less than the run needs.
     """
     try:
@@ -85,8 +86,6 @@ def compose_run(overrides: str) -> dict[str, Any]:
 
     Raises `Refusal` where they cannot be used.
     """
-    import checks
-
     try:
         cfg = checks.resolve(utils.compose(admissible(overrides)))
         checks.check_values(cfg)
@@ -224,7 +223,6 @@ def settle_resources(cfg: dict[str, Any], own: dict[str, Any], simulated: bool) 
 
     A simulated node is one of several on its machine, and has what the run gives it.
     """
-    import checks
     import model
 
     if not simulated:

@@ -362,10 +362,10 @@ class Server:
         if not (nodes := self._available()):
             self._wait_for_nodes(1)
             nodes = self._available()
-        share = self.cfg["strategy"][fraction]
-        size = cohort_size(len(nodes), share)
+        size = cohort_size(len(nodes), self.cfg["strategy"][fraction])
         others = [node for node in nodes if node not in (tried or ())]
-        seed = mix_seed(self.cfg["seed"], fraction, server_round, *[attempt][:attempt])
+        parts = [self.cfg["seed"], fraction, server_round]
+        seed = mix_seed(*parts, attempt) if attempt else mix_seed(*parts)
         return Cohort(sample(others if len(others) >= size else nodes, size, seed))
 
 

@@ -91,8 +91,10 @@ def make_base(folder: Path, size: str) -> str:
 
 def rounds_of(app: Path, overrides: str, node_config: str) -> tuple[list[float], float]:
     """Seconds of each round but the first, and the median of what the client worked."""
-    folder = Path(tempfile.mkdtemp(prefix="federation-"))
-    with Federation(folder) as federation:
+    with (
+        tempfile.TemporaryDirectory(prefix="federation-") as folder,
+        Federation(Path(folder)) as federation,
+    ):
         federation.supernode("node", node_config)
         status, output = federation.run(app, overrides)
         assert status == "finished:completed", output
