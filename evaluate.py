@@ -70,7 +70,6 @@ def main() -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Print the table of an adapter's figures and write them to a file."""
     # Imported here, so that --help and a mistyped option answer at once.
-
     import model
 
     about = model.read_about(options.peft_path)

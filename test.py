@@ -45,7 +45,6 @@ def main() -> None:
     utils.quiet()
     utils.offline_if_unreachable()
     # Imported here, so that --help and a mistyped option answer at once.
-
     import model
 
     try:

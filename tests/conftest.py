@@ -1,6 +1,9 @@
 """Shared by all tests: small configurations, and a grid without processes."""
 
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 
 import pytest
 import torch
+from filelock import FileLock
 from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -25,6 +29,10 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     utils.quiet()
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture
@@ -42,6 +50,43 @@ def configure() -> Callable[..., dict[str, Any]]:
     return compose
 
 
+@pytest.fixture(scope="session")
+def mark(testrun_uid: str) -> dict[str, str]:
+    """For the environment of what is started here: tells it from other sessions'."""
+    return {"LLM_FLOWERTUNE_TEST": testrun_uid}
+
+
+@pytest.fixture(scope="session")
+def quickstart(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str, mark: dict[str, str]
+) -> tuple[Path, str]:
+    """The quickstart's folder and what it printed: one run, whoever looks at it."""
+    root = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        root = root.parent  # common to the processes of xdist
+    folder, said = root / "quickstart", root / "quickstart.txt"
+    base = utils.PROJECT / "assets/tiny_llama/model.safetensors"
+    with FileLock(root / "quickstart.lock"):
+        if not said.exists():
+            before = base.read_bytes()
+            done = subprocess.run(
+                [
+                    *(sys.executable, "main.py", "experiment=quickstart"),
+                    f"hydra.run.dir={folder}",
+                ],
+                cwd=utils.PROJECT,
+                env=os.environ | mark,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stderr == ""
+            assert base.read_bytes() == before
+            said.write_text(done.stdout)
+    return folder, said.read_text()
+
+
 class LoopbackGrid:
     """Delivers messages to a real ClientApp in this process, in reversed order.
 
@@ -56,7 +101,8 @@ class LoopbackGrid:
         tamper: Callable[[int, Message], Message] = lambda partition, reply: reply,
         folder: Path | None = None,
     ) -> None:
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="clients-"))
+        self.own_folder = tempfile.TemporaryDirectory(prefix="clients-")
+        self.folder = folder or Path(self.own_folder.name)
         # What Flower's runtime sets before an app may make Messages.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
         self.client_app = app.make_client_app(cfg, self.folder)

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-SECONDS = 120  # for one process to do one thing: many times what it takes
+SECONDS = 300  # for one process to do one thing: many times what it takes
 ONLINE = r"SuperNode ID: (\d+)"
 COMMANDS = Path(sys.executable).parent
 

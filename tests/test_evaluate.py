@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -426,40 +427,27 @@ def run(*arguments, **environment):
     )
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """The quickstart after 5 of its rounds, so that it gets part of the questions right."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    done = run(
-        "main.py",
-        "experiment=quickstart",
-        "num_rounds=5",
-        f"hydra.run.dir={folder}",
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.slow
-def test_the_command_finds_what_the_run_found(quickstart):
-    adapter = f"--peft-path={quickstart / 'peft_5'}"
+def test_the_command_finds_what_the_run_found(quickstart, tmp_path):
+    folder = shutil.copytree(quickstart[0], tmp_path / "run")
+    adapter = f"--peft-path={folder / 'peft_20'}"
     done = run("evaluate.py", adapter, "--tasks=tiny_qa,tiny_choice", "--base")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    summary = json.loads((quickstart / "summary.json").read_text())
-    written = json.loads((quickstart / "evaluation.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    written = json.loads((folder / "evaluation.json").read_text())
     asked, chosen = written["figures"]
     # Batches of another size round otherwise, which may turn an answer or two of 335.
     assert asked["value"] == pytest.approx(summary["exact_match_after"], abs=0.01)
     assert asked["base"] == pytest.approx(summary["exact_match_before"], abs=0.01)
-    assert 0.1 < asked["value"] < 1
+    assert 0.9 < asked["value"] < 1
     assert chosen["value"] > chosen["base"]
     assert f"| tiny_qa | exact_match | 335 | {asked['base']:.4f} |" in done.stdout
 
 
 @pytest.mark.slow
 def test_code_tasks_find_the_library_evaluate_and_not_the_command(quickstart):
-    adapter = f"--peft-path={quickstart / 'peft_5'}"
+    adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
     done = run("evaluate.py", adapter, "--tasks=code", "--allow-code-execution")
     assert "code_eval" in done.stderr  # which that library would fetch
     assert "Traceback" not in done.stderr
@@ -468,7 +456,7 @@ def test_code_tasks_find_the_library_evaluate_and_not_the_command(quickstart):
 @pytest.mark.slow
 def test_without_lm_eval_there_is_a_line_to_install_it(quickstart, tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError('No lm_eval')")
-    adapter = f"--peft-path={quickstart / 'peft_5'}"
+    adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
     done = run("evaluate.py", adapter, "--tasks=tiny_qa", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "pip install lm-eval==" in done.stderr

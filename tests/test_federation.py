@@ -132,7 +132,7 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
             f"{RUN} num_clients=3 num_rounds=5 train.round_timeout=40 "
             "train.save_every_round=1",
         )
-        run.wait_for(r"round 1/5 .* 3 of 3 clients", 180)
+        run.wait_for(r"round 1/5 .* 3 of 3 clients")
         for node in nodes[1:]:
             node.wait_for(r"(?s)(Receiving: train message.*){2}")
         killed = nodes[2].wait_for(ONLINE)[1]
