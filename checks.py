@@ -9,6 +9,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 import shlex
 import socket
 from contextlib import suppress
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from utils import UserError, compose, flat, local_path
+from utils import PROJECT, UserError, compose, flat, local_path
 
 # What TrainingArguments takes, but this app sets itself, and where it is set instead.
 OURS = {
@@ -42,6 +43,7 @@ OURS_OF_RAY = {
     "runtime_env": "main.py",
 }
 ANY = float("inf")
+NO_NAME = re.compile(r"null|true|false|[\d.+-]+", re.IGNORECASE)
 # What a run that goes on may have otherwise than when it was begun.
 MAY_CHANGE = (
     "num_rounds",
@@ -181,6 +183,18 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
             f"may change: {', '.join(MAY_CHANGE)}."
         )
     return config, chosen
+
+
+def check_choices(words: list[str]) -> None:
+    """Raise `UserError` for what Hydra answers with a traceback: a choice that is no name."""
+    for word in words:
+        group, _, choice = word.partition("=")
+        if word.startswith("="):
+            raise UserError(f"{word}: the name of a setting is missing.")
+        if (PROJECT / "conf" / group).is_dir() and NO_NAME.fullmatch(choice):
+            names = (PROJECT / "conf" / group).glob("*.yaml")
+            names = ", ".join(sorted(path.stem for path in names))
+            raise UserError(f"{word}: {group} is one of {names}.")
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Every setting is in `conf/`; any of them can be given here: `num_rounds=50`.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from checks import check, check_nodes, check_values, resolve, resumed
+from checks import check, check_choices, check_nodes, check_values, resolve, resumed
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -115,4 +116,8 @@ def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    try:
+        check_choices(sys.argv[1:])
+    except utils.UserError as error:
+        sys.exit(str(error))
     main()

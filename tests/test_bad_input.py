@@ -769,6 +769,8 @@ COMMANDS = [
         "main.py hydra.run.dir={tmp}/file/run",
         "cannot be written (Not a directory)",
     ),
+    ("null for a group", "main.py tracking=null", "tracking is one of mlflow, none,"),
+    ("a value without a name", "main.py =5", "the name of a setting is missing"),
     ("no run", "main.py resume={tmp}", "no run to go on with is here"),
     ("fewer rounds", "main.py resume={run} num_rounds=1", "2 rounds are done, and num"),
     ("no adapter given", "test.py", "--peft-path"),
