@@ -352,10 +352,10 @@ def on_own_records(section: Section) -> str:
     if not pairs:
         return ""
     wins = sum(together < alone for together, alone in pairs)
+    others = ", the client's own adapter in the others" * (wins < len(pairs))
     return (
         " On the records that each client held back of its own, the federated adapter has "
-        f"the lower loss in {wins} of {len(pairs)} cases (each client with each seed), the "
-        "client's own adapter in the others."
+        f"the lower loss in {wins} of {len(pairs)} cases (each client with each seed){others}."
     )
 
 
