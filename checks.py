@@ -43,6 +43,7 @@ OURS_OF_RAY = {
     "runtime_env": "main.py",
 }
 ANY = float("inf")
+# What Hydra reads as nothing, a truth value or a number.
 NO_NAME = re.compile(r"null|true|false|[\d.+-]+", re.IGNORECASE)
 # What a run that goes on may have otherwise than when it was begun.
 MAY_CHANGE = (
@@ -189,11 +190,11 @@ def check_choices(words: list[str]) -> None:
     """Raise `UserError` for what Hydra answers with a traceback: a choice that is no name."""
     for word in words:
         group, _, choice = word.partition("=")
+        folder = PROJECT / "conf" / group
         if word.startswith("="):
             raise UserError(f"{word}: the name of a setting is missing.")
-        if (PROJECT / "conf" / group).is_dir() and NO_NAME.fullmatch(choice):
-            names = (PROJECT / "conf" / group).glob("*.yaml")
-            names = ", ".join(sorted(path.stem for path in names))
+        if folder.is_dir() and NO_NAME.fullmatch(choice):
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             raise UserError(f"{word}: {group} is one of {names}.")
 
 

@@ -47,21 +47,23 @@ from strategy import Stopped
 
 NUM_MALICIOUS = 4
 SETTINGS = "experiment=quickstart seed=0 strategy.fraction_fit=1"
-# A mean of twenty bears larger steps on smaller batches than the quickstart's mean of two.
-SHORT = (
-    "num_rounds=10 train.learning_rate_max=1e-2 "
+# A mean of twenty bears larger steps on smaller batches than the quickstart's mean of two,
+# and needs fewer rounds.
+LARGE = (
+    "train.learning_rate_max=1e-2 "
     "train.training_arguments.per_device_train_batch_size=4"
 )
 STRATEGIES = {
-    "fedavg": SHORT,
+    "fedavg": f"num_rounds=10 {LARGE}",
     # About what an honest update measures halfway through the run.
-    "fedavg, clip_norm": f"strategy.clip_norm=10 {SHORT}",
-    "fedmedian": f"strategy=fedmedian {SHORT}",
+    "fedavg, clip_norm": f"strategy.clip_norm=10 num_rounds=10 {LARGE}",
+    "fedmedian": f"strategy=fedmedian num_rounds=10 {LARGE}",
     # What it trims on the side of the honest slows it down under an attack.
-    "fedtrimmedavg": f"strategy=fedtrimmedavg strategy.beta=0.2 {SHORT} num_rounds=15",
-    # It takes one client's adapter and no mean, so it needs the quickstart's own rounds.
+    "fedtrimmedavg": f"strategy=fedtrimmedavg strategy.beta=0.2 num_rounds=15 {LARGE}",
+    # It takes one client's adapter and no mean, so it needs the quickstart's own steps.
     "krum": f"strategy=krum strategy.num_malicious_nodes={NUM_MALICIOUS}",
-    "bulyan": f"strategy=bulyan strategy.num_malicious_nodes={NUM_MALICIOUS} {SHORT}",
+    "bulyan": f"strategy=bulyan strategy.num_malicious_nodes={NUM_MALICIOUS} "
+    f"num_rounds=10 {LARGE}",
 }
 # What is sent for a tensor of an honest update.
 Attack = Callable[[torch.Tensor, torch.Generator], torch.Tensor]

@@ -66,14 +66,12 @@ def quickstart(
         root = root.parent  # common to the processes of xdist
     folder, said = root / "quickstart", root / "quickstart.txt"
     base = utils.PROJECT / "assets/tiny_llama/model.safetensors"
+    command = [sys.executable, "main.py", "experiment=quickstart"]
     with FileLock(root / "quickstart.lock"):
         if not said.exists():
             before = base.read_bytes()
             done = subprocess.run(
-                [
-                    *(sys.executable, "main.py", "experiment=quickstart"),
-                    f"hydra.run.dir={folder}",
-                ],
+                [*command, f"hydra.run.dir={folder}"],
                 cwd=utils.PROJECT,
                 env=os.environ | mark,
                 capture_output=True,
