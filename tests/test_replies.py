@@ -640,7 +640,7 @@ def odd_contents(draw) -> RecordDict:
 @pytest.mark.parametrize(
     ("dtype", "examples"),
     [
-        ("float16", 40),
+        ("float16", 25),
         *(pytest.param(each, 150, marks=pytest.mark.slow) for each in comm.DTYPES),
     ],
 )
@@ -699,7 +699,7 @@ EVAL_NUMBERS = st.fixed_dictionaries(
 def test_no_reply_ends_an_evaluation_or_decides_it(serve, capsys):
     server = serve()
 
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
     @given(EVAL_NUMBERS)
     def attempt(figures: dict) -> None:
         def tamper(who: int, reply: Message) -> Message:
