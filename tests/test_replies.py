@@ -26,6 +26,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import checks
 import client
@@ -916,6 +917,41 @@ def test_the_seed_makes_the_first_adapter_on_the_server_as_on_a_client(name, con
     assert len(unknown) == sum(read)
 
 
+@pytest.mark.slow
+def test_what_is_finite_without_weights_is_the_clients_own_for_all_of_peft(configure):
+    """Every method of PEFT's that the tiny base takes with hardly a setting."""
+    cfg = configure("model.quantization=null")["model"]
+    starts = ["gaussian", "orthogonal", "pissa", "olora"]
+    more = {"AdaLoraConfig": {"total_step": 10}}
+    built, known = 0, 0
+    for kind in sorted({*PEFT_TYPE_TO_CONFIG_MAPPING.values()}, key=str):
+        name = kind.__name__
+        for start in starts if name == "LoraConfig" else [None]:
+            node = {"_target_": f"peft.{name}", "task_type": "CAUSAL_LM"}
+            node |= {"target_modules": ["q_proj", "v_proj"], **more.get(name, {})}
+            if start:
+                node["init_lora_weights"] = start
+            try:
+                made = model.build(cfg, node, 0, torch.device("cpu"))
+            except utils.UserError:
+                continue
+            theirs = model.adapter_state(made)
+            built += 1
+            try:
+                ours = model.seeded(cfg, node, 0)
+            except utils.UserError:  # it takes the weights apart
+                assert name != "LoraConfig" or start in ("pissa", "olora")
+                continue
+            assert list(ours) == list(theirs)
+            for key, tensor in ours.items():
+                assert torch.isnan(tensor).all() or torch.equal(tensor, theirs[key]), (
+                    name
+                )
+            known += all(torch.isfinite(tensor).all() for tensor in ours.values())
+    assert built >= 18
+    assert known >= 14
+
+
 def forged(values: dict[int, float], name: str = "x.magnitude"):
     """A grid's `tamper` by which clients make this of a tensor of the first adapter."""
 
@@ -941,6 +977,21 @@ def read_from_the_base(monkeypatch, serve):
     """Let a tensor be one that only clients can make, as DoRA's magnitudes are."""
     nan = {**START, "x.magnitude": torch.full(SHAPES["x.magnitude"], math.nan)}
     monkeypatch.setattr(model, "seeded", lambda *_: nan)
+
+
+def test_where_peft_makes_nothing_without_weights_clients_make_it_all(
+    serve, monkeypatch, capsys
+):
+    server = serve()
+
+    def cannot(*_):
+        raise utils.UserError("linalg.svd: it holds NaN")
+
+    monkeypatch.setattr(model, "seeded", cannot)
+    server.grid.tamper = forged({3: 9.0}, FIRST)
+    state = server.initial_adapter()
+    assert all(torch.equal(state[name], START[name]) for name in START)
+    assert "left out client 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [9.0, 1.02, -1.0, 0.0, 1e6])
