@@ -106,6 +106,7 @@ MAY_BE_NULL = (
     "evaluate.choices",
     "resume",
     "strategy.clip_norm",
+    "strategy.max_weight",
     "train.round_timeout",
     "train.training_arguments.learning_rate",
 )
@@ -130,7 +131,7 @@ def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
         else:
             check_cluster(address)
     check_launch(cfg)
-    check_strategy(cfg)
+    check_strategy(cfg, deployed)
     check_training_arguments(cfg)
     if deployed and cfg["mode"] != "federated":
         raise UserError(
@@ -239,6 +240,7 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("strategy.min_fit_replies", whole, 1, ANY),
         ("strategy.max_round_retries", whole, 0, ANY),
         ("strategy.clip_norm", float, 1e-9, ANY),
+        ("strategy.max_weight", whole, 1, ANY),
         ("train.save_every_round", whole, 1, ANY),
         ("train.round_timeout", float, 1, ANY),
         ("train.min_records", whole, 1, ANY),
@@ -274,6 +276,7 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("model.gradient_checkpointing", (True, False, "auto")),
         ("train.padding_side", ("left", "right")),
         ("comm.dtype", ("float32", "float16", "int8")),
+        ("strategy.weighted_by", ("examples", "records")),
         ("verbose", (True, False)),
         ("dry_run", (True, False)),
         ("launch.sharded", (True, False)),
@@ -408,8 +411,8 @@ def check_launch(cfg: dict[str, Any]) -> None:
         )
 
 
-def check_strategy(cfg: dict[str, Any]) -> None:
-    """That the strategy takes its settings and gets as many replies as it needs."""
+def check_strategy(cfg: dict[str, Any], deployed: bool = False) -> None:
+    """That the strategy takes its settings and makes an adapter of a round's replies."""
     import strategy
 
     node = cfg["strategy"]
@@ -421,14 +424,22 @@ def check_strategy(cfg: dict[str, Any]) -> None:
             f"{node['fraction_fit']} of num_clients={cfg['num_clients']} are {cohort} "
             "clients a round."
         )
-    if not node["_target_"].endswith(".Bulyan"):
-        return
-    needed = 4 * node["num_malicious_nodes"] + 3
-    if cohort < needed:
+    if node["_target_"].endswith(".Bulyan"):
+        needed = 4 * node["num_malicious_nodes"] + 3
+        if cohort < needed:
+            raise UserError(
+                f"strategy.fraction_fit={node['fraction_fit']} of num_clients="
+                f"{cfg['num_clients']} are {cohort} clients a round; Bulyan with "
+                f"num_malicious_nodes={node['num_malicious_nodes']} needs {needed}."
+            )
+    strategy.rehearse(node, min(cohort, 100))
+    records = node["weighted_by"] == "records"
+    by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
+    if deployed and (records or by_epochs) and node["max_weight"] is None:
+        setting = "strategy.weighted_by=records" if records else "max_steps=-1"
         raise UserError(
-            f"strategy.fraction_fit={node['fraction_fit']} of num_clients="
-            f"{cfg['num_clients']} are {cohort} clients a round; Bulyan with "
-            f"num_malicious_nodes={node['num_malicious_nodes']} needs {needed}."
+            f"{setting}: how many records a node has is its own word, and it weighs by "
+            "it. Say what to believe at most: strategy.max_weight=5000"
         )
 
 

@@ -42,8 +42,8 @@ def train(
     """Train the adapter for one round on one partition.
 
     Each process of a team calls this, and all of them get the same adapter and figures.
-    `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on,
-    `train_loss` (nats per answer token), `dropped` records, the `micro_batch` that memory
+    `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on, of
+    how many `records`, `train_loss` (nats per answer token), `dropped` records, the `micro_batch` that memory
     allowed, `peak_memory` in bytes (of the GPU where there is one, else of this process),
     and `seconds`, whole and by part.
     """
@@ -98,6 +98,7 @@ def train(
     clock.lap("read")
     return trained, {
         "num-examples": len(examples),
+        "records": len(rows),
         "train_loss": loss,
         "dropped": dropped,
         "micro_batch": arguments.train_batch_size,

@@ -3,18 +3,31 @@
 Down goes the adapter, up comes the update that a client made to it. In int8 a client keeps
 what rounding took from its update and adds it to the next one (error feedback, Seide et al.
 2014, arXiv 1901.09847), so that small changes add up instead of getting lost.
+
+What comes up is foreign data: `decode` looks at names, types, shapes and sizes before it
+makes a tensor of anything.
 """
 
+import io
+import math
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 DTYPES = ("float32", "float16", "int8")
 SCALE = ":scale"  # no parameter's name holds a colon
 
+HEADER = 1024  # bytes of `np.save` before the values: 128 for an adapter's shapes
+
 State = dict[str, torch.Tensor]
+
+
+class Unusable(ValueError):
+    """A reply that cannot be used. The text is ours, and quotes nothing of the reply."""
 
 
 def pack(
@@ -38,6 +51,84 @@ def pack(
         packed[name + SCALE] = scale
         left[name] = whole - _expand(packed[name], scale)
     return packed, left
+
+
+def lost(state: State, dtype: str) -> str | None:
+    """The name of a tensor that would not arrive as finite values, or None.
+
+    float16 ends at 65504: a value beyond it is finite here and infinite on the wire.
+    """
+    for name, tensor in state.items():
+        packed, _ = pack({name: tensor}, dtype)
+        if not all(torch.isfinite(each).all() for each in packed.values()):
+            return name
+    return None
+
+
+def layout(expected: dict[str, Any], dtype: str) -> dict[str, tuple[str, tuple]]:
+    """Type and shape of all that `pack` makes of tensors shaped like `expected`, by name."""
+    wire = {name: (dtype, tuple(each.shape)) for name, each in expected.items()}
+    if dtype == "int8":
+        for name, (_, shape) in list(wire.items()):
+            wire[name + SCALE] = "float32", (shape[0] if len(shape) > 1 else 1,)
+    return wire
+
+
+def decode(arrays: Any, expected: dict[str, Any], dtype: str) -> State:
+    """The float32 tensors in a reply's `ArrayRecord`, which must be `layout`'s.
+
+    Nothing is decoded before everything has the right name, type, shape and size, so what
+    is refused costs no more memory than it came with. Raises `Unusable`.
+    """
+    wire = layout(expected, dtype)
+    if odd := wire.keys() - arrays.keys():
+        raise Unusable(
+            f"{len(odd)} adapter tensors missing or unknown, {min(odd)} among them"
+        )
+    if len(arrays) > len(wire):
+        raise Unusable(
+            f"{len(arrays) - len(wire)} unknown tensors beside the adapter's"
+        )
+    starts = {
+        name: _look(name, arrays[name], np.dtype(kind), shape)
+        for name, (kind, shape) in wire.items()
+    }
+    packed: State = {}
+    for name, (kind, shape) in wire.items():
+        start, order = starts[name]
+        values = np.frombuffer(arrays[name].data, kind, offset=start)
+        values = values.reshape(shape, order=order)
+        packed[name] = torch.from_numpy(np.array(values, order="C"))
+    state = unpack(packed)
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise Unusable(f"{name} holds values that are not finite")
+    return state
+
+
+def _look(name: str, array: Any, kind: np.dtype, shape: tuple) -> tuple[int, str]:
+    """Where the values of a serialised array begin, and their order in memory (C or F).
+
+    Raises `Unusable` unless it is exactly such an array as numpy's `.npy` format has it.
+    """
+    if array.dtype != kind.name or array.stype != "numpy.ndarray":
+        raise Unusable(f"{name} is not of type {kind.name}, as comm.dtype has it")
+    if tuple(array.shape) != shape:
+        raise Unusable(f"{name} has shape other than {shape}")
+    size = math.prod(shape) * kind.itemsize
+    wrong = Unusable(f"{name} is not serialised as {kind.name} of shape {shape}")
+    if not size < len(array.data) <= size + HEADER:
+        raise wrong
+    file = io.BytesIO(array.data[:HEADER])
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise wrong
+        told, fortran, type_ = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # whatever numpy makes of a forged header
+        raise wrong from None
+    if (told, type_) != (shape, kind) or len(array.data) != file.tell() + size:
+        raise wrong
+    return file.tell(), "F" if fortran else "C"
 
 
 def load_residual(folder: Path, partition: int, server_round: int) -> State | None:

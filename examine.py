@@ -9,11 +9,12 @@ from collections import Counter
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 import dataset
 import model
 from loss import answer_scores
+from utils import look_for_stop
 
 BATCH = 64
 Scores = dict[str, float]
@@ -32,6 +33,7 @@ def score(
     scores = torch.zeros(len(examples), 3, dtype=torch.float64)
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i]["labels"]))
     for start in range(0, len(examples), batch):
+        look_for_stop()
         chosen = by_length[start : start + batch]
         tensors = collate([examples[i] for i in chosen])
         tensors = {name: tensor.to(net.device) for name, tensor in tensors.items()}
@@ -63,6 +65,7 @@ def answer(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     collate = dataset.Collator(tokenizer.pad_token_id, padding_side="left")
     for start in range(0, len(prompts), BATCH):
+        look_for_stop()
         chosen = by_length[start : start + BATCH]
         batch = collate(
             [{"input_ids": prompts[i], "labels": prompts[i]} for i in chosen]
@@ -75,6 +78,7 @@ def answer(
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                stopping_criteria=StoppingCriteriaList([_stopped]),
             )
         # Prompt embeddings count as no input tokens, so the answer is what was added.
         added = output[:, batch["input_ids"].shape[1] :]
@@ -82,6 +86,12 @@ def answer(
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
     return answers
+
+
+def _stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    """For each sequence, whether it is finished: never, but a run may be stopped here."""
+    look_for_stop()
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def exact_match(given: str, wanted: str) -> float:

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -235,6 +236,28 @@ def skeleton(model_cfg: Any, peft_cfg: Any) -> PeftModel:
     return _with_adapter(base, model_cfg, peft_cfg, seed=0)
 
 
+def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
+    """The fresh adapter as far as `seed` alone decides it, in float32 by name.
+
+    What PEFT reads from the base's weights (DoRA's magnitudes) is NaN: each weight of the
+    base is one NaN here that has the weight's shape and takes no room. Needs the base's
+    `config.json` only. Raises `UserError` where PEFT makes no adapter on such a base.
+    """
+    config = AutoConfig.from_pretrained(
+        _source(model_cfg["name"]), trust_remote_code=False
+    )
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    blank: dict[int, torch.nn.Parameter] = {}  # tied weights stay one
+    for module in base.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                nans = torch.full((), math.nan).expand(weight.shape)
+                made = torch.nn.Parameter(nans, requires_grad=False)
+                module._parameters[name] = blank.setdefault(id(weight), made)
+    return adapter_state(_with_adapter(base, model_cfg, peft_cfg, seed))
+
+
 def _with_adapter(
     base: torch.nn.Module, model_cfg: Any, peft_cfg: Any, seed: int
 ) -> PeftModel:
@@ -286,10 +309,16 @@ def adapter_state(model: PeftModel) -> State:
 
 
 def set_adapter_state(model: PeftModel, state: State) -> None:
-    """Overwrite every trainable parameter. Raises `Misfit` unless all fit exactly."""
+    """Overwrite every trainable parameter.
+
+    Raises `Misfit` unless names and shapes fit exactly, and `UserError` for values that are
+    not finite: another adapter may be fine, so that is no reason to take no more part.
+    """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if fault := mismatch(state, parameters):
+    if fault := misshapen(state, parameters):
         raise Misfit(f"the adapter does not fit the base that is here: {fault}")
+    if fault := mismatch(state, parameters):
+        raise UserError(f"the adapter that came in is broken: {fault}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
@@ -300,6 +329,16 @@ def mismatch(state: State, expected: dict[str, Any]) -> str | None:
 
     Names and shapes must be equal and all values finite.
     """
+    if fault := misshapen(state, expected):
+        return fault
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            return f"{name} holds values that are not finite"
+    return None
+
+
+def misshapen(state: State, expected: dict[str, Any]) -> str | None:
+    """Likewise, of names and shapes alone."""
     if state.keys() != expected.keys():
         odd = sorted(state.keys() ^ expected.keys())
         return f"{len(odd)} adapter tensors missing or unknown, {odd[0]} among them"
@@ -309,8 +348,6 @@ def mismatch(state: State, expected: dict[str, Any]) -> str | None:
                 f"{name} has shape {tuple(tensor.shape)}, "
                 f"not {tuple(expected[name].shape)}"
             )
-        if not torch.isfinite(tensor).all():
-            return f"{name} holds values that are not finite"
     return None
 
 

@@ -4,14 +4,18 @@ The strategy is Flower's own, named in `conf/strategy`. The loop around it is ou
 a reply is checked before it counts and each round is on disk before the next one begins.
 """
 
+import copy
+import logging
+import math
 import random
 import resource
-import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 from flwr.app import (
@@ -37,11 +41,27 @@ import checkpoint
 import comm
 import dataset
 import model
+from comm import Unusable
 from examine import Examination
 from journal import Journal, adapters, report_failures, report_memory
-from utils import Progress, Refusal, UserError, construct, mix_seed, say, write_json
+from utils import (
+    STOP,
+    Progress,
+    Refusal,
+    Stopped,
+    UserError,
+    construct,
+    look_for_stop,
+    mix_seed,
+    one_line,
+    say,
+    write_json,
+)
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
+# Seconds that clients have at least in the first exchange, whatever train.round_timeout
+# says: they load the base, and one of 13 GB from a slow disk takes minutes.
+LOAD_TIMEOUT = 1800.0
 PULL_INTERVAL = 0.02  # seconds between looks for replies, at first
 # Keys of conf/strategy that are this module's, not the constructor's.
 OURS = (
@@ -50,26 +70,79 @@ OURS = (
     "min_fit_replies",
     "max_round_retries",
     "clip_norm",
+    "weighted_by",
+    "max_weight",
 )
-# What a reply must tell for its kind of message.
-METRICS = {
-    MessageType.QUERY: (),
-    MessageType.TRAIN: ("num-examples", "train_loss", "peak_memory"),
-    MessageType.EVALUATE: ("num-examples", "eval_loss", "eval_accuracy"),
-}
+# The metric that each `strategy.weighted_by` weighs a client by.
+WEIGHTS = {"examples": "num-examples", "records": "records"}
 # Strategies that are a function of the weighted mean of the replies.
 AVERAGING = {FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad}
-
-
-STOP = threading.Event()  # ends the run at the next look for replies
 
 
 class RunFailed(UserError):
     """A round could not be completed. What came before it is on disk."""
 
 
-class Stopped(UserError):
-    """Somebody asked the run to end. What came before is on disk."""
+# --- what a client may tell of itself --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of a reply: one number, whole or not, within bounds."""
+
+    kind: type
+    low: float = 0
+    high: float = 2**53  # beyond it readers of JSON lose whole numbers
+    needed: bool = False
+
+
+LOSS = Figure(float, high=1e4, needed=True)  # nats a token; a guess of no idea costs 10
+SECONDS = Figure(float, high=1e9)
+COUNT = Figure(int)
+# By the kind of message that is answered. What is not listed here is not looked at.
+FIGURES: dict[str, dict[str, Figure]] = {
+    MessageType.QUERY: {},
+    MessageType.TRAIN: {
+        "num-examples": Figure(int, low=1, needed=True),
+        "train_loss": LOSS,
+        "peak_memory": Figure(int, needed=True),
+        "records": Figure(int, low=1),
+        "micro_batch": Figure(int, low=1),
+        **dict.fromkeys(("tokens", "truncated", "dropped"), COUNT),
+        "seconds": SECONDS,
+        **{
+            f"seconds_{lap}": SECONDS
+            for lap in ("load", "tokenise", "set", "train", "read")
+        },
+    },
+    MessageType.EVALUATE: {
+        "num-examples": Figure(int, low=1, needed=True),
+        "eval_loss": LOSS,
+        "eval_accuracy": Figure(float, high=1, needed=True),
+        **dict.fromkeys(("truncated", "dropped"), COUNT),
+    },
+}
+
+
+def read_figures(kind: str, metrics: Any) -> dict[str, float]:
+    """The metrics of a reply to a message of this kind that are known.
+
+    Raises `Unusable` where one is missing, is no number, or is out of bounds.
+    """
+    figures: dict[str, float] = {}
+    for name, figure in FIGURES[kind].items():
+        value = metrics.get(name)
+        if value is None:
+            if figure.needed:
+                raise Unusable(f"its metrics lack {name}")
+            continue
+        if type(value) is not int and type(value) is not figure.kind:
+            whole = "whole " if figure.kind is int else ""
+            raise Unusable(f"its {name} is no {whole}number")
+        if not figure.low <= value <= figure.high:  # NaN is not
+            raise Unusable(f"its {name} is not within {figure.low} and {figure.high:g}")
+        figures[name] = figure.kind(value)
+    return figures
 
 
 # --- whom to ask, and how to aggregate -------------------------------------------------------
@@ -90,6 +163,35 @@ def build(node: dict[str, Any]) -> FedAvg:
         "min_available_nodes": 1,
     }
     return construct(settings, "flwr.serverapp.strategy", **everyone)
+
+
+def rehearse(node: dict[str, Any], count: int) -> None:
+    """Let the strategy that `conf/strategy` names aggregate `count` small made-up replies.
+
+    Raises `UserError` where it makes no adapter of them, as it would after the first round.
+    """
+    made = build(node)
+    made.min_train_nodes = made.min_available_nodes = 0  # nobody is asked
+    log = logging.getLogger("flwr")
+    log.disabled, before = True, log.disabled
+    start = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
+    try:
+        made.configure_train(1, ArrayRecord(start), ConfigRecord(), Cohort([]))
+        gathered = aggregator_for("federated", made, start)
+        for i in range(count):
+            update = {k: torch.full_like(v, (i + 1) / 64) for k, v in start.items()}
+            client = {"partition": i, "num-examples": i + 1, "train_loss": 1.0}
+            gathered.add(update, client, i + 1)
+        fault = model.mismatch(gathered.aggregate(1), start)
+    except Exception as error:  # whatever a class makes of what is no use to it
+        fault = str(error) or type(error).__name__
+    finally:
+        log.disabled = before
+    if fault:
+        raise UserError(
+            f"strategy._target_={node['_target_']} makes no adapter of {count} replies: "
+            f"{one_line(fault)}"
+        )
 
 
 def cohort_size(num_clients: int, fraction: float) -> int:
@@ -245,7 +347,8 @@ class Server:
         }
         # The number that a node goes by here, and in a simulation its partition.
         self.partitions: dict[int, int] = {}
-        self.refused: set[int] = set()
+        self.refused: dict[int, str] = {}  # by node: why it takes no part
+        self.singly = False  # whether replies are fetched one by one
         self._wait_for_nodes(cfg["num_clients"])
 
     def _available(self) -> list[int]:
@@ -257,14 +360,15 @@ class Server:
                 self.partitions[node] = len(self.partitions)
                 if self.told:
                     say(f"Client {self.partitions[node]} is node {node}.")
-        willing = set(connected) - self.refused
+        willing = set(connected) - self.refused.keys()
         return sorted(willing, key=self.partitions.__getitem__)
 
     def _wait_for_nodes(self, wanted: int) -> None:
         # They connect while this already runs, and get their numbers all at once.
         started = time.monotonic()
         told = False
-        while (here := len(set(self.grid.get_node_ids()) - self.refused)) < wanted:
+        while (here := len({*self.grid.get_node_ids()} - self.refused.keys())) < wanted:
+            look_for_stop()
             waited = time.monotonic() - started
             if waited > NODES_TIMEOUT:
                 raise RunFailed(
@@ -274,27 +378,61 @@ class Server:
             if waited > 5 and not told:
                 say(f"Waiting for {wanted} clients; {here} are connected.")
                 told = True
-            time.sleep(0.1)
+            STOP.wait(0.1)
 
     def initial_adapter(self) -> model.State:
-        """The first adapter, made by the clients that train first.
+        """The first adapter: as far as the seed decides it made here, the rest by clients.
 
-        They all make the same one; asked together, their workers load the base side by
-        side, and the first round finds it there.
+        What PEFT reads from the base's weights (DoRA's magnitudes) only clients can make;
+        it is what more than half of them have made alike, of three at least where there are
+        as many. The clients that train first are asked in any case: so their workers load
+        the base side by side, and who cannot take part is known. Who fails is replaced by
+        others, `strategy.max_round_retries` times.
         """
-        cohort = self._cohort("fraction_fit", 1).nodes
-        messages = [Message(RecordDict(), node, MessageType.QUERY) for node in cohort]
-        exchange = Exchange(self, messages)
-        first = None
-        # To the last: a reply that nobody fetches stays in Flower's store, and its engine
-        # would look at it again for every node until the run ends.
-        for state, _ in exchange.replies():
-            first = first or state
-        report_failures(0, exchange.failures)
-        if first is None:
+        try:
+            first = model.seeded(self.cfg["model"], self.cfg["peft"], self.cfg["seed"])
+        except UserError:  # no adapter at all can be made without the weights
+            first = {k: torch.full(v.shape, math.nan) for k, v in self.expected.items()}
+        unknown = [name for name, v in first.items() if not torch.isfinite(v).all()]
+        retries = self.cfg["strategy"]["max_round_retries"]
+        tried: set[int] = set()
+        for attempt in range(1 + retries):
+            made: list[tuple[model.State, list[dict[str, Any]]]] = []  # by whom, alike
+            nodes = self._cohort(
+                "fraction_fit", 1, attempt, tried, least=3 if unknown else 1
+            ).nodes
+            messages = [
+                Message(RecordDict(), node, MessageType.QUERY) for node in nodes
+            ]
+            exchange = Exchange(self, messages)
+            # To the last: a reply that nobody fetches stays in Flower's store, and its
+            # engine would look at it again for every node until the run ends.
+            for state, client in exchange.replies():
+                own = {name: state[name] for name in unknown}
+                group = next((who for one, who in made if alike(one, own)), None)
+                if group is None:
+                    made.append((own, group := []))
+                group.append(client)
+            report_failures(0, exchange.failures)
+            tried |= set(nodes)
+            made.sort(key=lambda one: -len(one[1]))
+            replied = sum(len(who) for _, who in made)
+            enough = not unknown or replied >= min(3, len(nodes)) or attempt == retries
+            if made and enough and len(made[0][1]) > replied / 2:
+                break
+        else:
+            if not made:
+                cause = exchange.failures[-1]["cause"]
+                raise RunFailed(f"No client could load the model: {cause}.")
             raise RunFailed(
-                f"No client could load the model: {exchange.failures[0]['cause']}."
+                f"The {replied} clients that were asked make {len(made)} different first "
+                f"adapters, and none is made by more than half: {unknown[0]} differs. "
+                "They have different bases."
             )
+        for _, others in made[1:]:
+            cause = "its first adapter is not the one that more than half have made"
+            report_failures(0, [who | {"cause": cause} for who in others])
+        first |= made[0][0]
         if self.cfg["mode"] == "local":
             return {
                 f"{partition}/{name}": tensor
@@ -308,51 +446,68 @@ class Server:
     ) -> tuple[model.State, dict[str, Any]]:
         """Send the adapter out, check what comes back and aggregate it.
 
-        Returns the new adapter and the round's entry for `history.json`.
+        Returns the new adapter and the round's entry for `history.json`. Where the replies
+        are too few, or make no adapter that could be sent out again, others are asked,
+        `strategy.max_round_retries` times.
         """
         began = time.monotonic()
         settings = self.cfg["strategy"]
         failures: list[dict[str, Any]] = []
         tried: set[int] = set()
+        out: set[int] = set()  # who is left out of the whole round
         for attempt in range(1 + settings["max_round_retries"]):
-            cohort = self._cohort("fraction_fit", server_round, attempt, tried)
+            cohort = self._cohort("fraction_fit", server_round, attempt, tried, out)
+            before = copy.deepcopy(self.strategy)
             messages = self.strategy.configure_train(
                 server_round, ArrayRecord(state), ConfigRecord(), cohort
             )
             exchange = Exchange(self, messages, state)
             aggregator = aggregator_for(self.cfg["mode"], self.strategy, state)
             seconds_aggregate = 0.0
+            lengths: dict[int, float] = {}
             for update, client in exchange.replies():
                 received = time.monotonic()
-                aggregator.add(clip(update, settings["clip_norm"]), client)
+                lengths[client["partition"]] = norm(update)
+                aggregator.add(update, client, self._weight(client))
                 seconds_aggregate += time.monotonic() - received
             failures += exchange.failures
+            report_failures(server_round, exchange.failures)
             tried |= set(cohort.nodes)
-            if len(exchange.clients) >= settings["min_fit_replies"]:
+            received = time.monotonic()
+            few = len(lengths) < settings["min_fit_replies"]
+            try:
+                if few:
+                    raise Unusable(
+                        f"{len(lengths)} usable replies where "
+                        f"strategy.min_fit_replies={settings['min_fit_replies']}"
+                    )
+                new_state = aggregator.aggregate(server_round)
+                self._check(new_state)
+            except Unusable as error:
+                say(f"round {server_round}: {error}.")
+                self.strategy = before  # what it keeps may have taken up what is no use
+                lost = few and exchange.failures
+                cause = exchange.failures[-1]["cause"] if lost else str(error)
+                if isinstance(error, OutOfRange):
+                    longest = max(lengths, key=lengths.__getitem__)
+                    numbers = self.partitions.items()
+                    out |= {node for node, number in numbers if number == longest}
+                    why = "its update is the longest of those that make no adapter"
+                    failures.append({"partition": longest, "cause": why})
+                    report_failures(server_round, failures[-1:])
+            else:
                 break
-            say(
-                f"round {server_round}: {len(exchange.clients)} usable replies where "
-                f"strategy.min_fit_replies={settings['min_fit_replies']}."
-            )
         else:
             raise RunFailed(
                 f"Round {server_round} failed {attempt + 1} times "
                 f"(strategy.max_round_retries={settings['max_round_retries']}). The last "
-                f"cause: {failures[-1]['cause']}."
+                f"cause: {cause}."
             )
-        report_failures(server_round, failures)
+        seconds_aggregate += time.monotonic() - received
         clients = sorted(exchange.clients, key=lambda client: client["partition"])
         arguments = self.cfg["train"]["training_arguments"]
         report_memory(server_round, clients, arguments["per_device_train_batch_size"])
-        received = time.monotonic()
-        new_state = aggregator.aggregate(server_round)
-        for adapter in adapters(self.cfg, new_state).values():
-            if fault := model.mismatch(adapter, self.expected):
-                raise RunFailed(
-                    f"Round {server_round}: the aggregate is no adapter: {fault}."
-                )
-        seconds_aggregate += time.monotonic() - received
-        weights = [client["num-examples"] for client in clients]
+        weights = [self._weight(client) for client in clients]
         losses = [client["train_loss"] for client in clients]
         return new_state, {
             "round": server_round,
@@ -369,6 +524,39 @@ class Server:
             "seconds_aggregate": seconds_aggregate,
             "seconds": time.monotonic() - began,
         }
+
+    def _check(self, state: model.State) -> None:
+        """Raise `OutOfRange` for adapters that would not arrive as they are sent out."""
+        dtype = self.cfg["comm"]["dtype"]
+        for adapter in adapters(self.cfg, state).values():
+            if fault := model.misshapen(adapter, self.expected):
+                raise Unusable(f"the aggregate is no adapter: {fault}")
+            if name := comm.lost(adapter, dtype):
+                raise OutOfRange(
+                    f"the aggregate cannot be sent as comm.dtype={dtype}: {name} holds "
+                    "values that are not finite in it"
+                )
+
+    def _weight(self, client: dict[str, Any]) -> int:
+        """What a client counts for in the mean, in examples or records."""
+        return client[WEIGHTS[self.cfg["strategy"]["weighted_by"]]]
+
+    def bound(self, client: dict[str, Any], kind: str) -> None:
+        """Hold a client's word for how much it used against what the server knows.
+
+        In a simulation the server knows all of it, and more is a lie: raises `Unusable`.
+        In a federation records, and processes that train side by side, are a node's own:
+        more counts for what one process takes, or for `strategy.max_weight`.
+        """
+        federated, partition = bool(self.told), client["partition"]
+        most = self.cfg["strategy"]["max_weight"] or math.inf
+        for name in ("num-examples", "records"):
+            if name not in client:
+                continue
+            known = most_used(self.cfg, kind, name, partition, federated)
+            if client[name] > known and not federated:
+                raise Unusable(f"its {name} is above {known}, which is all that it has")
+            client[name] = min(client[name], known, most)
 
     def evaluate_round(self, server_round: int, state: model.State) -> dict[str, Any]:
         """Let a share of the clients measure the new adapter on records held back.
@@ -389,6 +577,10 @@ class Server:
         if clients:
             clients.sort(key=lambda client: client["partition"])
             weights = [client["num-examples"] for client in clients]
+            if self.told:
+                # A node's word is all there is; ten times the middle one is enough.
+                middle = sorted(weights)[(len(weights) - 1) // 2]
+                weights = [min(weight, 10 * middle) for weight in weights]
             for name in ("eval_loss", "eval_accuracy"):
                 values = [client[name] for client in clients]
                 result[name] = float(np.average(values, weights=weights))
@@ -405,19 +597,55 @@ class Server:
         server_round: int,
         attempt: int = 0,
         tried: set[int] | None = None,
+        out: set[int] | None = None,
+        least: int = 1,
     ) -> Cohort:
         """The nodes that take part, in order of their numbers; waits until there is one.
 
-        Those that were `tried` in this round already come in only if the others are too few.
+        Those that were `tried` in this round already come in only if the others are too few,
+        and those in `out` not at all. `least` of them, where there are as many. Raises
+        `RunFailed` when all that ever came refuse.
         """
         if not (nodes := self._available()):
+            if self.refused and self.refused.keys() >= self.partitions.keys():
+                [*_, cause] = self.refused.values()
+                raise RunFailed(f"All {len(self.refused)} clients refused: {cause}.")
             self._wait_for_nodes(1)
             nodes = self._available()
-        size = cohort_size(len(nodes), self.cfg["strategy"][fraction])
+        size = max(least, cohort_size(len(nodes), self.cfg["strategy"][fraction]))
+        nodes = [node for node in nodes if node not in (out or ())] or nodes
+        size = min(size, len(nodes))
         others = [node for node in nodes if node not in (tried or ())]
         parts = [self.cfg["seed"], fraction, server_round]
         seed = mix_seed(*parts, attempt) if attempt else mix_seed(*parts)
         return Cohort(sample(others if len(others) >= size else nodes, size, seed))
+
+
+def most_used(
+    cfg: dict[str, Any], kind: str, name: str, partition: int, federated: bool
+) -> float:
+    """The most `num-examples` or `records` that a client can have used for a message.
+
+    Infinite where only its node can know.
+    """
+    arguments = cfg["train"]["training_arguments"]
+    steps = arguments["max_steps"]
+    if kind == MessageType.TRAIN and name == "num-examples" and steps > 0:
+        batch = arguments["per_device_train_batch_size"] * cfg["launch"]["processes"]
+        return steps * arguments["gradient_accumulation_steps"] * batch
+    if federated:
+        return math.inf
+    if kind == MessageType.EVALUATE:
+        rows = dataset.load_partition(cfg, partition)
+        _, held = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
+        return len(held)
+    rows = len(dataset.training_rows(cfg, partition))
+    passes = arguments["num_train_epochs"] if name == "num-examples" else 1
+    return math.ceil(passes * rows)
+
+
+class OutOfRange(Unusable):
+    """An adapter that is finite here, and would not be where it is sent."""
 
 
 class Exchange:
@@ -432,10 +660,15 @@ class Exchange:
         self.server = server
         self.clients: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
+        self.kind = messages[0].metadata.message_type
+        self.timeout = server.cfg["train"]["round_timeout"]
+        if self.kind == MessageType.QUERY and self.timeout:
+            self.timeout = max(self.timeout, LOAD_TIMEOUT)
         dtype = server.cfg["comm"]["dtype"]
+        self.adapters = adapters(server.cfg, state or {})
         arrays = {
             name: ArrayRecord(comm.pack(adapter, dtype)[0])
-            for name, adapter in adapters(server.cfg, state or {}).items()
+            for name, adapter in self.adapters.items()
         }
         self.bytes_down = num_bytes(next(iter(arrays.values())))  # to each client
         for message in messages:
@@ -450,85 +683,141 @@ class Exchange:
     def replies(self) -> Iterator[tuple[model.State, dict[str, Any]]]:
         """Each usable reply's arrays and its metrics, in order of arrival.
 
-        Ends when everybody has answered, or `train.round_timeout` is over.
+        Ends when everybody has answered, or the time is over: `train.round_timeout`, or in
+        the first exchange, where bases are loaded, `LOAD_TIMEOUT` if that is longer.
         """
-        grid, timeout = self.server.grid, self.server.cfg["train"]["round_timeout"]
         began = time.monotonic()
-        nodes = [message.metadata.dst_node_id for message in self.messages]
+        pushed = set(self.server.grid.push_messages(self.messages))
         waiting = {}
-        for message_id, node in zip(
-            grid.push_messages(self.messages), nodes, strict=True
-        ):
-            if message_id:
+        for message in self.messages:
+            node, message_id = message.metadata.dst_node_id, message.metadata.message_id
+            if message_id in pushed:  # which is how a grid says whom it reaches
                 waiting[message_id] = node
             else:
                 self._fail(node, "it is no longer connected")
         while waiting:
-            if STOP.is_set():
-                raise Stopped("Stopped.")
-            # An error of Flower's own does not name the node; the message that it answers
-            # does.
-            for reply in grid.pull_messages(set(waiting)):
-                node = waiting.pop(reply.metadata.reply_to_message_id)
+            look_for_stop()
+            for message_id, reply in self._pull(set(waiting)):
+                node = waiting.pop(message_id, None)
+                if node is None:  # it has answered already, or was never asked
+                    continue
+                partition = self.server.partitions[node]
                 try:
-                    state, client = self._read(reply)
-                except ValueError as error:
-                    self._fail(node, str(error))
-                    if reply.has_error() and reply.error.code == Refusal.code:
-                        self.server.refused.add(node)
+                    if isinstance(reply, Exception):
+                        raise reply
+                    state, client = self._read(partition, reply)
+                except Exception as error:  # whatever can be made of foreign data
+                    ours = isinstance(error, Unusable)
+                    kind = f"its reply cannot be read ({type(error).__name__})"
+                    self._fail(node, str(error) if ours else kind)
+                    if isinstance(error, Refused):
+                        self.server.refused[node] = self.failures[-1]["cause"]
                 else:
-                    partition = self.server.partitions[node]
-                    sizes = {"partition": partition, "bytes_down": self.bytes_down}
-                    self.clients.append(sizes | client)
-                    yield state, self.clients[-1]
+                    self.clients.append(client)
+                    yield state, client
             waited = time.monotonic() - began
-            if waiting and timeout and waited > timeout:
+            if waiting and self.timeout and waited > self.timeout:
+                name = "train.round_timeout=" * (self.kind != MessageType.QUERY)
                 for node in waiting.values():
-                    self._fail(
-                        node, f"no reply within train.round_timeout={timeout:g} s"
-                    )
+                    self._fail(node, f"no reply within {name}{self.timeout:g} s")
                 return
             if waiting:
                 # A long wait is no place for fifty questions a second over a network.
-                time.sleep(max(PULL_INTERVAL, min(1.0, waited / 100)))
+                STOP.wait(max(PULL_INTERVAL, min(1.0, waited / 100)))
+
+    def _pull(self, waiting: set[str]) -> list[tuple[str, Message | Exception]]:
+        """The replies that have come in, each with the message that it answers.
+
+        An error of Flower's own does not name the node; the message that it answers does.
+        Flower puts replies together as it fetches them, and what one client has broken
+        would cost all that are fetched with it: from then on each is fetched by itself.
+        """
+        found: list[tuple[str, Message | Exception]] = []
+        for ids in (
+            [{each} for each in sorted(waiting)] if self.server.singly else [waiting]
+        ):
+            try:
+                for reply in self.server.grid.pull_messages(ids):
+                    found.append((reply.metadata.reply_to_message_id, reply))
+            except (OSError, httpx.HTTPError):  # the line to the SuperLink
+                raise
+            except Exception as error:
+                if not self.server.singly:
+                    self.server.singly = True
+                    return self._pull(waiting)
+                found.append((*ids, error))
+        return found
 
     def _fail(self, node: int, cause: str) -> None:
         partition = self.server.partitions[node]
+        cause = one_line(cause) or "no cause was given"
         self.failures.append({"partition": partition, "cause": cause})
 
-    def _read(self, reply: Message) -> tuple[model.State, dict[str, Any]]:
-        """A reply's arrays in float32 and its metrics. Raises `ValueError` if unusable."""
+    def _read(
+        self, partition: int, reply: Message
+    ) -> tuple[model.State, dict[str, Any]]:
+        """A reply's arrays in float32 and its figures, as the message that was sent asks.
+
+        An update comes clipped. Raises `Unusable` for a reply that has not what it needs.
+        """
         if reply.has_error():
-            raise ValueError(reply.error.reason)
-        metrics = dict(reply.content.metric_records.get("metrics", {}))
-        kind = reply.metadata.message_type
-        if missing := [name for name in METRICS[kind] if name not in metrics]:
-            raise ValueError(f"its metrics lack {missing[0]}")
-        if metrics.get("num-examples", 1) <= 0:
-            raise ValueError("its number of examples is not positive")
-        if not np.isfinite(list(metrics.values())).all():
-            raise ValueError("a metric is not finite")
+            refused = reply.error.code == Refusal.code
+            raise (Refused if refused else Unusable)(one_line(reply.error.reason or ""))
+        client = {"partition": partition, "bytes_down": self.bytes_down}
+        metrics = reply.content.metric_records.get("metrics", {})
+        client |= read_figures(self.kind, metrics)
+        cfg, expected = self.server.cfg, self.server.expected
+        if self.kind == MessageType.TRAIN:
+            self.server.bound(client, self.kind)
+            weight = WEIGHTS[cfg["strategy"]["weighted_by"]]
+            if weight not in client:
+                raise Unusable(f"its metrics lack {weight}")
+        if self.kind == MessageType.EVALUATE:
+            self.server.bound(client, self.kind)
+            return {}, client
         arrays = reply.content.array_records.get("arrays")
         if arrays is None:
-            return {}, metrics
-        state = comm.unpack(arrays.to_torch_state_dict())
-        if fault := model.mismatch(state, self.server.expected):
-            raise ValueError(fault)
-        return state, metrics | {"bytes_up": num_bytes(arrays)}
+            raise Unusable("it holds no arrays")
+        if self.kind == MessageType.QUERY:  # as it was made: in float32
+            return comm.decode(arrays, expected, "float32"), client
+        dtype = cfg["comm"]["dtype"]
+        update = comm.decode(arrays, expected, dtype)
+        update = clip(update, cfg["strategy"]["clip_norm"])
+        before = self.adapters.get(f"client_{partition}") or self.adapters[""]
+        after = {name: before[name] + update[name] for name in update}
+        if name := comm.lost(after, dtype):
+            raise Unusable(
+                f"with its update {name} would hold values beyond comm.dtype={dtype}"
+            )
+        return update, client | {"bytes_up": num_bytes(arrays)}
 
 
-def clip(update: model.State, norm: float | None) -> model.State:
-    """The update, scaled down to an L2 norm of `norm` over all tensors if it is longer.
+class Refused(Unusable):
+    """A client that will not take part."""
+
+
+def norm(update: model.State) -> float:
+    """The L2 norm over all tensors."""
+    squares = sum(tensor.double().square().sum().item() for tensor in update.values())
+    return math.sqrt(squares)
+
+
+def clip(update: model.State, longest: float | None) -> model.State:
+    """The update, scaled down to an L2 norm of `longest` over all tensors if it is longer.
 
     What a client can do to a mean is then bounded (Sun et al. 2019, arXiv 1911.07963).
     """
-    if norm is None:
+    if longest is None:
         return update
-    length = torch.sqrt(
-        sum(tensor.double().square().sum() for tensor in update.values())
-    )
-    scale = min(1.0, norm / max(length.item(), 1e-12))
+    scale = min(1.0, longest / max(norm(update), 1e-12))
     return {name: tensor * scale for name, tensor in update.items()}
+
+
+def alike(one: model.State, other: model.State) -> bool:
+    """Whether two fresh adapters are the same but for what bfloat16 rounds away (2**-8)."""
+    return all(
+        torch.allclose(one[name], other[name], rtol=2**-7, atol=1e-6) for name in one
+    )
 
 
 # --- from updates to the replies that a strategy aggregates ------------------------------------
@@ -553,7 +842,7 @@ class Alone:
     def __init__(self, state: model.State) -> None:
         self.states = dict(state)
 
-    def add(self, update: model.State, client: dict[str, Any]) -> None:
+    def add(self, update: model.State, client: dict[str, Any], weight: int) -> None:
         for name, tensor in update.items():
             own = f"{client['partition']}/{name}"
             self.states[own] = self.states[own] + tensor
@@ -573,18 +862,23 @@ class Aggregator:
         raise NotImplementedError
 
     def aggregate(self, server_round: int) -> model.State:
-        """The strategy's next adapter. Raises `RunFailed` where it makes none."""
-        aggregated, _ = self.strategy.aggregate_train(server_round, self.replies())
+        """The strategy's next adapter. Raises `Unusable` where it makes none."""
+        name = type(self.strategy).__name__
+        try:
+            aggregated, _ = self.strategy.aggregate_train(server_round, self.replies())
+        except Exception as error:  # of any type: each strategy has its own
+            cause = one_line(f"{type(error).__name__}: {error}")
+            raise Unusable(f"{name} made nothing of the replies: {cause}") from error
         if aggregated is None:
-            raise RunFailed(
-                f"Round {server_round}: {type(self.strategy).__name__} made nothing of "
-                "the replies. It may need more: raise strategy.fraction_fit."
+            raise Unusable(
+                f"{name} made nothing of the replies. It may need more: raise "
+                "strategy.fraction_fit"
             )
         return to_state(aggregated)
 
 
 class Mean(Aggregator):
-    """The running mean of updates, weighted by examples: memory for one, however many.
+    """The running weighted mean of updates: memory for one, however many.
 
     Enough for every strategy that is a function of the mean. Summed in float64, where sums
     of float32 values that differ by less than a factor of 2^17 are exact: the order in
@@ -596,18 +890,18 @@ class Mean(Aggregator):
         self.sums = {
             k: torch.zeros_like(v, dtype=torch.float64) for k, v in state.items()
         }
-        self.examples = 0
+        self.weight, self.loss = 0, 0.0
 
-    def add(self, update: model.State, client: dict[str, Any]) -> None:
-        weight = client["num-examples"]
-        self.examples += weight
+    def add(self, update: model.State, client: dict[str, Any], weight: int) -> None:
+        self.weight += weight
+        self.loss += weight * client["train_loss"]
         for name, total in self.sums.items():
             total.add_(update[name], alpha=weight)
 
-    def replies(self) -> list[Message]:
+    def replies(self) -> list[Any]:
         """One reply that stands for all of them."""
-        mean = {k: self.state[k] + v / self.examples for k, v in self.sums.items()}
-        return [as_reply(to_float32(mean), self.examples)]
+        mean = {k: self.state[k] + v / self.weight for k, v in self.sums.items()}
+        return [Reply(to_float32(mean), self.weight, self.loss / self.weight)]
 
 
 class All(Aggregator):
@@ -615,28 +909,35 @@ class All(Aggregator):
 
     def __init__(self, strategy: FedAvg, state: model.State) -> None:
         super().__init__(strategy, state)
-        self.updates: list[tuple[int, model.State, int]] = []
+        self.updates: list[tuple[int, model.State, int, float]] = []
 
-    def add(self, update: model.State, client: dict[str, Any]) -> None:
-        self.updates.append((client["partition"], update, client["num-examples"]))
+    def add(self, update: model.State, client: dict[str, Any], weight: int) -> None:
+        loss = client["train_loss"]
+        self.updates.append((client["partition"], update, weight, loss))
 
-    def replies(self) -> list[Message]:
+    def replies(self) -> list[Any]:
         """One reply for each update, holding the adapter that it makes."""
+        self.updates.sort(key=lambda entry: entry[0])
         return [
-            as_reply({k: self.state[k] + update[k] for k in update}, examples)
-            for _, update, examples in sorted(self.updates, key=lambda entry: entry[0])
+            Reply({k: self.state[k] + update[k] for k in update}, weight, loss)
+            for _, update, weight, loss in self.updates
         ]
 
 
-def as_reply(state: model.State, examples: int) -> Message:
-    """An adapter in the form in which Flower's strategies take replies."""
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord(state),
-            "metrics": MetricRecord({"num-examples": examples}),
-        }
-    )
-    return Message(content, dst_node_id=0, message_type=MessageType.TRAIN)
+class Reply:
+    """An adapter in the form in which Flower's strategies take replies.
+
+    They ask no more of a `Message`, which can be made inside of a run only.
+    """
+
+    def __init__(self, state: model.State, weight: int, loss: float) -> None:
+        metrics = {"num-examples": weight, "train_loss": loss}
+        self.content = RecordDict(
+            {"arrays": ArrayRecord(state), "metrics": MetricRecord(metrics)}
+        )
+
+    def has_error(self) -> bool:
+        return False
 
 
 def to_float32(state: model.State) -> model.State:

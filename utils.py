@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -53,6 +54,19 @@ class Refusal(UserError):
     """A client that cannot take part in a run. The text may be told to the server."""
 
     code = 100  # of the error by which the server knows that there is no use in asking again
+
+
+class Stopped(UserError):
+    """Somebody asked the run to end. What came before is on disk."""
+
+
+STOP = threading.Event()  # ends the run at the next `look_for_stop`
+
+
+def look_for_stop() -> None:
+    """To be called in every loop that may take long. Raises `Stopped` after `STOP.set()`."""
+    if STOP.is_set():
+        raise Stopped("Stopped.")
 
 
 # --- configuration ---------------------------------------------------------------------
@@ -269,6 +283,14 @@ def say(text: str = "") -> None:
 
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def one_line(text: Any, limit: int = 200) -> str:
+    """A foreign text as one line of at most `limit` printable characters."""
+    start = str(text)[: 4 * limit]  # what is cut off need not be looked at
+    line = "".join(c if c.isprintable() else " " for c in start)
+    line = " ".join(line.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def smooth(values: list[float], weight: float = 0.8) -> list[float]:

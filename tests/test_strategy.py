@@ -215,11 +215,11 @@ def test_a_round_that_fails_too_often_ends_the_run_with_all_before_saved(
         (lambda content: content["metrics"].pop("train_loss"), "lack train_loss"),
         (
             lambda content: content["metrics"].update({"num-examples": -5}),
-            "its number of examples is not positive",
+            "its num-examples is not within 1 and",
         ),
         (
             lambda content: content["metrics"].update({"train_loss": float("nan")}),
-            "a metric is not finite",
+            "its train_loss is not within 0 and 10000",
         ),
     ],
 )
@@ -372,7 +372,8 @@ def test_the_running_mean_equals_the_batch(name, configure):
         gathered = gather(server, start)
         # The second time in reversed order of arrival.
         for i in reversed(range(6)) if len(results) == 1 else range(6):
-            gathered.add(updates[i], {"partition": i, "num-examples": examples[i]})
+            client = {"partition": i, "train_loss": 1.0}
+            gathered.add(updates[i], client, examples[i])
         results.append(gathered.aggregate(1))
     running, backwards, batch = results
     assert all(torch.equal(running[k], backwards[k]) for k in start)
