@@ -533,8 +533,13 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
         raise UserError(
             f"{cfg['peft']['_target_']} with these settings trains nothing."
         )
-    question = {"instruction": "", "input": ""}
-    dataset.prompt(cfg["dataset"]["template"], [question], tokenizer)
+    template = cfg["dataset"]["template"]
+    try:
+        dataset.check_template(template, tokenizer)
+    except UserError as error:
+        raise UserError(
+            f"dataset.template={template}: {error} Take dataset.template=alpaca or vicuna."
+        ) from error
 
 
 def check_progress(cfg: dict[str, Any], folder: Path) -> None:

@@ -7,6 +7,7 @@ text before an answer, so that a model is asked in the words that it was trained
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import files
 from loss import IGNORED
@@ -28,6 +29,12 @@ if TYPE_CHECKING:  # half a second, which a node with data of its own need not s
 # hundreds of rounds; a GPU's tensor cores like it.
 MULTIPLE = 8
 Record = dict[str, str]  # instruction, input (may be empty), output
+# A record by which it is found out what a chat template does with one.
+PROBE = {
+    "instruction": "What is 2 + 3?",
+    "input": "In words.",
+    "output": "It is five.",
+}
 Example = dict[str, list[int]]  # input_ids and labels, equally long
 
 
@@ -66,37 +73,95 @@ def _vicuna(turns: list[Record], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _chat(turns: list[Record], tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template that came with the tokenizer."""
+    return _render(turns, tokenizer, asking=True)
+
+
+def _render(
+    turns: list[Record], tokenizer: PreTrainedTokenizerBase, asking: bool
+) -> str:
+    """What the tokenizer's chat template makes of turns; `asking`: up to the next answer.
+
+    The template is a program of somebody else's: whatever it raises becomes `UserError`.
+    """
     if tokenizer.chat_template is None:
-        raise UserError(
-            "dataset.template=chat: this model's tokenizer has no chat template. "
-            "Take dataset.template=alpaca or vicuna, or an instruction-tuned model."
-        )
+        raise UserError("this model's tokenizer has no chat template.")
     messages = []
     for turn in turns:
         messages.append({"role": "user", "content": _question(turn)})
         if "output" in turn:
             messages.append({"role": "assistant", "content": turn["output"]})
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=asking
+        )
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"this model's chat template fails ({cause}).") from error
 
 
 def spaced(
     template: str, question: Record, answer: str, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The answer with the space that the template puts before it."""
+    """The answer with the space that the template puts before it, trimmed as it does."""
     before = TEMPLATES[template]([question], tokenizer)
     if template == "chat":
-        turn = [
-            {"role": "user", "content": _question(question)},
-            {"role": "assistant", "content": answer},
-        ]
-        whole = tokenizer.apply_chat_template(turn, tokenize=False)
+        whole = _render([question | {"output": answer}], tokenizer, asking=False)
+        if answer not in whole[len(before) :]:  # some templates trim a message
+            answer = answer.strip()
         start = whole.find(answer, len(before))
-        # Some templates trim a message, and then it is not found; nor is the space.
         space = whole[len(before) : start] if whole.startswith(before) else ""
         return space + answer if start > 0 and not space.strip() else answer
     return " " + answer if template == "vicuna" else answer
+
+
+def end(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """What the template ends an answer with: a text, mostly empty, and then a token.
+
+    The tokenizer's end of sequence, or with `chat` the first token of its own (an added
+    one: `<|im_end|>`, `<end_of_turn>`) that the chat template writes after an answer.
+    """
+    return _chat_end(tokenizer) if template == "chat" else ("", tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=4)
+def _chat_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    after = _render([PROBE], tokenizer, asking=False).rpartition(PROBE["output"])[2]
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    # Some tokenizers have tokens of line breaks among them.
+    names = sorted(filter(str.strip, added), key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, names)), after) if names else None
+    if not found:
+        return "", tokenizer.eos_token_id
+    return after[: found.start()], tokenizer.convert_tokens_to_ids(found[0])
+
+
+def ends(
+    template: str, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig
+) -> list[int]:
+    """The tokens at which an answer is over: the template's, the tokenizer's, the base's."""
+    own = generation.eos_token_id
+    ids = [end(template, tokenizer)[1], tokenizer.eos_token_id]
+    ids += own if isinstance(own, list) else [own]
+    return [i for i in dict.fromkeys(ids) if i is not None]
+
+
+def check_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` for a template that fails, or loses what is asked or answered."""
+    whole = TEMPLATES[template]([question(PROBE)], tokenizer)
+    if template == "chat":
+        asked, whole = whole, _render([PROBE], tokenizer, asking=False)
+        said = list(PROBE.values())
+        if not (_holds(asked, said[:2]) and _holds(whole, said)):
+            raise UserError(
+                "this model's chat template loses the question or the answer; it may want "
+                "messages of another form than text."
+            )
+    encode(PROBE, template, tokenizer, sys.maxsize)
+
+
+def _holds(text: str, parts: list[str]) -> bool:
+    """Whether the parts stand in the text, one after the other."""
+    return re.search(".*".join(map(re.escape, parts)), text, re.DOTALL) is not None
 
 
 def _question(turn: Record) -> str:
@@ -127,30 +192,45 @@ def prompt(
 def encode(
     record: Record, template: str, tokenizer: PreTrainedTokenizerBase, seq_length: int
 ) -> Example | None:
-    """Tokenise one record; labels are the answer and the end-of-sequence token only.
+    """Tokenise one record; labels are the answer and the token that ends it only.
 
-    Longer than `seq_length` tokens, the answer loses its end (and with it the end of
-    sequence). None where the prompt leaves no room for an answer, or there is no answer.
+    Longer than `seq_length` tokens, the answer loses its end (and with it that token).
+    None where the prompt leaves no room for an answer, or there is no answer.
     """
-    before = prompt(template, [question(record)], tokenizer)
-    spelt = _spell(record, tokenizer)
-    answer = spelt.pop("output")
-    text = TEMPLATES[template]([spelt], tokenizer)
-    answer = spaced(template, spelt, answer, tokenizer)
-    whole = _tokenise(text + answer, tokenizer, begin=template != "chat")
-    # The prompt must have the same tokens as when the model is asked; where the answer's
-    # first letters would merge into them, the answer is tokenised by itself.
-    if whole[: len(before)] == before:
-        after = whole[len(before) :]
-    else:
-        after = _tokenise(answer, tokenizer, begin=False)
+    closing, last = end(template, tokenizer)
+    before, after = answered(record, template, tokenizer, closing)
     if not record["output"].strip() or not after or len(before) >= seq_length:
         return None
-    ids = (before + after + [tokenizer.eos_token_id])[:seq_length]
+    ids = (before + after + [last])[:seq_length]
     return {
         "input_ids": ids,
         "labels": [IGNORED] * len(before) + ids[len(before) :],
     }
+
+
+def is_cut(example: Example, template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `encode` had to leave out the answer's end."""
+    return example["labels"][-1] != end(template, tokenizer)[1]
+
+
+def answered(
+    record: Record,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    closing: str = "",
+) -> tuple[list[int], list[int]]:
+    """Token ids of a record's prompt, and of its answer with the text `closing` behind it."""
+    before = prompt(template, [question(record)], tokenizer)
+    spelt = _spell(record, tokenizer)
+    answer = spelt.pop("output")
+    text = TEMPLATES[template]([spelt], tokenizer)
+    answer = spaced(template, spelt, answer, tokenizer) + closing
+    whole = _tokenise(text + answer, tokenizer, begin=template != "chat")
+    # The prompt must have the same tokens as when the model is asked; where the answer's
+    # first letters would merge into them, the answer is tokenised by itself.
+    if whole[: len(before)] == before:
+        return before, whole[len(before) :]
+    return before, _tokenise(answer, tokenizer, begin=False)
 
 
 # A record may hold the text of a special token: `</s>` ends an HTML tag, and is no end of
@@ -174,24 +254,32 @@ def _spell(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
 def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase, begin: bool) -> list[int]:
     """Token ids of a template's text; only what the template wrote is a special token.
 
-    `begin`: with whatever the tokenizer puts before a text.
+    `begin`: with whatever the tokenizer puts before a text. What it puts behind one, an
+    end of sequence for the most part, is `encode`'s to add.
     """
     special = "|".join(map(re.escape, _special_tokens(tokenizer)))
     pieces = re.split(f"({special})", text) if special else [text]
+    ids = list(_beginning(tokenizer)) if begin else []
     if len(pieces) > 1 and MARK not in text:
-        return tokenizer(text, add_special_tokens=begin)["input_ids"]
-    ids: list[int] = []
+        return ids + tokenizer(text, add_special_tokens=False)["input_ids"]
     for place, piece in enumerate(pieces):
         if place % 2:
             ids.append(tokenizer.convert_tokens_to_ids(piece))
-        elif piece or (begin and not place):
+        elif piece:
             plain = re.sub(f"{MARK}({MARK}?)", r"\1", piece)
             ids += tokenizer(
-                plain,
-                add_special_tokens=begin and not place,
-                split_special_tokens=True,
+                plain, add_special_tokens=False, split_special_tokens=True
             )["input_ids"]
     return ids
+
+
+@lru_cache(maxsize=4)
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    places = range(len(whole) - len(plain) + 1)
+    return next((whole[:i] for i in places if whole[i : i + len(plain)] == plain), [])
 
 
 @lru_cache(maxsize=4)

@@ -3,6 +3,7 @@
 A client asks this of the records that it holds back, the server of the test questions.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -57,8 +58,12 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     max_new_tokens: int,
+    ends: list[int],
 ) -> list[str]:
-    """Greedy answers to tokenised prompts, in their order, stripped of outer space."""
+    """Greedy answers to tokenised prompts, in their order, stripped of outer space.
+
+    `ends`: the tokens at which an answer is over.
+    """
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     collate = dataset.Collator(tokenizer.pad_token_id, padding_side="left")
@@ -74,14 +79,22 @@ def answer(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
             )
         # Prompt embeddings count as no input tokens, so the answer is what was added.
-        added = output[:, batch["input_ids"].shape[1] :]
+        added = [
+            before_end(row, ends)
+            for row in output[:, batch["input_ids"].shape[1] :].tolist()
+        ]
         texts = tokenizer.batch_decode(added, skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
     return answers
+
+
+def before_end(ids: list[int], ends: list[int]) -> list[int]:
+    """An answer's tokens without the one that ends it, which may be no special token."""
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 def exact_match(given: str, wanted: str) -> float:
@@ -188,7 +201,8 @@ class Examination:
             for record in self.records
         ]
         limit = self.settings["max_new_tokens"]
-        return answer(self.net, self.tokenizer, prompts, limit)
+        ends = dataset.ends(self.template, self.tokenizer, self.net.generation_config)
+        return answer(self.net, self.tokenizer, prompts, limit, ends)
 
     def _choose(self) -> float:
         """Share of questions, in [0, 1], whose right answer is the likeliest of the choices.

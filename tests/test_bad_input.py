@@ -521,7 +521,7 @@ ADAPTERS = [
     (
         "a template without end",
         both(change(ABOUT, template="chat"), put("chat_template.jinja", "{{ ")),
-        "the tokenizer cannot be used (TemplateSyntaxError",
+        "this model's chat template fails (TemplateSyntaxError",
     ),
     (
         "a note without a base",

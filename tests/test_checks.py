@@ -266,3 +266,15 @@ def test_chat_template_that_the_tokenizer_lacks_is_answered(model_folder):
     check(f"model.name={model_folder}")
     with pytest.raises(UserError, match="this model's tokenizer has no chat template"):
         check(f"model.name={model_folder} dataset.template=chat")
+
+
+def test_chat_template_that_fails_is_answered(model_folder):
+    shutil.copy(PROJECT / "assets/tiny_llama/model.safetensors", model_folder)
+    template = "{{ raise_exception('system needed') }}"
+    (model_folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError) as told:
+        check(f"model.name={model_folder} dataset.template=chat")
+    assert str(told.value) == (
+        "dataset.template=chat: this model's chat template fails (TemplateError: system "
+        "needed). Take dataset.template=alpaca or vicuna."
+    )
