@@ -138,7 +138,11 @@ METRICS = {"exact_match": exact_match, "f1": f1, "rouge_l": rouge_l}
 
 
 class Examination:
-    """The dataset's test questions, put to the base and to adapters."""
+    """The dataset's test questions, put to the base and to adapters.
+
+    All scores are of the same `records`, those that can be scored; `left_out` is the number
+    of the others.
+    """
 
     def __init__(self, cfg: dict[str, Any]) -> None:
         model.use_cpus(cfg["client_resources"]["num_cpus"])
@@ -146,16 +150,16 @@ class Examination:
         self.template = cfg["dataset"]["template"]
         self.seq_length = cfg["train"]["seq_length"]
         self.batch = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
-        self.records, self.choices = dataset.load_test(cfg)
         name, fast = cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
         self.tokenizer = model.load_tokenizer(name, fast)
         self.collate = dataset.Collator(self.tokenizer.pad_token_id, "left")
         self.net = model.build(
             cfg["model"], cfg["peft"], cfg["seed"], model.default_device()
         ).eval()
-        self.examples = [
-            made for record in self.records if (made := self._encode(record))
-        ]
+        kept, self.left_out = dataset.scorable(cfg, self.tokenizer)
+        self.records = [record for record, _, _ in kept]
+        self.choices = [choices for _, choices, _ in kept if choices]
+        self.examples = [example for _, _, example in kept]
 
     def measure(self, state: model.State) -> Scores:
         """The adapter's `test_loss`, `test_perplexity` and `test_accuracy` (of tokens)."""
@@ -215,7 +219,7 @@ class Examination:
         ):
             for choice in choices:
                 example = self._encode({**record, "output": choice})
-                if example:  # a question too long for seq_length has none
+                if example:  # an empty choice has none
                     examples.append(example)
                     owners.append((place, choice == record["output"]))
         nats = score(self.net, examples, self.collate, self.batch)[:, 0].tolist()

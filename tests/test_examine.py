@@ -1,6 +1,7 @@
 """pytest tests/test_examine.py: scores of answers and of adapters, against ones by hand."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -104,6 +105,25 @@ def test_choices_that_are_none_are_named(exam, value):
     path.write_text(json.dumps({"q": "?", "a": "two", "c": value}))
     with pytest.raises(UserError, match=r"evaluate.choices=c: a list of answers is"):
         dataset.load_test(cfg)
+
+
+def test_only_what_can_be_scored_is_examined(exam):
+    cfg, _, path = exam
+    lines = path.read_text().splitlines()
+    good = [json.loads(line) for line in lines]
+    odd = [
+        good[0] | {"a": "", "c": ["", "two"]},
+        good[0] | {"q": "word " * 200},
+        good[0] | {"c": ["one", "word " * 200]},  # a choice that would be cut
+    ]
+    path.write_text("\n".join(map(json.dumps, [*odd, *good])))
+    found = examine.Examination(cfg)
+    assert found.left_out == 3
+    assert [record["instruction"] for record in found.records] == [r["q"] for r in good]
+    assert len(found.records) == len(found.choices) == len(found.examples) == 6
+    scores, answers = found.base()
+    assert len(answers) == 6
+    assert all(math.isfinite(score) for score in scores.values())
 
 
 def test_an_answer_stops_where_the_base_itself_stops(exam):
