@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from utils import PROJECT, UserError, compose, flat, local_path
+from utils import PROJECT, UserError, compose, flat, local_path, say
 
 # What TrainingArguments takes, but this app sets itself, and where it is set instead.
 OURS = {
@@ -140,10 +140,12 @@ def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
         )
     settle_mode(cfg)
     by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
-    if not deployed and (by_epochs or not cfg["dry_run"]):  # a plan by steps needs none
+    # A plan by steps needs no data, so none is downloaded for it.
+    if not deployed and (by_epochs or not cfg["dry_run"] or cfg["dataset"]["path"]):
         import dataset
 
-        dataset.check(cfg)
+        for note in dataset.check(cfg):
+            say(note)
     check_model(cfg, weights=not (cfg["dry_run"] or deployed))
     if cfg["resume"]:
         check_progress(cfg, Path(cfg["resume"]))
@@ -544,8 +546,21 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
         raise UserError(
             f"{cfg['peft']['_target_']} with these settings trains nothing."
         )
-    question = {"instruction": "", "input": ""}
-    dataset.prompt(cfg["dataset"]["template"], [question], tokenizer)
+    template = cfg["dataset"]["template"]
+    try:
+        dataset.check_template(template, tokenizer)
+    except UserError as error:
+        raise UserError(
+            f"dataset.template={template}: {error} Take dataset.template=alpaca or vicuna."
+        ) from error
+    if dataset.test_wanted(cfg):
+        kept, left_out = dataset.scorable(cfg, tokenizer)
+        if left_out:
+            say(
+                f"{left_out} of {len(kept) + left_out} test questions are left out: they "
+                "have no answer, or are longer than "
+                f"train.seq_length={cfg['train']['seq_length']} tokens."
+            )
 
 
 def check_progress(cfg: dict[str, Any], folder: Path) -> None:

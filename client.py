@@ -42,10 +42,12 @@ def train(
     """Train the adapter for one round on one partition.
 
     Each process of a team calls this, and all of them get the same adapter and figures.
-    `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on, of
-    how many `records`, `train_loss` (nats per answer token), `dropped` records, the `micro_batch` that memory
-    allowed, `peak_memory` in bytes (of the GPU where there is one, else of this process),
-    and `seconds`, whole and by part.
+    `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on and
+    the `records` that they are drawn from, `train_loss` (nats per answer token), `tokens`
+    (of prompts and answers, without padding), examples `truncated` to `train.seq_length`,
+    draws `dropped` (no answer, or no room for one), the `micro_batch` that memory allowed,
+    `peak_memory` in bytes (of the GPU where there is one, else of this process), and
+    `seconds`, whole and by part.
     """
     clock = Clock()
     net = _load(cfg)
@@ -100,6 +102,8 @@ def train(
         "num-examples": len(examples),
         "records": len(rows),
         "train_loss": loss,
+        "tokens": sum(len(example["input_ids"]) for example in examples),
+        "truncated": _truncated(cfg, examples, tokenizer),
         "dropped": dropped,
         "micro_batch": arguments.train_batch_size,
         "peak_memory": peak_memory(),
@@ -149,20 +153,26 @@ def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
     """How the adapter does on the records held back here.
 
     The metrics: `num-examples`, `eval_loss` (nats per answer token), `eval_accuracy` (share
-    of answer tokens, in [0, 1]). Raises `ValueError` where none of them can be used.
+    of answer tokens, in [0, 1]), `dropped` and `truncated` as in `train`. Raises `ValueError` where none of them can be used.
     """
     net = _load(cfg).eval()
     model.set_adapter_state(net, state)
     tokenizer = _tokenizer(cfg)
     rows = dataset.load_partition(cfg, partition)
-    _, rows = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
-    examples, _ = dataset.draw(
+    _, rows = dataset.split(cfg, rows)
+    examples, dropped = dataset.draw(
         rows, lambda row: _encode(cfg, row, tokenizer), cfg["seed"]
     )
     size = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
     scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
     loss, accuracy = examine.loss_and_accuracy(scores)
-    return {"num-examples": len(examples), "eval_loss": loss, "eval_accuracy": accuracy}
+    return {
+        "num-examples": len(examples),
+        "eval_loss": loss,
+        "eval_accuracy": accuracy,
+        "dropped": dropped,
+        "truncated": _truncated(cfg, examples, tokenizer),
+    }
 
 
 class LocalTrainer(Trainer):
@@ -262,6 +272,13 @@ def _encode(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> Any:
     return dataset.encode(
         record, cfg["dataset"]["template"], tokenizer, cfg["train"]["seq_length"]
     )
+
+
+def _truncated(
+    cfg: dict[str, Any], examples: list[dataset.Example], tokenizer: Any
+) -> int:
+    template = cfg["dataset"]["template"]
+    return sum(dataset.is_cut(example, template, tokenizer) for example in examples)
 
 
 def _collator(cfg: dict[str, Any], tokenizer: Any) -> dataset.Collator:

@@ -7,15 +7,16 @@ text before an answer, so that a model is asked in the words that it was trained
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import files
 from loss import IGNORED
@@ -28,6 +29,12 @@ if TYPE_CHECKING:  # half a second, which a node with data of its own need not s
 # hundreds of rounds; a GPU's tensor cores like it.
 MULTIPLE = 8
 Record = dict[str, str]  # instruction, input (may be empty), output
+# A record by which it is found out what a chat template does with one.
+PROBE = {
+    "instruction": "What is 2 + 3?",
+    "input": "In words.",
+    "output": "It is five.",
+}
 Example = dict[str, list[int]]  # input_ids and labels, equally long
 
 
@@ -66,37 +73,95 @@ def _vicuna(turns: list[Record], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _chat(turns: list[Record], tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template that came with the tokenizer."""
+    return _render(turns, tokenizer, asking=True)
+
+
+def _render(
+    turns: list[Record], tokenizer: PreTrainedTokenizerBase, asking: bool
+) -> str:
+    """What the tokenizer's chat template makes of turns; `asking`: up to the next answer.
+
+    The template is a program of somebody else's: whatever it raises becomes `UserError`.
+    """
     if tokenizer.chat_template is None:
-        raise UserError(
-            "dataset.template=chat: this model's tokenizer has no chat template. "
-            "Take dataset.template=alpaca or vicuna, or an instruction-tuned model."
-        )
+        raise UserError("this model's tokenizer has no chat template.")
     messages = []
     for turn in turns:
         messages.append({"role": "user", "content": _question(turn)})
         if "output" in turn:
             messages.append({"role": "assistant", "content": turn["output"]})
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=asking
+        )
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"this model's chat template fails ({cause}).") from error
 
 
 def spaced(
     template: str, question: Record, answer: str, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The answer with the space that the template puts before it."""
+    """The answer with the space that the template puts before it, trimmed as it does."""
     before = TEMPLATES[template]([question], tokenizer)
     if template == "chat":
-        turn = [
-            {"role": "user", "content": _question(question)},
-            {"role": "assistant", "content": answer},
-        ]
-        whole = tokenizer.apply_chat_template(turn, tokenize=False)
+        whole = _render([question | {"output": answer}], tokenizer, asking=False)
+        if answer not in whole[len(before) :]:  # some templates trim a message
+            answer = answer.strip()
         start = whole.find(answer, len(before))
-        # Some templates trim a message, and then it is not found; nor is the space.
         space = whole[len(before) : start] if whole.startswith(before) else ""
         return space + answer if start > 0 and not space.strip() else answer
     return " " + answer if template == "vicuna" else answer
+
+
+def end(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """What the template ends an answer with: a text, mostly empty, and then a token.
+
+    The tokenizer's end of sequence, or with `chat` the first token of its own (an added
+    one: `<|im_end|>`, `<end_of_turn>`) that the chat template writes after an answer.
+    """
+    return _chat_end(tokenizer) if template == "chat" else ("", tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=4)
+def _chat_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    after = _render([PROBE], tokenizer, asking=False).rpartition(PROBE["output"])[2]
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    # Some tokenizers have tokens of line breaks among them.
+    names = sorted(filter(str.strip, added), key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, names)), after) if names else None
+    if not found:
+        return "", tokenizer.eos_token_id
+    return after[: found.start()], tokenizer.convert_tokens_to_ids(found[0])
+
+
+def ends(
+    template: str, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig
+) -> list[int]:
+    """The tokens at which an answer is over: the template's, the tokenizer's, the base's."""
+    own = generation.eos_token_id
+    ids = [end(template, tokenizer)[1], tokenizer.eos_token_id]
+    ids += own if isinstance(own, list) else [own]
+    return [i for i in dict.fromkeys(ids) if i is not None]
+
+
+def check_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` for a template that fails, or loses what is asked or answered."""
+    whole = TEMPLATES[template]([question(PROBE)], tokenizer)
+    if template == "chat":
+        asked, whole = whole, _render([PROBE], tokenizer, asking=False)
+        said = list(PROBE.values())
+        if not (_holds(asked, said[:2]) and _holds(whole, said)):
+            raise UserError(
+                "this model's chat template loses the question or the answer; it may want "
+                "messages of another form than text."
+            )
+    encode(PROBE, template, tokenizer, sys.maxsize)
+
+
+def _holds(text: str, parts: list[str]) -> bool:
+    """Whether the parts stand in the text, one after the other."""
+    return re.search(".*".join(map(re.escape, parts)), text, re.DOTALL) is not None
 
 
 def _question(turn: Record) -> str:
@@ -127,30 +192,45 @@ def prompt(
 def encode(
     record: Record, template: str, tokenizer: PreTrainedTokenizerBase, seq_length: int
 ) -> Example | None:
-    """Tokenise one record; labels are the answer and the end-of-sequence token only.
+    """Tokenise one record; labels are the answer and the token that ends it only.
 
-    Longer than `seq_length` tokens, the answer loses its end (and with it the end of
-    sequence). None where the prompt leaves no room for an answer, or there is no answer.
+    Longer than `seq_length` tokens, the answer loses its end (and with it that token).
+    None where the prompt leaves no room for an answer, or there is no answer.
     """
-    before = prompt(template, [question(record)], tokenizer)
-    spelt = _spell(record, tokenizer)
-    answer = spelt.pop("output")
-    text = TEMPLATES[template]([spelt], tokenizer)
-    answer = spaced(template, spelt, answer, tokenizer)
-    whole = _tokenise(text + answer, tokenizer, begin=template != "chat")
-    # The prompt must have the same tokens as when the model is asked; where the answer's
-    # first letters would merge into them, the answer is tokenised by itself.
-    if whole[: len(before)] == before:
-        after = whole[len(before) :]
-    else:
-        after = _tokenise(answer, tokenizer, begin=False)
+    closing, last = end(template, tokenizer)
+    before, after = answered(record, template, tokenizer, closing)
     if not record["output"].strip() or not after or len(before) >= seq_length:
         return None
-    ids = (before + after + [tokenizer.eos_token_id])[:seq_length]
+    ids = (before + after + [last])[:seq_length]
     return {
         "input_ids": ids,
         "labels": [IGNORED] * len(before) + ids[len(before) :],
     }
+
+
+def is_cut(example: Example, template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `encode` had to leave out the answer's end."""
+    return example["labels"][-1] != end(template, tokenizer)[1]
+
+
+def answered(
+    record: Record,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    closing: str = "",
+) -> tuple[list[int], list[int]]:
+    """Token ids of a record's prompt, and of its answer with the text `closing` behind it."""
+    before = prompt(template, [question(record)], tokenizer)
+    spelt = _spell(record, tokenizer)
+    answer = spelt.pop("output")
+    text = TEMPLATES[template]([spelt], tokenizer)
+    answer = spaced(template, spelt, answer, tokenizer) + closing
+    whole = _tokenise(text + answer, tokenizer, begin=template != "chat")
+    # The prompt must have the same tokens as when the model is asked; where the answer's
+    # first letters would merge into them, the answer is tokenised by itself.
+    if whole[: len(before)] == before:
+        return before, whole[len(before) :]
+    return before, _tokenise(answer, tokenizer, begin=False)
 
 
 # A record may hold the text of a special token: `</s>` ends an HTML tag, and is no end of
@@ -174,24 +254,32 @@ def _spell(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
 def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase, begin: bool) -> list[int]:
     """Token ids of a template's text; only what the template wrote is a special token.
 
-    `begin`: with whatever the tokenizer puts before a text.
+    `begin`: with whatever the tokenizer puts before a text. What it puts behind one, an
+    end of sequence for the most part, is `encode`'s to add.
     """
     special = "|".join(map(re.escape, _special_tokens(tokenizer)))
     pieces = re.split(f"({special})", text) if special else [text]
+    ids = list(_beginning(tokenizer)) if begin else []
     if len(pieces) > 1 and MARK not in text:
-        return tokenizer(text, add_special_tokens=begin)["input_ids"]
-    ids: list[int] = []
+        return ids + tokenizer(text, add_special_tokens=False)["input_ids"]
     for place, piece in enumerate(pieces):
         if place % 2:
             ids.append(tokenizer.convert_tokens_to_ids(piece))
-        elif piece or (begin and not place):
+        elif piece:
             plain = re.sub(f"{MARK}({MARK}?)", r"\1", piece)
             ids += tokenizer(
-                plain,
-                add_special_tokens=begin and not place,
-                split_special_tokens=True,
+                plain, add_special_tokens=False, split_special_tokens=True
             )["input_ids"]
     return ids
+
+
+@lru_cache(maxsize=4)
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    places = range(len(whole) - len(plain) + 1)
+    return next((whole[:i] for i in places if whole[i : i + len(plain)] == plain), [])
 
 
 @lru_cache(maxsize=4)
@@ -244,8 +332,7 @@ def load_partition(cfg: dict[str, Any], partition: int) -> Dataset:
     a partitioner it is one node's own, all of it.
     """
     if cfg["partitioner"] is None:
-        dataset = cfg["dataset"]
-        return files.load(dataset["path"], "data-path", _columns(dataset, label=False))
+        return _load(cfg["dataset"], cfg["dataset"]["path"], "data-path")
     return _partitioner(cfg).load_partition(partition)
 
 
@@ -264,8 +351,7 @@ def load_test(cfg: dict[str, Any]) -> tuple[list[Record], list[list[str]]]:
     dataset, column = cfg["dataset"], cfg["evaluate"]["choices"]
     if dataset["test_path"]:
         path = str(dataset["test_path"])
-        columns = _columns(dataset, label=False) + ([column] if column else [])
-        rows = files.load(path, "dataset.test_path", columns, lists=column)
+        rows = _load(dataset, path, "dataset.test_path", lists=column)
     elif dataset["path"]:
         raise UserError(
             "evaluate.exact_match, every_round and choices need test questions: name them "
@@ -279,6 +365,7 @@ def load_test(cfg: dict[str, Any]) -> tuple[list[Record], list[list[str]]]:
                 f"dataset.name={dataset['name']} has no test split: name questions of "
                 "yours with dataset.test_path, or set evaluate.exact_match=false."
             ) from error
+        _check_columns(rows, [*dataset["columns"].values()], dataset["name"])
     records = [to_record(row, dataset["columns"]) for row in rows]
     if not column:
         return records, []
@@ -292,12 +379,12 @@ def _choices(row: dict[str, Any], column: str, record: Record) -> list[str]:
     try:
         choices = json.loads(value) if isinstance(value, str) else value
         choices = [files.text(choice) for choice in choices]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         choices = []
     if record["output"] not in choices:
         raise UserError(
             f"evaluate.choices={column}: a list of answers is needed, with the right one "
-            f"({record['output']!r}) among them, and {value!r} is none."
+            f"({record['output']!r}) among them, and {repr(value)[:200]} is none."
         )
     return choices
 
@@ -315,10 +402,48 @@ def to_record(row: dict[str, Any], columns: dict[str, str | None]) -> Record:
     }
 
 
-def _columns(dataset: dict[str, Any], label: bool) -> list[str]:
-    """The columns that are read of a file."""
-    names = [*dataset["columns"].values(), dataset["label"] if label else None]
-    return list(dict.fromkeys(str(name) for name in names if name is not None))
+def scorable(
+    cfg: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[Record, list[str], Example]], int]:
+    """The test records that can be scored, with their choices and tokens, and how many fall out.
+
+    Those that have no answer, whose prompt fills `train.seq_length`, or one of whose choices
+    would be cut there. Raises `UserError` where none is left.
+    """
+    template, seq_length = cfg["dataset"]["template"], cfg["train"]["seq_length"]
+
+    def fits(record: Record, choice: str) -> bool:
+        made = encode(record | {"output": choice}, template, tokenizer, seq_length)
+        return made is not None and not is_cut(made, template, tokenizer)
+
+    records, choices = load_test(cfg)
+    kept = []
+    for place, record in enumerate(records):
+        offered = choices[place] if choices else []
+        example = encode(record, template, tokenizer, seq_length)
+        if example and all(fits(record, c) for c in offered if c.strip()):
+            kept.append((record, offered, example))
+    if not kept:
+        raise UserError(
+            f"None of the {len(records)} test questions can be scored: they have no answer, "
+            f"or are longer than train.seq_length={seq_length} tokens. Raise it, or name "
+            "other questions with dataset.test_path=..."
+        )
+    return kept, len(records) - len(kept)
+
+
+def _load(
+    dataset: dict[str, Any],
+    path: str,
+    key: str,
+    label: bool = False,
+    lists: str | None = None,
+) -> Dataset:
+    """The records of local files, in the columns that are asked for."""
+    columns = dataset["columns"]
+    names = [*columns.values(), dataset["label"] if label else None, lists]
+    wanted = list(dict.fromkeys(str(name) for name in names if name is not None))
+    return files.load(path, key, wanted, columns["input"], lists)
 
 
 def _partitioner(cfg: dict[str, Any]) -> "Partitioner":
@@ -336,9 +461,7 @@ def _partitioner_once(key: str) -> "Partitioner":
         settings, "clusters" if ours else "flwr_datasets.partitioner"
     )
     if dataset["path"]:
-        rows = files.load(
-            str(dataset["path"]), "dataset.path", _columns(dataset, label=True)
-        )
+        rows = _load(dataset, str(dataset["path"]), "dataset.path", label=True)
         partitioner.dataset = rows.shuffle(seed=seed)
         return partitioner
     from flwr_datasets import FederatedDataset
@@ -364,16 +487,39 @@ def training_rows(cfg: dict[str, Any], partition: int) -> Dataset:
     for part in range(cfg["num_clients"]) if pooled else [partition]:
         rows = load_partition(cfg, part)
         if cfg["strategy"]["fraction_evaluate"] > 0:
-            rows, _ = hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
+            rows, _ = split(cfg, rows)
         parts.append(rows)
     return concatenate_datasets(parts) if pooled else parts[0]
 
 
-def hold_out(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split a partition into records to train on and records to evaluate on."""
+def split(cfg: dict[str, Any], rows: Dataset) -> tuple[Dataset, Dataset]:
+    """A partition's records to train on, and those to evaluate on, as `cfg` divides them."""
+    columns = cfg["dataset"]["columns"]
+    asked = [columns[name] for name in ("instruction", "input") if columns[name]]
+    return hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"], asked)
+
+
+def hold_out(
+    rows: Dataset, share: float, seed: int, columns: Sequence[str] = ()
+) -> tuple[Dataset, Dataset]:
+    """Split a partition into records to train on and records to evaluate on.
+
+    Records that are alike in all of `columns` stay together, unless all of them are.
+    """
     order = np.random.default_rng(seed).permutation(len(rows))
     kept = max(1, math.floor(share * len(rows)))  # `check` leaves no client with one
-    return rows.select(order[kept:]), rows.select(order[:kept])
+    alike: dict[Any, list[int]] = {}
+    texts = list(zip(*(rows[column] for column in columns), strict=True))
+    for place in order:
+        alike.setdefault(texts[place] if texts else place, []).append(place)
+    held: list[int] = []
+    for places in alike.values():
+        if len(held) + len(places) <= kept:
+            held += places
+    if not held:  # each question stands there too often, or there is but one
+        held = min(alike.values(), key=len) if len(alike) > 1 else list(order[:kept])
+    back = set(held)
+    return rows.select([i for i in order if i not in back]), rows.select(held)
 
 
 def draw(
@@ -435,8 +581,12 @@ def _shuffled(rows: Dataset, seed: int) -> Iterator[dict[str, Any]]:
 # --- checks before anything slow -------------------------------------------------------------------
 
 
-def check(cfg: dict[str, Any]) -> None:
-    """Raise `UserError` for data that is missing, broken or cannot be divided like this."""
+def check(cfg: dict[str, Any]) -> list[str]:
+    """Raise `UserError` for data that is missing, broken or cannot be divided like this.
+
+    Returns what the user should know of it, in sentences. Looks at every client: two
+    milliseconds each.
+    """
     dataset, clients = cfg["dataset"], cfg["num_clients"]
     where = dataset["path"] or dataset["name"]
     settings = cfg["partitioner"]
@@ -448,23 +598,19 @@ def check(cfg: dict[str, Any]) -> None:
         )
     if settings.get("partition_by", "") is None:
         raise UserError(f"{kind} deals by a column: name it with dataset.label=...")
+    if dataset["path"] and dataset["test_path"] and test_wanted(cfg):
+        _check_apart(str(dataset["path"]), str(dataset["test_path"]))
     try:
         partitioner = _partitioner(cfg)
+        rows = partitioner.dataset
     except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
-        raise UserError(
-            f"The dataset {where} is neither a local folder nor reachable on the hub. "
-            "Check the name and the network, or use files of yours: dataset=local "
-            f"dataset.path=... ({type(error).__name__})"
-        ) from error
-    rows = partitioner.dataset
-    for column in (*dataset["columns"].values(), settings.get("partition_by")):
-        if column is not None and column not in rows.column_names:
-            raise UserError(
-                f"{where} has no column {column!r} (dataset.columns, dataset.label). "
-                f"It has: {', '.join(rows.column_names)}."
-            )
+        raise UserError(_unloadable(where, error)) from error
+    _check_columns(
+        rows, [*dataset["columns"].values(), settings.get("partition_by")], where
+    )
     answers = dataset["columns"]["output"]
-    if not any(files.text(answer).strip() for answer in rows[answers]):
+    whole = [bool(files.text(answer).strip()) for answer in rows[answers]]
+    if not any(whole):
         raise UserError(f"{where}: no record has an answer in {answers!r}.")
     if len(rows) < clients:
         raise UserError(
@@ -472,21 +618,113 @@ def check(cfg: dict[str, Any]) -> None:
             f"Set num_clients={len(rows)} or less."
         )
     try:
-        smallest = len(partitioner.load_partition(0))
+        partitioner.load_partition(0)  # by which it is divided
         partitions = partitioner.num_partitions
+        if partitions != clients:
+            raise UserError(
+                f"{kind} makes {partitions} partitions of {where}: "
+                f"set num_clients={partitions}."
+            )
+        faults = [
+            _unfit(cfg, partitioner.load_partition(i), all(whole))
+            for i in range(clients)
+        ]
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{kind} cannot divide {where} among {clients} clients: {error}"
         ) from error
-    if partitions != clients:
+    except OSError as error:
+        raise UserError(_unloadable(where, error)) from error
+    if fault := next(filter(None, faults), None):
+        unfit = [i for i in range(clients) if faults[i] == fault]
+        more = f" and {len(unfit) - 10} more" if len(unfit) > 10 else ""
         raise UserError(
-            f"{kind} makes {partitions} partitions of {where}: "
-            f"set num_clients={partitions}."
+            f"{kind} of {where}: client {str(unfit[:10])[1:-1]}{more} {fault}. Take fewer "
+            "clients, or another partitioner."
         )
-    if smallest < (needed := 2 if cfg["strategy"]["fraction_evaluate"] else 1):
+    return _check_questions(cfg, rows) if test_wanted(cfg) else []
+
+
+def _unloadable(where: str, error: Exception) -> str:
+    """Why a dataset of the hub, or a folder in its place, cannot be loaded."""
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+    if files.is_local(cause):
+        return f"{where}: {files.cache_fault(cause)}"
+    told = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0][:200]}"
+    if local_path(where):
+        return f"The dataset {where} cannot be read ({told})."
+    return (
+        f"The dataset {where} is neither a local folder nor reachable on the hub. Check "
+        "the name and the network, or use files of yours: dataset=local dataset.path=... "
+        f"({told})"
+    )
+
+
+def _check_columns(rows: Dataset, columns: list[str | None], where: str) -> None:
+    """That a dataset has these columns, and text or numbers in them."""
+    names = list(dict.fromkeys(filter(None, columns)))
+    if missing := [name for name in names if name not in rows.column_names]:
+        raise UserError(f"{where}: {files.lacks(missing, rows.column_names)}")
+    for name in names:
+        if not isinstance(kind := rows.features[name], (Value, ClassLabel)):
+            raise UserError(
+                f"{where}: {name!r} holds values of type {type(kind).__name__}; text or "
+                "numbers are needed. Conversations are not supported yet."
+            )
+        numbers = rows[name] if "float" in str(kind.dtype) else []
+        if np.isinf(np.array(list(numbers), dtype=float)).any():
+            raise UserError(f"{where}: {name!r} holds numbers that are infinite.")
+
+
+def _unfit(cfg: dict[str, Any], rows: Dataset, answered: bool) -> str | None:
+    """What keeps a client with these records from taking part, or None.
+
+    `answered`: all records are known to have an answer.
+    """
+    held_back = cfg["strategy"]["fraction_evaluate"] > 0
+    if len(rows) < (needed := 2 if held_back else 1):
+        one = " (one to hold back, with strategy.fraction_evaluate)" * held_back
+        return f"would have {len(rows)} records, and {needed} are needed{one}"
+    if answered or cfg["mode"] == "centralized":
+        return None
+    column = cfg["dataset"]["columns"]["output"]
+    for part in split(cfg, rows) if held_back else [rows]:
+        if not any(files.text(answer).strip() for answer in part[column]):
+            return "would train, or be evaluated, on records that have no answer"
+    return None
+
+
+def _check_apart(path: str, test_path: str) -> None:
+    """That no file is both trained on and tested with, under whatever name."""
+    train = files.find(path, "dataset.path")
+    test = files.find(test_path, "dataset.test_path")
+    if both := [str(t) for t in test if any(t.samefile(other) for other in train)]:
         raise UserError(
-            f"{kind} leaves a client {smallest} records of {where}, and {needed} are "
-            "needed (one to hold back, with strategy.fraction_evaluate). Take fewer clients."
+            f"dataset.test_path={test_path}: dataset.path={path} trains on {both[0]} as "
+            "well. Name a file, or a folder, that does not hold the test questions."
         )
-    if test_wanted(cfg):
-        load_test(cfg)
+
+
+def _check_questions(cfg: dict[str, Any], rows: Dataset) -> list[str]:
+    """That the test questions are not those of the training data."""
+    columns = cfg["dataset"]["columns"]
+    names = [columns[name] for name in ("instruction", "input") if columns[name]]
+    known = {
+        tuple(map(files.text, texts))
+        for texts in zip(*(rows[name] for name in names), strict=True)
+    }
+    records, _ = load_test(cfg)
+    shared = sum(
+        tuple(text for name, text in question(record).items() if columns[name]) in known
+        for record in records
+    )
+    if shared == len(records):
+        raise UserError(
+            f"All {shared} test questions also stand in the training data, so they measure "
+            "what was learnt by heart. Name others: dataset.test_path=..."
+        )
+    if not shared:
+        return []
+    return [
+        f"{shared} of {len(records)} test questions also stand in the training data."
+    ]

@@ -3,6 +3,7 @@
 A client asks this of the records that it holds back, the server of the test questions.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -59,8 +60,12 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     max_new_tokens: int,
+    ends: list[int],
 ) -> list[str]:
-    """Greedy answers to tokenised prompts, in their order, stripped of outer space."""
+    """Greedy answers to tokenised prompts, in their order, stripped of outer space.
+
+    `ends`: the tokens at which an answer is over.
+    """
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     collate = dataset.Collator(tokenizer.pad_token_id, padding_side="left")
@@ -77,15 +82,23 @@ def answer(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
                 stopping_criteria=StoppingCriteriaList([_stopped]),
             )
         # Prompt embeddings count as no input tokens, so the answer is what was added.
-        added = output[:, batch["input_ids"].shape[1] :]
+        added = [
+            before_end(row, ends)
+            for row in output[:, batch["input_ids"].shape[1] :].tolist()
+        ]
         texts = tokenizer.batch_decode(added, skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
     return answers
+
+
+def before_end(ids: list[int], ends: list[int]) -> list[int]:
+    """An answer's tokens without the one that ends it, which may be no special token."""
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 def _stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -135,7 +148,11 @@ METRICS = {"exact_match": exact_match, "f1": f1, "rouge_l": rouge_l}
 
 
 class Examination:
-    """The dataset's test questions, put to the base and to adapters."""
+    """The dataset's test questions, put to the base and to adapters.
+
+    All scores are of the same `records`, those that can be scored; `left_out` is the number
+    of the others.
+    """
 
     def __init__(self, cfg: dict[str, Any]) -> None:
         model.use_cpus(cfg["client_resources"]["num_cpus"])
@@ -143,16 +160,16 @@ class Examination:
         self.template = cfg["dataset"]["template"]
         self.seq_length = cfg["train"]["seq_length"]
         self.batch = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
-        self.records, self.choices = dataset.load_test(cfg)
         name, fast = cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
         self.tokenizer = model.load_tokenizer(name, fast)
         self.collate = dataset.Collator(self.tokenizer.pad_token_id, "left")
         self.net = model.build(
             cfg["model"], cfg["peft"], cfg["seed"], model.default_device()
         ).eval()
-        self.examples = [
-            made for record in self.records if (made := self._encode(record))
-        ]
+        kept, self.left_out = dataset.scorable(cfg, self.tokenizer)
+        self.records = [record for record, _, _ in kept]
+        self.choices = [choices for _, choices, _ in kept if choices]
+        self.examples = [example for _, _, example in kept]
 
     def measure(self, state: model.State) -> Scores:
         """The adapter's `test_loss`, `test_perplexity` and `test_accuracy` (of tokens)."""
@@ -198,7 +215,8 @@ class Examination:
             for record in self.records
         ]
         limit = self.settings["max_new_tokens"]
-        return answer(self.net, self.tokenizer, prompts, limit)
+        ends = dataset.ends(self.template, self.tokenizer, self.net.generation_config)
+        return answer(self.net, self.tokenizer, prompts, limit, ends)
 
     def _choose(self) -> float:
         """Share of questions, in [0, 1], whose right answer is the likeliest of the choices.
@@ -211,7 +229,7 @@ class Examination:
         ):
             for choice in choices:
                 example = self._encode({**record, "output": choice})
-                if example:  # a question too long for seq_length has none
+                if example:  # an empty choice has none
                     examples.append(example)
                     owners.append((place, choice == record["output"]))
         nats = score(self.net, examples, self.collate, self.batch)[:, 0].tolist()

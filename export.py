@@ -107,7 +107,7 @@ def export(options: argparse.Namespace) -> Path:
     )
     with utils.commit(folder) as temporary:
         if merged:
-            end_with(merged.generation_config, tokenizer)
+            end_with(merged.generation_config, tokenizer, about["template"])
             merged.save_pretrained(temporary)
         else:
             shutil.copy(source / "adapter_model.safetensors", temporary)
@@ -119,12 +119,13 @@ def export(options: argparse.Namespace) -> Path:
 
 
 def end_with(
-    generation: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase"
+    generation: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase", template: str
 ) -> None:
-    """Have answers end where training ended them, if the base's own settings do not."""
-    ends = generation.eos_token_id
-    if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
-        generation.eos_token_id = tokenizer.eos_token_id
+    """Have answers end where training ended them, and where the base's own do."""
+    import dataset
+
+    ends = dataset.ends(template, tokenizer, generation)
+    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
@@ -176,6 +177,8 @@ class Card:
         self.mode = self.cfg.get("mode", "federated") if self.cfg else None
         question = {"instruction": QUESTION, "input": ""}
         self.prompt = dataset.TEMPLATES[self.template]([question], self.tokenizer)
+        _, end = dataset.end(self.template, self.tokenizer)
+        self.end = self.tokenizer.convert_ids_to_tokens(end)
 
     def text(self) -> str:
         """The whole of README.md."""
@@ -188,7 +191,7 @@ class Card:
             *self.evaluation(),
             "## Prompt",
             f"It was trained with the template `{self.template}`, and ends an answer with "
-            f"`{self.tokenizer.eos_token}`. Ask it in the same words:",
+            f"`{self.end}`. Ask it in the same words:",
             f"```text\n{self.prompt}\n```",
             "## Use",
             "From the folder that holds this one:",

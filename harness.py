@@ -115,11 +115,11 @@ class Adapter(HFLM):
         return before, whole[len(before) :]
 
     def _tokens(self, record: dataset.Record) -> list[int]:
-        """The prompt, and the answer as far as there is one, without end of sequence."""
+        """The prompt, and the answer as far as there is one, without what ends it."""
         if not record["output"].strip():
             return dataset.prompt(self.template, [_asked(record)], self.tokenizer)
-        example = dataset.encode(record, self.template, self.tokenizer, sys.maxsize)
-        return example["input_ids"][:-1]
+        before, after = dataset.answered(record, self.template, self.tokenizer)
+        return before + after
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -133,13 +133,19 @@ class Adapter(HFLM):
         # The space before an answer (vicuna's, for one) is the template's.
         plain = {"instruction": "a", "input": ""}
         space = dataset.spaced(self.template, plain, "b", self.tokenizer)[:-1]
+        # What ends an answer may be no special token, which lm-eval would have left out.
+        _, end = dataset.end(self.template, self.tokenizer)
+        end = self.tokenizer.convert_ids_to_tokens(end)
+        answers = [answer.partition(end)[0] for answer in answers]
         return [
             answer if request.args[0].record["output"] else answer.removeprefix(space)
             for request, answer in zip(requests, answers, strict=True)
         ]
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super()._model_generate(*args, eos_token_id=self.eot_token_id, **kwargs)
+        own = self.model.generation_config
+        ends = dataset.ends(self.template, self.tokenizer, own)
+        return super()._model_generate(*args, eos_token_id=ends, **kwargs)
 
 
 @contextlib.contextmanager

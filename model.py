@@ -425,7 +425,7 @@ def open_adapter(
     `UserError` where anything in `folder` is broken, does not fit the base, or names code to
     import. What can be read without the base is read before it.
     """
-    from dataset import prompt
+    from dataset import check_template
 
     try:
         part = "adapter_config.json"
@@ -438,7 +438,7 @@ def open_adapter(
         state = load_file(Path(folder) / part)
         part = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        prompt(about["template"], [{"instruction": "", "input": ""}], tokenizer)
+        check_template(about["template"], tokenizer)
         part = "the base"
         base = load_base(about["model"]["name"], about["model"]["quantization"], device)
         base = unpack(base) if unpacked else base

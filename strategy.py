@@ -305,6 +305,10 @@ def conclude(
     each = [scores for scores, _ in after]
     told = {f"{name}_before": score for name, score in before[0].items()}
     told |= {f"{name}_after": score for name, score in mean(each).items()}
+    told |= {
+        "test_questions": len(examination.records),
+        "test_left_out": examination.left_out,
+    }
     if cfg["mode"] == "local":
         clients = [{"partition": i, **scores} for i, scores in enumerate(each)]
         told["clients"] = clients

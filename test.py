@@ -69,9 +69,11 @@ def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
     from transformers import TextStreamer
 
     import dataset
+    import examine
     import model
 
     ids = torch.tensor([dataset.prompt(template, turns, tokenizer)], device=net.device)
+    ends = dataset.ends(template, tokenizer, net.generation_config)
     sampling = {"do_sample": False}
     if options.temperature:
         sampling = {"do_sample": True, "temperature": options.temperature}
@@ -85,13 +87,14 @@ def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=options.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
                 streamer=TextStreamer(
                     tokenizer, skip_prompt=True, skip_special_tokens=True
                 ),
                 **sampling,
             )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    added = examine.before_end(output[0, ids.shape[1] :].tolist(), ends)
+    return tokenizer.decode(added, skip_special_tokens=True).strip()
 
 
 def chat(net, tokenizer, template: str, options) -> None:

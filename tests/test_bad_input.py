@@ -50,6 +50,8 @@ CODE = "open('ran', 'w')\n"
 ROW = {"instruction": "q", "input": "i", "output": "a"}
 LINE = json.dumps(ROW) + "\n"
 LINES = LINE * 12
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+INF = float("inf")
 ARRAY = json.dumps([ROW] * 12, indent=1)
 CSV = "instruction,input,output\n" + "q,i,a\n" * 12
 
@@ -275,7 +277,28 @@ DATA = [
         put("data.json", json.dumps([ROW | {"output": ["a", "b"]}])),
         "record 1: 'output' holds a value of type list; text or a number is needed",
     ),
-    ("brackets without end", put("data.json", "[" * 100_000), "recursion depth"),
+    (
+        "brackets without end",
+        put("data.json", "[" * 100_000),
+        "data.json, record 1: nested too deeply (recursion depth)",
+    ),
+    (
+        "a deep record after others",
+        put("data.json", ARRAY[:-2] + ',{"instruction": ' + "[" * 100_000),
+        "data.json, record 13: nested too deeply",
+    ),
+    (
+        "a long number after others",
+        put("data.json", ARRAY[:-2] + f',{{"instruction": {"9" * 5000}}}]'),
+        "data.json, record 13: broken JSON (Exceeds the limit (4300 digits)",
+    ),
+    ("no comma", put("data.json", ARRAY[:-2] + "{}]"), "line 61: broken JSON (Expec"),
+    ("more behind it", put("data.json", ARRAY + "{}"), "line 62: broken JSON (Extra"),
+    (
+        "an endless number",
+        put("data.json", ARRAY[:-2] + f",{json.dumps(ROW | {'output': INF})}]"),
+        "data.json, record 13: 'output' holds inf, which is no number of anything",
+    ),
     ("blanks", put("data.json", " \n\n"), "data.json: no records here"),
     # jsonl
     ("an empty file", put("data.jsonl"), "data.jsonl: no records here"),
@@ -303,16 +326,74 @@ DATA = [
     (
         "half a character",
         put("data.jsonl", lines(instruction="\ud800")),
-        "surrogates not allowed",
+        "line 13: 'instruction' holds half a character (surrogates not allowed)",
     ),
     (
         "a number without end",
         put(
             "data.jsonl", f'{{"instruction": {"9" * 5000}, "input": "", "output": ""}}'
         ),
-        "Exceeds the limit (4300 digits)",
+        "line 1: broken JSON (Exceeds the limit (4300 digits)",
+    ),
+    (
+        "a deep line",
+        put("data.jsonl", LINES + '{"a":' * 100_000),
+        "line 13: nested too deeply",
+    ),
+    (
+        "a number too large for any",
+        put("data.jsonl", LINES + '{"instruction": -1e999, "input": "", "output": ""}'),
+        "line 13: 'instruction' holds -inf",
+    ),
+    (
+        "other columns than are named",
+        put("data.jsonl", '{"question": "q", "answer": "a"}\n' * 12),
+        "line 1: no column 'input' or 'instruction' or 'output' (dataset.columns, "
+        "dataset.label). It has: question, answer. Name them, as in "
+        "dataset.columns.output=answer; dataset.columns.input=null where there is none",
+    ),
+    (
+        "a name of half a character",
+        put("data.jsonl", json.dumps({"\ud800": "q"})),
+        "It has: \\ud800.",
+    ),
+    # chats
+    (
+        "OpenAI's messages",
+        put("data.jsonl", json.dumps({"messages": TURNS})),
+        "line 1: 'messages' holds conversations, which are not supported yet",
+    ),
+    (
+        "ShareGPT's conversations",
+        put("data.json", json.dumps([{"talk": [{"from": "gpt", "value": "a"}]}])),
+        "record 1: 'talk' holds conversations, which are not supported yet",
+    ),
+    (
+        "a conversation in a column that is named",
+        put("data.jsonl", lines(output=TURNS)),
+        "line 13: 'output' holds conversations, which are not supported yet",
+    ),
+    (
+        "messages in parquet",
+        put("data.parquet", parquet(("messages", TURNS))),
+        "record 1: 'messages' holds conversations, which are not supported yet",
     ),
     # csv
+    (
+        "a comma in a text beside empty columns",
+        put("data.csv", "instruction,input,output,\nq,i,a,\nq,i,a, b\n"),
+        "data.csv, line 3: a field beyond the header's last name, 'output'",
+    ),
+    (
+        "a semicolon without a word",
+        put("data.csv", CSV.replace(",", ";")),
+        "separate them by commas, or put a first line sep=;",
+    ),
+    (
+        "a short line below sep=",
+        put("data.csv", "sep=,\n" + CSV + "q,i\n"),
+        "line 15: not as many fields",
+    ),
     (
         "a quote that is not closed",
         put("data.csv", CSV + '"q,i,a\n' + "q,i,a\n"),
@@ -343,7 +424,9 @@ DATA = [
     (
         "other columns",
         put("data.parquet", parquet(("text", "q"))),
-        "record 1: no column 'input' (dataset.columns, dataset.label). It has: text",
+        "record 1: no column 'input' or 'instruction' or 'output' (dataset.columns, "
+        "dataset.label). It has: text. Name them, as in dataset.columns.output=answer; "
+        "dataset.columns.input=null where there is none",
     ),
     (
         "a column of it twice",
@@ -377,7 +460,22 @@ DATA = [
     ("an archive", put("data.jsonl.gz", b"\x1f\x8b"), "no data file here"),
     ("an archive with a way out", put("data/..zip", b"PK"), "no data file here"),
     ("an empty folder", folder_named("data"), "no data file here"),
-    ("data a folder deeper", put("data/train/a.jsonl", LINES), "no data file here"),
+    ("hidden files alone", put("data/.a.jsonl", LINES), "no data file here"),
+    (
+        "data a folder deeper",
+        put("data/train/a.jsonl", LINES),
+        "no data file here. The folders in it are not looked into: did you mean ",
+    ),
+    (
+        "an archive beside data",
+        both(put("data/a.jsonl", LINES), put("data/b.jsonl.gz", b"\x1f\x8b")),
+        "data: b.jsonl.gz may hold records, and would not be read",
+    ),
+    (
+        "input that no record has",
+        put("data.jsonl", '{"instruction": "q", "output": "a"}\n' * 12),
+        "no column 'input' (dataset.columns, dataset.label). It has: instruction, ",
+    ),
     (
         "two formats",
         both(put("data/a.json", ARRAY), put("data/b.jsonl", LINES)),
@@ -521,7 +619,7 @@ ADAPTERS = [
     (
         "a template without end",
         both(change(ABOUT, template="chat"), put("chat_template.jinja", "{{ ")),
-        "the tokenizer cannot be used (TemplateSyntaxError",
+        "this model's chat template fails (TemplateSyntaxError",
     ),
     (
         "a note without a base",

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 
+import datasets
 import pytest
 import torch
 
@@ -162,6 +163,22 @@ DATA = {
         "partitioner=dirichlet dataset.label=topic num_clients=4",
         "DirichletPartitioner cannot divide .* among 4 clients",
     ),
+    # The first client has enough, and another has not.
+    "one_record_of_a_label": (
+        {".jsonl": GOOD + json.dumps(ROW | {"topic": "zz"})},
+        "partitioner=natural dataset.label=topic num_clients=4 "
+        "strategy.fraction_evaluate=0.5",
+        "client 3 would have 1 records, and 2 are needed",
+    ),
+    "no_answer_for_a_label": (
+        {
+            ".jsonl": GOOD.replace(
+                '"answer": "a", "topic": "z"', '"answer": "", "topic": "z"'
+            )
+        },
+        "partitioner=natural dataset.label=topic num_clients=3",
+        r"client \d would train, or be evaluated, on records that have no answer",
+    ),
     "size_shares": (
         {".jsonl": GOOD},
         "partitioner=size num_clients=12",
@@ -250,6 +267,123 @@ def test_data_of_ones_own_passes(tmp_path):
     assert cfg["dataset"]["path"] == str(path)
 
 
+def asked(count, start=0, **more):
+    """Lines with questions of their own."""
+    return "".join(
+        json.dumps(ROW | {"question": f"q{i}"} | more) + "\n"
+        for i in range(start, start + count)
+    )
+
+
+LONG = "word " * 200
+# What is trained on and tested with, and the message.
+QUESTIONS = [
+    (
+        asked(12),
+        asked(3, 20, question=LONG),
+        "None of the 3 test questions can be scored",
+    ),
+    (asked(12), asked(3, 20, answer=""), "None of the 3 test questions can be scored"),
+    (asked(12), asked(3), "All 3 test questions also stand in the training data"),
+    (GOOD, LINES[0], "All 1 test questions also stand in the training data"),
+]
+
+
+@pytest.mark.parametrize(("train", "test", "message"), QUESTIONS)
+@pytest.mark.parametrize("wanted", ["exact_match=true", "every_round=1", "choices=all"])
+def test_questions_that_measure_nothing_are_refused(
+    wanted, train, test, message, tmp_path
+):
+    test = "".join(
+        json.dumps(row | {"all": [row["answer"], "other"]}) + "\n"
+        for row in map(json.loads, test.splitlines())
+    )
+    (tmp_path / "train.jsonl").write_text(train)
+    (tmp_path / "test.jsonl").write_text(test)
+    with pytest.raises(UserError, match=message):
+        check(
+            f"{MINE} dataset.path={tmp_path}/train.jsonl evaluate.exact_match=false "
+            f"dataset.test_path={tmp_path}/test.jsonl evaluate.{wanted}"
+        )
+
+
+def test_questions_that_fall_out_or_are_known_are_counted(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text(asked(12))
+    test = (
+        asked(2) + asked(3, 20) + asked(1, 30, answer=" ") + asked(1, 40, context=LONG)
+    )
+    (tmp_path / "test.jsonl").write_text(test)
+    check(
+        f"{MINE} dataset.path={tmp_path}/train.jsonl "
+        f"dataset.test_path={tmp_path}/test.jsonl"
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "2 of 7 test questions also stand in the training data.",
+        "2 of 7 test questions are left out: they have no answer, or are longer than "
+        "train.seq_length=128 tokens.",
+    ]
+
+
+@pytest.mark.parametrize("way", ["the file", "its folder", "a link", "a hard link"])
+def test_what_is_tested_with_is_not_trained_on(way, tmp_path):
+    (folder := tmp_path / "data").mkdir()
+    (folder / "one.jsonl").write_text(asked(12))
+    (folder / "two.jsonl").write_text(asked(5, 20))
+    path, test = folder / "two.jsonl", folder / "two.jsonl"
+    if way == "its folder":
+        path = folder
+    elif way == "a link":
+        (path := tmp_path / "other.jsonl").symlink_to(test)
+    elif way == "a hard link":
+        (path := tmp_path / "other.jsonl").hardlink_to(test)
+    with pytest.raises(UserError, match=rf"{folder}/two.jsonl as well\. Name a file"):
+        check(f"{MINE} dataset.path={path} dataset.test_path={test}")
+    check(f"{MINE} dataset.path={folder}/one.jsonl dataset.test_path={test}")
+
+
+@pytest.mark.parametrize(
+    "files", [{".jsonl": BROKEN}, {".jsonl": '{"messages": []}\n'}]
+)
+def test_a_plan_is_refused_what_the_run_would_be(files, tmp_path):
+    path = write(files, tmp_path)
+    with pytest.raises(UserError, match=r"data\.jsonl, line 1: "):
+        check(f"{MINE} evaluate.exact_match=false dataset.path={path} dry_run=true")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    path = write({".jsonl": GOOD}, tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere/datasets")
+    with pytest.raises(UserError) as told:
+        check(f"{MINE} evaluate.exact_match=false dataset.path={path}")
+    assert (
+        "the cache /proc/nowhere/datasets cannot be used (No such file or directory"
+        in str(told.value)
+    )
+    assert "HF_HOME" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "cause"),
+    [
+        ("/" + "a" * 300, "File name too long"),
+        ("main.py/data.jsonl", "Not a directory"),
+    ],
+)
+def test_a_path_that_cannot_be_looked_at_is_told_why(path, cause):
+    with pytest.raises(UserError, match=f"cannot be read: {cause}"):
+        check(f"{MINE} evaluate.exact_match=false dataset.path={path}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    path = write({".jsonl": GOOD}, tmp_path)
+    path.chmod(0)
+    with pytest.raises(
+        UserError, match=r"data\.jsonl cannot be read: Permission denied"
+    ):
+        check(f"{MINE} evaluate.exact_match=false dataset.path={path}")
+
+
 @pytest.fixture
 def model_folder(tmp_path):
     """The shipped model without its chat template and without weights."""
@@ -266,3 +400,15 @@ def test_chat_template_that_the_tokenizer_lacks_is_answered(model_folder):
     check(f"model.name={model_folder}")
     with pytest.raises(UserError, match="this model's tokenizer has no chat template"):
         check(f"model.name={model_folder} dataset.template=chat")
+
+
+def test_chat_template_that_fails_is_answered(model_folder):
+    shutil.copy(PROJECT / "assets/tiny_llama/model.safetensors", model_folder)
+    template = "{{ raise_exception('system needed') }}"
+    (model_folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError) as told:
+        check(f"model.name={model_folder} dataset.template=chat")
+    assert str(told.value) == (
+        "dataset.template=chat: this model's chat template fails (TemplateError: system "
+        "needed). Take dataset.template=alpaca or vicuna."
+    )

@@ -1,6 +1,7 @@
 """pytest tests/test_client.py: one client's round, without Flower."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -38,6 +39,30 @@ def test_training_moves_the_adapter_and_not_the_base(quantization, configure):
     assert metrics["num-examples"] == 8
     assert metrics["dropped"] == 0
     assert metrics["train_loss"] > 0
+
+
+def test_what_a_client_trained_from_is_counted(configure, tmp_path):
+    short = {"instruction": "q", "input": "", "output": "a"}
+    long = short | {"output": "word " * 200}
+    records = [*[short] * 6, *[long] * 2, short | {"output": " "}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    cfg = configure(
+        f"dataset=local dataset.path={tmp_path}/data.jsonl num_clients=1 "
+        "partitioner=iid strategy.fraction_fit=1 train.training_arguments.max_steps=-1"
+    )
+    tokenizer = model.load_tokenizer("assets/tiny_llama")
+    one = len(dataset.encode(short, "alpaca", tokenizer, 128)["input_ids"])
+    assert one < 128
+    _, metrics = client.train(cfg, client.initial_adapter(cfg), 0, server_round=1)
+    counted = ("records", "num-examples", "truncated", "dropped", "tokens")
+    assert [metrics[name] for name in counted] == [9, 8, 2, 1, 6 * one + 2 * 128]
+    cfg["evaluate"]["holdout"] = 0.9  # of one question, so as records come
+    cfg["strategy"]["fraction_evaluate"] = 1.0
+    metrics = client.evaluate(cfg, client.initial_adapter(cfg), 0)
+    rows = dataset.split(cfg, dataset.load_partition(cfg, 0))[1]["output"]
+    assert metrics["num-examples"] == sum(bool(text.strip()) for text in rows)
+    assert metrics["dropped"] == rows[:].count(" ")
+    assert metrics["truncated"] == rows[:].count(long["output"])
 
 
 def test_a_reused_model_carries_nothing_over(configure):
@@ -201,6 +226,7 @@ def test_records_held_back_are_not_trained_on(configure, monkeypatch):
     cfg = configure(
         "strategy.fraction_evaluate=1", "train.training_arguments.max_steps=-1"
     )
+    trained.clear()  # of what the template was checked with
     cfg = copy.deepcopy(cfg) | {"num_clients": 100}
     cfg["partitioner"]["num_partitions"] = 100
     client.train(cfg, client.initial_adapter(cfg), partition=0, server_round=1)

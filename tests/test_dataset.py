@@ -2,16 +2,29 @@
 
 import csv
 import json
+import math
+import re
+import tempfile
 from collections import Counter
+from decimal import Decimal
+from pathlib import Path
 
+import numpy as np
+import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import dataset
+import files
 import model
+from utils import UserError
 
 QUESTION = {"instruction": "Name the young of the animal.", "input": "cow"}
 ALONE = {"instruction": "Which city is the capital of France?", "input": ""}
@@ -240,6 +253,24 @@ def test_only_drawn_rows_are_tokenised():
     assert len(ids) == 7
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    asked=st.lists(st.integers(0, 12), min_size=2, max_size=40), seed=st.integers(0, 9)
+)
+@example([0] * 5, 0)
+def test_hold_out_keeps_equal_questions_on_one_side(asked, seed):
+    whole = Dataset.from_dict({"q": asked, "id": list(range(len(asked)))})
+    train, held = dataset.hold_out(whole, 0.3, seed, ["q"])
+    assert sorted([*train["id"], *held["id"]]) == list(range(len(asked)))
+    wanted = max(1, int(0.3 * len(asked)))
+    assert 1 <= len(held) <= max(wanted, len(asked) // 2)
+    if len(set(asked)) > 1:
+        assert set(train["q"]).isdisjoint(held["q"])
+    if len(set(asked)) == len(asked):  # and where all differ it changes nothing
+        plain = dataset.hold_out(whole, 0.3, seed)
+        assert (train["id"][:], held["id"][:]) == (plain[0]["id"][:], plain[1]["id"][:])
+
+
 def test_hold_out_is_disjoint_complete_and_deterministic():
     train, held = dataset.hold_out(rows(30), 0.1, seed=0)
     assert (len(train), len(held)) == (27, 3)
@@ -349,6 +380,218 @@ def test_text_stays_as_it_was_written(answers, name, configure, tmp_path):
     write(stored, tmp_path / name)
     found = read(tmp_path / name, configure, {"input": "null"})
     assert [record["output"] for record in found] == answers
+
+
+MISSING = [None, math.nan, np.float64("nan"), np.float32("nan"), pandas.NaT]
+
+
+@pytest.mark.parametrize("value", [*MISSING, Decimal("nan"), np.datetime64("nat")])
+def test_a_missing_value_is_no_text(value):
+    assert files.text(value) == ""
+    found = dataset.to_record({"q": value}, {"instruction": "q", "input": None})
+    assert found == {"instruction": "", "input": ""}
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet"])
+def test_pandas_nothing_is_nothing_in_whatever_column(name, configure, tmp_path):
+    # What pandas leaves where a cell is empty, in its columns of numbers and of dates.
+    frame = pandas.DataFrame(
+        {
+            "q": [1.5, None, 2.5, 3.5],
+            "i": pandas.to_datetime(["2020-01-31", None, None, None]),
+            "a": ["yes", None, math.nan, "nan"],
+        }
+    )
+    path = tmp_path / name
+    if name == "data.parquet":
+        frame.to_parquet(path)
+    else:  # in json's own words: NaN
+        frame["i"] = frame["i"].astype(str).replace("NaT", math.nan)
+        stored = frame.to_dict("records")
+        path.write_text(
+            json.dumps(stored)
+            if name == "data.json"
+            else "\n".join(json.dumps(row) for row in stored)
+        )
+        assert "NaN" in path.read_text()
+    found = read(path, configure, {"instruction": "q", "input": "i", "output": "a"})
+    day = found[1]["input"]
+    assert day.startswith("2020-01-31")
+    assert found == [
+        {"instruction": "", "input": "", "output": ""},
+        {"instruction": "1.5", "input": day, "output": "yes"},
+        {"instruction": "2.5", "input": "", "output": ""},
+        {
+            "instruction": "3.5",
+            "input": "",
+            "output": "nan",
+        },  # a word, as it was written
+    ]
+
+
+def test_what_was_read_by_other_code_is_read_anew(configure, tmp_path, monkeypatch):
+    write([{"instruction": "q", "input": "", "output": "a"}], tmp_path / "data.jsonl")
+    path = str(tmp_path / "data.jsonl")
+    columns = ["instruction", "output"]
+    first = files.load(path, "dataset.path", columns).cache_files
+    assert files.load(path, "dataset.path", columns).cache_files == first
+    monkeypatch.setattr(files, "CODE", "another")
+    assert files.load(path, "dataset.path", columns).cache_files != first
+
+
+# --- what stands beside them -------------------------------------------------------------
+
+
+def find(folder):
+    return [file.name for file in files.find(str(folder), "dataset.path")]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(suffix=st.from_regex(r"[.][A-Za-z0-9]{1,8}", fullmatch=True))
+@example(".JSONL")
+@example(".ndjson")
+@example(".gz")
+@example(".tsv")
+@example(".xlsx")
+@example(".arrow")
+@example(".md")
+def test_no_file_of_a_folder_is_left_out_without_a_word(suffix):
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("a.jsonl", f"b{suffix}", ".hidden.jsonl", f"._b{suffix}"):
+            (Path(folder) / name).touch()
+        kind = suffix.lower()
+        if kind in (".jsonl", ".ndjson"):
+            assert find(folder) == ["a.jsonl", f"b{suffix}"]
+        elif kind in files.DOCUMENTS:
+            assert find(folder) == ["a.jsonl"]
+        else:
+            odd = "files of several formats" if kind in files.READERS else "b" + suffix
+            with pytest.raises(UserError, match=re.escape(odd)):
+                find(folder)
+
+
+@pytest.mark.parametrize("name", ["DATA.CSV", "d.Jsonl", "d.PARQUET", "d.Json"])
+def test_a_suffix_may_be_in_capitals(name, configure, tmp_path):
+    stored = [{"instruction": f"q{i}", "output": "a"} for i in range(3)]
+    write(stored, tmp_path / name.lower())
+    (tmp_path / name.lower()).rename(tmp_path / name)
+    assert len(read(tmp_path / name, configure, {"input": "null"})) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "held"),
+    [
+        (("train.jsonl", "test.jsonl"), "test.jsonl"),
+        (("qa_train.csv", "qa_validation.csv"), "qa_validation.csv"),
+        (("data-train-0.parquet", "data-dev-0.parquet"), "data-dev-0.parquet"),
+        (("a.jsonl", "Eval.jsonl", "b.jsonl"), "Eval.jsonl"),
+    ],
+)
+def test_a_folder_of_several_parts_of_a_dataset_is_refused(names, held, tmp_path):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{held} has the name of what is kept from"):
+        find(tmp_path)
+    (tmp_path / held).unlink()
+    assert len(find(tmp_path)) == len(names) - 1
+
+
+def test_records_in_a_folder_below_are_not_left_out_without_a_word(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "notes/readme.txt").touch()
+    assert find(tmp_path) == ["a.jsonl"]
+    (tmp_path / "notes/b.parquet").touch()
+    with pytest.raises(UserError, match="notes may hold records, and would not be"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_number_of_the_hub_is_refused(value):
+    found = Dataset.from_dict({"q": ["a", "b", "c"], "n": [1.5, None, value]})
+    dataset._check_columns(found, ["q", None], "x")
+    with pytest.raises(UserError, match="x: 'n' holds numbers that are infinite"):
+        dataset._check_columns(found, ["q", "n"], "x")
+    dataset._check_columns(found.select([0, 1]), ["q", "n"], "x")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [["a"], {"a": 1}, [{"role": "user", "content": "q"}]],
+    ids=["list", "object", "messages"],
+)
+def test_a_column_of_the_hub_that_holds_no_text_is_refused(value):
+    found = Dataset.from_dict({"q": [value]})
+    with pytest.raises(UserError, match="'q' holds values of type "):
+        dataset._check_columns(found, ["q"], "x")
+
+
+def test_what_datasets_and_the_hub_leave_is_told_from_data(tmp_path):
+    rows(3).save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": rows(3)}).save_to_disk(tmp_path / "split")
+    for name in ("saved", "split"):
+        with pytest.raises(UserError, match=r"what datasets\.save_to_disk writes"):
+            find(tmp_path / name)
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    for name in ("README.md", "dataset_infos.json", "data/train-0.parquet"):
+        (clone / name).touch()
+    with pytest.raises(UserError, match=re.escape(f"did you mean {clone}/data")):
+        find(clone)
+    assert find(clone / "data") == ["train-0.parquet"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "instruction,input,output,,\nq,i,a,,\n",  # Excel's empty columns
+        "sep=,\ninstruction,input,output\nq,i,a\n",  # what it writes for itself
+        "sep=;\r\ninstruction;input;output\r\nq;i;a\r\n",
+        "sep=\t\ninstruction\tinput\toutput\nq\ti\ta\n",
+        "instruction,input,output,note,note\nq,i,a,x,y\n",  # nobody asked for these
+        ",instruction,input,output\n0,q,i,a\n",  # pandas' index
+        "\n\ninstruction,input,output\n\nq,i,a\n\n",
+    ],
+)
+def test_csv_as_spreadsheets_write_it(text, configure, tmp_path):
+    (tmp_path / "data.csv").write_text(text, newline="")
+    found = read(tmp_path / "data.csv", configure, {})
+    assert found == [{"instruction": "q", "input": "i", "output": "a"}]
+
+
+def test_columns_that_nobody_asked_for_are_not_decoded(configure, tmp_path):
+    table = pyarrow.table(
+        {
+            "instruction": ["q"],
+            "date": pyarrow.array([10**6 * 365], pyarrow.date32()),  # after 9999
+            "output": ["a"],
+        }
+    )
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(table, path)
+    found = read(path, configure, {"input": "null"})
+    assert found == [{"instruction": "q", "input": "", "output": "a"}]
+    with pytest.raises(
+        UserError, match=r"data\.parquet: broken parquet, after record 0"
+    ):
+        read(path, configure, {"input": "date"})
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "folder"])
+def test_input_may_be_missing_from_some_records(name, configure, tmp_path):
+    stored = [
+        {"instruction": "a", "input": "i", "output": "x"},
+        {"instruction": "b", "output": "y"},
+        {"instruction": "c", "output": "z"},
+    ]
+    write(stored, tmp_path / name)
+    found = read(tmp_path / name, configure, {})
+    assert [record["input"] for record in found] == ["i", "", ""]
+    write(stored[1:], tmp_path / f"all_{name}")
+    with pytest.raises(
+        UserError, match=r"no column 'input' .*columns.input=null where"
+    ):
+        read(tmp_path / f"all_{name}", configure, {})
 
 
 def test_to_record_makes_text_of_any_value():

@@ -124,7 +124,10 @@ def test_what_a_task_file_asks_is_trainings_prompt_and_the_answers_are_ours(
         for r in RECORDS
     ]
     assert sorted(watched.asked) == sorted(prompts)
-    answers = examine.answer(watched.model, watched.tokenizer, prompts, 32)
+    ends = dataset.ends(
+        watched.template, watched.tokenizer, watched.model.generation_config
+    )
+    answers = examine.answer(watched.model, watched.tokenizer, prompts, 32, ends)
     assert [answer.strip() for answer in watched.answers] == answers
     (row,) = harness.figures(titles, tasks, results)
     assert (row["task"], row["metric"], row["questions"]) == ("mine", "exact_match", 3)

@@ -1,6 +1,7 @@
 """pytest tests/test_examine.py: scores of answers and of adapters, against ones by hand."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -104,3 +105,49 @@ def test_choices_that_are_none_are_named(exam, value):
     path.write_text(json.dumps({"q": "?", "a": "two", "c": value}))
     with pytest.raises(UserError, match=r"evaluate.choices=c: a list of answers is"):
         dataset.load_test(cfg)
+
+
+def test_only_what_can_be_scored_is_examined(exam):
+    cfg, _, path = exam
+    lines = path.read_text().splitlines()
+    good = [json.loads(line) for line in lines]
+    odd = [
+        good[0] | {"a": "", "c": ["", "two"]},
+        good[0] | {"q": "word " * 200},
+        good[0] | {"c": ["one", "word " * 200]},  # a choice that would be cut
+    ]
+    path.write_text("\n".join(map(json.dumps, [*odd, *good])))
+    found = examine.Examination(cfg)
+    assert found.left_out == 3
+    assert [record["instruction"] for record in found.records] == [r["q"] for r in good]
+    assert len(found.records) == len(found.choices) == len(found.examples) == 6
+    scores, answers = found.base()
+    assert len(answers) == 6
+    assert all(math.isfinite(score) for score in scores.values())
+
+
+def test_an_answer_stops_where_the_base_itself_stops(exam):
+    _, exam, _ = exam
+    net, tokenizer = exam.net, exam.tokenizer
+    asked = {"instruction": "Which city is the capital of France?", "input": ""}
+    prompts = [dataset.prompt("alpaca", [asked], tokenizer)]
+    own = dataset.ends("alpaca", tokenizer, net.generation_config)
+    assert own == [tokenizer.eos_token_id]
+    ids = torch.tensor(prompts)
+    with torch.no_grad(), model.autocast(net):
+        whole = net.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0, ids.shape[1] :].tolist()
+    places = [i for i in range(1, len(whole)) if whole[i] not in whole[:i]]
+    stop = places[0]
+    assert whole[stop] != tokenizer.eos_token_id
+    net.generation_config.eos_token_id = [whole[stop], 2]
+    ends = dataset.ends("alpaca", tokenizer, net.generation_config)
+    assert set(ends) == {whole[stop], 2}
+    answers = examine.answer(net, tokenizer, prompts, 8, ends)
+    # The token is no special one, and is no part of the answer all the same.
+    assert answers == [tokenizer.decode(whole[:stop]).strip()]

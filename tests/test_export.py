@@ -191,9 +191,9 @@ def test_answers_end_where_training_ended_them(save):
     folder = save()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     net = AutoModelForCausalLM.from_pretrained(PROJECT / "assets/tiny_llama")
-    for ends, wanted in (([7, 2], [7, 2]), (2, 2), (7, 2), (None, 2)):
+    for ends, wanted in (([7, 2], [2, 7]), (2, 2), (7, [2, 7]), (None, 2)):
         net.generation_config.eos_token_id = ends
-        export.end_with(net.generation_config, tokenizer)
+        export.end_with(net.generation_config, tokenizer, "alpaca")
         assert net.generation_config.eos_token_id == wanted
 
 

@@ -157,14 +157,19 @@ def test_without_a_label_or_a_tokenizer_the_rest_is_told(configure, write, tmp_p
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        ("dataset=dolly", "databricks/databricks-dolly-15k has not been downloaded"),
         ("dataset.path=/nowhere.jsonl", "there is no such file"),
         ("num_clients=5000", "num_clients=5000 is more than"),
     ],
 )
-def test_what_cannot_be_dealt_out_leaves_the_plan(overrides, why, configure, tmp_path):
-    rows = rows_of(configure(f"dry_run=true {overrides}"), tmp_path)
+def test_data_that_a_run_would_refuse_has_no_plan(overrides, why, configure):
+    with pytest.raises(utils.UserError, match=why):
+        configure(f"dry_run=true {overrides}")
+
+
+def test_data_that_is_not_here_leaves_the_plan(configure, tmp_path):
+    rows = rows_of(configure("dry_run=true dataset=dolly"), tmp_path)
     assert rows["clients"].startswith("not shown: ")
+    why = "databricks/databricks-dolly-15k has not been downloaded"
     assert why in rows["clients"]
     assert "VRAM a client" in rows
     assert not (tmp_path / "clients.png").exists()

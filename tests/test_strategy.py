@@ -48,7 +48,8 @@ def test_each_peft_method_trains_saves_loads_and_answers(
     ]
     assert any(not torch.equal(first[name], second[name]) for name in first)
     prompt = dataset.prompt(about["template"], [QUESTION], tokenizer)
-    [answer] = examine.answer(net, tokenizer, [prompt], max_new_tokens=3)
+    ends = dataset.ends(about["template"], tokenizer, net.generation_config)
+    [answer] = examine.answer(net, tokenizer, [prompt], 3, ends)
     assert isinstance(answer, str)
     ids = torch.tensor([prompt])
     with torch.no_grad(), model.autocast(net):

@@ -1,18 +1,32 @@
-"""pytest tests/test_templates.py: any text, in any template, with two kinds of tokenizer.
+"""pytest tests/test_templates.py: any text, in any template, with many kinds of tokenizer.
 
-Hypothesis writes the records, with what could be mistaken for the template among it.
+Hypothesis writes the records, with what could be mistaken for the template among it. Where
+an answer ends in a chat is held against transformers' own mask of what the assistant says.
 """
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 import dataset
 import model
 from loss import IGNORED
+from utils import UserError
 
 SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>", "<|eot|>"]
 # In the manner of Llama 3: trims what it is given, and its special tokens are not among
@@ -89,7 +103,10 @@ def test_any_text_is_an_example_or_a_skip(kind, template, record, seq_length):
     plain = {"instruction": "a", "input": "b" if question["input"] else ""}
     expected = specials(dataset.prompt(template, [plain], tokenizer), tokenizer)
     assert specials(before, tokenizer) == expected
-    whole = ids[-1] == tokenizer.eos_token_id
+    # CHAT, of byte-level, ends an answer with a token of its own.
+    own = kind == "byte-level" and template == "chat"
+    end = tokenizer.convert_tokens_to_ids("<|eot|>" if own else "</s>")
+    whole = ids[-1] == end
     answer = ids[len(before) : len(ids) - whole]
     assert specials(answer, tokenizer) == []
     assert whole or len(ids) == seq_length
@@ -118,3 +135,284 @@ def test_what_spells_a_special_token_is_text_in_every_turn(template):
     text = dataset.TEMPLATES[template](turns, tokenizer)
     assert tokenizer.decode(ids) == f"<s>{text}"
     assert tokenizer.convert_ids_to_tokens(specials(ids, tokenizer)) == ["<s>", "</s>"]
+
+
+# --- what a tokenizer adds -----------------------------------------------------------------
+
+
+def family(name: str) -> Tokenizer:
+    """An untrained or little trained tokenizer of each of the families that bases have."""
+    texts = ["Below is an instruction. USER: What? ASSISTANT: It is so.\n\n"] * 9
+    special = {"special_tokens": ["<s>", "</s>", "<unk>"], "show_progress": False}
+    if name == "byte-level":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **special)
+    elif name == "metaspace":
+        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        trainer = trainers.BpeTrainer(**special)
+    elif name == "unigram":
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **special)
+    else:
+        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(**special)
+    made.train_from_iterator(texts, trainer)
+    return made
+
+
+# What is put before and behind a text: BERT has both, and `add_eos_token` is the last.
+FRAMES = ["$A", "<s> $A", "<s> $A </s>", "<s> <s> $A </s> </s>", "$A </s>"]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("name", ["byte-level", "metaspace", "unigram", "wordpiece"])
+def test_what_a_tokenizer_puts_behind_a_text_is_not_in_a_prompt(name, frame):
+    raw = family(name)
+    plain = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    raw.post_processor = TemplateProcessing(
+        single=frame, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", unk_token="<unk>"
+    )
+    begun = [0] * frame.split("$A")[0].count("<s>")
+    for template in ("alpaca", "vicuna"):
+        asked = dataset.question(PLAIN)
+        text = dataset.TEMPLATES[template]([asked], tokenizer)
+        expected = begun + plain(text, add_special_tokens=False)["input_ids"]
+        assert dataset.prompt(template, [asked], tokenizer) == expected
+        made = dataset.encode(PLAIN, template, tokenizer, 400)
+        assert made["input_ids"][: len(expected)] == expected
+        assert made["input_ids"].count(1) == 1  # the end, and it is last
+        assert made["labels"][-1] == 1
+        turns = [PLAIN, asked]
+        two = dataset.prompt(template, turns, tokenizer)
+        assert two[: len(begun)] == begun
+        assert two.count(1) == 1  # of the first turn's answer
+
+
+# --- how a chat template ends an answer ------------------------------------------------------
+
+# As well-known models write a conversation, and the token that ends an answer there. What
+# the assistant says is marked as transformers has it, for its own mask.
+STYLES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+    ),
+    "llama 3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
+        "<|end_header_id|>\n\n{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] | trim }}<|eot_id|>{% endgeneration %}{% else %}"
+        "{{ m['content'] | trim }}<|eot_id|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+        "{% endif %}",
+        "<|eot_id|>",
+    ),
+    "gemma": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "<start_of_turn>model\n{% generation %}{{ m['content'] | trim }}<end_of_turn>"
+        "{% endgeneration %}{% else %}<start_of_turn>user\n{{ m['content'] | trim }}"
+        "<end_of_turn>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<end_of_turn>",
+    ),
+    "phi 3": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>\n"
+        "{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{{ '\n' }}"
+        "{% else %}<|user|>\n{{ m['content'] }}<|end|>{{ '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        "<|end|>",
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{% else %}"
+        "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}",
+        "<|endoftext|>",
+    ),
+    "llama 2": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
+        "{% endgeneration %}{% else %}"
+        "{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}{% endif %}"
+        "{% endfor %}",
+        "<|endoftext|>",
+    ),
+    "zephyr": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>\n"
+        "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}"
+        "<|user|>\n{{ m['content'] + eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|endoftext|>",
+    ),
+    "deepseek": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "<|Assistant|>{% generation %}{{ m['content'] }}<|end_of_sentence|>"
+        "{% endgeneration %}{% else %}<|User|>{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|>{% endif %}",
+        "<|end_of_sentence|>",
+    ),
+}
+TURNS = [
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>"),
+    *("<|end|>", "<|User|>", "<|Assistant|>", "<|end_of_sentence|>"),
+]
+
+
+def chatting(special: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer whose end of sequence is not what ends a turn; `special`: the turns' are."""
+    raw = family("byte-level")
+    # As Llama 3's: line breaks by themselves, so that an answer's first word after them
+    # changes no token of the prompt.
+    breaks = pre_tokenizers.Split(Regex(r"[\r\n]+"), "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence([breaks, raw.pre_tokenizer])
+    raw.add_special_tokens(["<|bos|>", "<|endoftext|>"])
+    # As Gemma's, it has tokens of line breaks as well.
+    raw.add_tokens(["\n\n\n"])
+    raw.add_tokens([AddedToken(token, special=special) for token in TURNS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<|bos|>", eos_token="<|endoftext|>"
+    )
+
+
+CHATTING = {
+    special: {style: chatting(special) for style in STYLES} for special in (False, True)
+}
+WORDS = st.text(max_size=30).map(str.strip).filter(bool)
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "plain"])
+@pytest.mark.parametrize("style", STYLES)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(asked=WORDS, said=WORDS)
+@example("What is it?", "It is so.")
+@example("Two\n\n\n\nparts", "Two\n\nparts")
+def test_labels_are_what_transformers_says_the_assistant_said(
+    style, special, asked, said
+):
+    tokenizer = CHATTING[special][style]
+    tokenizer.chat_template, end = STYLES[style]
+    assume(dataset.MARK not in asked + said)
+    turns = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": said},
+    ]
+    theirs = tokenizer.apply_chat_template(
+        turns, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = theirs["input_ids"], theirs["assistant_masks"]
+    last = len(mask) - mask[::-1].index(1)  # what comes after it nobody answers
+
+    record = {"instruction": asked, "input": "", "output": said}
+    made = dataset.encode(record, "chat", tokenizer, 10_000)
+    assert made["input_ids"] == ids[:last]
+    assert made["labels"] == [
+        token if said else IGNORED
+        for token, said in zip(ids[:last], mask[:last], strict=True)
+    ]
+    assert made["labels"][-1] == tokenizer.convert_tokens_to_ids(end)
+    assert not dataset.is_cut(made, "chat", tokenizer)
+    cut = dataset.encode(record, "chat", tokenizer, last - 1)
+    assert cut is None or dataset.is_cut(cut, "chat", tokenizer)
+
+
+@pytest.mark.parametrize("own", [None, 0, [0], [0, 2]])
+@pytest.mark.parametrize("style", STYLES)
+def test_an_answer_is_over_at_the_templates_end_the_tokenizers_and_the_bases(
+    style, own
+):
+    tokenizer = CHATTING[True][style]
+    tokenizer.chat_template, end = STYLES[style]
+    base = GenerationConfig(eos_token_id=own)
+    eos, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", end])
+    bases = {own} if isinstance(own, int) else set(own or ())
+    assert set(dataset.ends("chat", tokenizer, base)) == {eos, turn} | bases
+    assert set(dataset.ends("alpaca", tokenizer, base)) == {eos} | bases
+    assert dataset.end("vicuna", tokenizer) == ("", eos)
+
+
+# --- chat templates that cannot be used --------------------------------------------------------
+
+GOOD = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+# What is wrong, the template, a part of the message.
+UNFIT = {
+    "wants a system message": (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system needed') }}"
+        "{% endif %}" + GOOD,
+        "fails (TemplateError: system needed)",
+    ),
+    "no end": ("{{ ", "fails (TemplateSyntaxError"),
+    "a name that is not there": ("{{ nothing.at.all }}", "fails (UndefinedError"),
+    "a filter that is not there": ("{{ messages | nothing }}", "No filter named"),
+    "reaches out": (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}" + GOOD,
+        "fails (SecurityError",
+    ),
+    "another type": ("{{ messages + 1 }}", "fails (TypeError"),
+    "a division by zero": ("{{ 1 / 0 }}", "fails (ZeroDivisionError"),
+    "a range without end": (
+        "{% for i in range(10 ** 12) %}{% endfor %}",
+        "OverflowErr",
+    ),
+    "calls itself": (
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "RecursionError",
+    ),
+    "a long cause": (
+        "{{ raise_exception('no ' * 10000) }}",
+        "fails (TemplateError: no",
+    ),
+    "wants parts": (
+        "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+        "{% endfor %}",
+        "loses the question or the answer",
+    ),
+    "says nothing": ("{{ bos_token }}", "loses the question"),
+    "only the last": ("{{ messages[-1]['content'] }}", "loses the question"),
+    "only the user": (
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
+        "loses the question or the answer",
+    ),
+    "the other way round": (
+        "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}",
+        "loses the question or the answer",
+    ),
+    "half of it": (
+        "{% for m in messages %}{{ m['content'][:8] }}{% endfor %}",
+        "loses the question or the answer",
+    ),
+    "in capitals": (
+        "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+        "loses the question or the answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_chat_template_that_cannot_be_used_is_refused(case):
+    tokenizer = byte_level()
+    tokenizer.chat_template, message = UNFIT[case]
+    with pytest.raises(UserError) as told:
+        dataset.check_template("chat", tokenizer)
+    assert message in str(told.value)
+    assert len(str(told.value)) < 300
+    assert "\n" not in str(told.value)
+    dataset.check_template("alpaca", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template", [GOOD, CHAT, *(text for text, _ in STYLES.values())]
+)
+def test_a_chat_template_that_says_all_is_taken(template):
+    tokenizer = CHATTING[True]["chatml"]
+    tokenizer.chat_template = template
+    dataset.check_template("chat", tokenizer)
