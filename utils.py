@@ -185,10 +185,41 @@ def offline_if_unreachable() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that a run, or whoever sent it, has left.
+
+    Raises `UserError` where it is missing, is no file of at most 1 GiB, or is broken.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is broken ({type(error).__name__}: {error})."
+        ) from None
+
+
+def read_text(path: Path, most: int = 2**30) -> str:
+    """The text of a file of at most `most` bytes. Raises `UserError` as `read_json` does."""
+    try:
+        if not path.is_file():  # a pipe, say, would be waited for
+            raise UserError(f"{path} is {'no file' if path.exists() else 'missing'}.")
+        if (size := path.stat().st_size) > most:
+            raise UserError(f"{path} is too large ({size} bytes, {most} at most).")
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is broken ({type(error).__name__}: {error})."
+        ) from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader finds the old content or the new, never a part."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # Half of a character pair, which UTF-8 has no bytes for, becomes JSON's \ud800.
+    temporary.write_text(text, "utf-8", errors="backslashreplace")
     _flush(temporary)
     os.replace(temporary, path)
 
