@@ -9,6 +9,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from flwr.serverapp.strategy import (
     FedProx,
     FedYogi,
 )
-from safetensors import SafetensorError
 
 import checkpoint
 import comm
@@ -39,7 +39,17 @@ import dataset
 import model
 from examine import Examination
 from journal import Journal, adapters, report_failures, report_memory
-from utils import Progress, Refusal, UserError, construct, mix_seed, say, write_json
+from utils import (
+    Progress,
+    Refusal,
+    Unwritable,
+    UserError,
+    command,
+    construct,
+    mix_seed,
+    say,
+    write_json,
+)
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
 PULL_INTERVAL = 0.02  # seconds between looks for replies, at first
@@ -165,12 +175,11 @@ def run(
         if examination:
             scores = conclude(cfg, examination, before, state, folder)
         journal.write_summary(scores | {"seconds": time.monotonic() - started})
-    except (OSError, SafetensorError) as error:
-        raise RunFailed(
-            f"{folder} cannot be written: {error}. {go_on(folder, done)}"
-        ) from error
+    except Unwritable as error:
+        raise RunFailed(f"{error} {go_on(folder, done)}") from error
     except (RunFailed, Stopped) as error:
-        journal.save_last(state)
+        with suppress(Unwritable):  # the checkpoint has it
+            journal.save_last(state)
         raise type(error)(f"{error} {go_on(folder, done)}") from error
     finally:
         progress.close()
@@ -224,7 +233,7 @@ def go_on(folder: Path, done: int) -> str:
     """How to take up a run that has stopped."""
     if not done:
         return "No round was finished."
-    return f"Go on after round {done} with: python main.py resume={folder}"
+    return f"Go on after round {done} with: {command('main.py', resume=folder)}"
 
 
 class Server:
