@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def run(config: DictConfig, overrides: list[str], folder: Path) -> None:
     try:
         simulate(cfg, folder)
     except Stopped as error:
-        print(error, file=sys.stderr)
+        with suppress(OSError):  # it may have stopped because nobody listens
+            print(error, file=sys.stderr)
         raise SystemExit(utils.INTERRUPTED) from error
     journal.report(folder)
 
@@ -126,9 +127,7 @@ def watched(folder: Path) -> Iterator[None]:
         while not over.wait(1):
             dead, _ = psutil.wait_procs(ours, timeout=0)
             if dead and ray.is_initialized():  # and was not shut down
-                told = (
-                    "Ray has died: a process of it was killed, for want of memory say."
-                )
+                told = "Ray was killed, for want of memory perhaps."
                 utils.end_at_once(f"{told} {last_word(folder)}", code=1)
 
     thread = threading.Thread(target=watch, daemon=True)

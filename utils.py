@@ -98,7 +98,7 @@ def compose_run(overrides: str) -> tuple[DictConfig, Path, bool]:
 
 def is_named(ours: DictConfig, key: str = "hydra.run.dir") -> bool:
     """Whether the overrides in Hydra's own configuration name a run's folder."""
-    return any(text.startswith(f"{key}=") for text in ours.overrides.hydra)
+    return any(parse(text).key_or_group == key for text in ours.overrides.hydra)
 
 
 def parse(word: str) -> Override:
@@ -242,9 +242,13 @@ def own(folder: Path, without: Iterable[str] = LEFT) -> TextIO:
         say(f"{folder} cannot be locked ({error.strerror}): keep other runs out of it.")
     if found := next((path for name in without for path in folder.glob(name)), None):
         lock.close()
+        place = found.parent
         raise UserError(
-            f"{folder} holds a run already ({found.relative_to(folder)}). Go on with it: "
-            f"{command('main.py', resume=folder)}. Or begin in another folder: "
+            f"{place} holds a multirun already. Name another folder: "
+            "hydra.sweep.dir=/path/to/folder"
+            if found.name == "multirun.yaml"
+            else f"{place} holds a run already ({found.name}). Go on with it: "
+            f"{command('main.py', resume=place)}. Or begin in another folder: "
             "hydra.run.dir=/path/to/folder (hydra.sweep.dir for a multirun)."
         )
     with writing(folder):
@@ -276,9 +280,10 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)
-        file = getattr(error, "filename", None)
-        ours = file is None or path.parent.absolute() in Path(file).absolute().parents
-        if number is None or not ours:
+        name, whole = getattr(error, "filename", None), path.absolute()
+        file = Path(name).absolute() if isinstance(name, str) else whole
+        near = file.is_relative_to(whole.parent) or whole.is_relative_to(file)
+        if number is None or not near:
             raise
         raise Unwritable(
             f"{path} cannot be written ({os.strerror(number)})."
@@ -558,7 +563,7 @@ class Outputs(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with _or_exit(), read_write(config.hydra):
             saved = Path(str(config.get("resume") or ""), ".hydra/config.yaml")
-            if config.get("resume") and saved.is_file():
+            if config.get("resume") and saved.is_file() and "${" not in str(saved):
                 # Its log goes on; what it is made of is written when it is known to fit.
                 config.hydra.run.dir = literal(str(config.resume))
                 config.hydra.output_subdir = None

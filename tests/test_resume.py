@@ -443,7 +443,7 @@ def test_a_folder_has_one_run_and_each_end_of_it_says_how_to_go_on(tmp_path):
     assert again.end() == 1, again.said
     assert gone(everything)
     assert re.search(
-        r"Ray has died.* Go on after round \d+ with: python main.py", again.said
+        r"Ray was killed.* Go on after round \d+ with: python main.py", again.said
     )
     assert (folder / "main.log").is_file()
     assert len(losses(folder)) > int(number)

@@ -125,8 +125,9 @@ def test_a_folder_that_holds_a_run_takes_no_other(name, tmp_path):
     with pytest.raises(UserError, match="holds a run already") as told:
         own(folder)
     assert utils.command("main.py", resume=folder) in str(told.value)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already") as told:
         own(tmp_path, utils.LEFT_BY_SWEEPS)
+    assert utils.command("main.py", resume=folder) in str(told.value)
     own(folder, without=()).close()  # it goes on
 
 
@@ -244,6 +245,12 @@ def test_whatever_cannot_be_written_is_one_error(name, small, tmp_path):
             r"at \d+.* cannot be written \(File too large\)", str(told.value)
         )
         assert not list(folder.glob("peft_*")) + list(folder.glob("checkpoints/0*"))
+
+
+def test_a_folder_below_what_is_none_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(Unwritable, match=r"deep cannot be written \(Not a dir"):
+        begin(tmp_path / "file/run/deep", named=True)
 
 
 def test_errors_of_another_file_or_a_network_are_not_the_folders(tmp_path):
