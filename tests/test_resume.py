@@ -22,7 +22,7 @@ import checkpoint
 import comm
 import strategy
 from checks import check, resumed
-from utils import PROJECT, UserError, commit, compose, override, record
+from utils import PROJECT, UserError, command, commit, compose, override, record
 
 OPTIMISERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian"]
 
@@ -433,7 +433,7 @@ def test_a_folder_has_one_run_and_each_end_of_it_says_how_to_go_on(tmp_path):
     assert (folder / f"peft_{number}/adapter_model.safetensors").is_file()
     refused = main(begin)
     assert refused.returncode == 1
-    assert f"Go on with it: python main.py {words}. Or" in refused.stderr
+    assert f"Go on with it: {command('main.py', resume=folder)}. Or" in refused.stderr
     # As it was told to.
     again = Run(words)
     again.read_until(f"round {int(number) + 1}/500")
