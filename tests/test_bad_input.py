@@ -1179,6 +1179,16 @@ def test_a_run_goes_on_without_its_newest_checkpoint(configure, loopback, tmp_pa
     assert (tmp_path / "peft_best/mine.txt").exists()
 
 
+def test_a_run_may_be_measured_otherwise_when_it_goes_on(configure, tmp_path):
+    cfg = configure("evaluate.every_round=1")
+    frame = model.skeleton(cfg["model"], cfg["peft"])
+    told = journal.Journal(cfg, frame, tmp_path)
+    told.track()
+    told.rounds = [ENTRY | {"eval_loss": 1.0, "best": True}]
+    told.write_round(ENTRY | {"round": 2, "test_loss": 3.0}, random_state(frame))
+    assert told.best()["round"] == 2
+
+
 @pytest.mark.slow
 @table(COMMANDS)
 def test_command(made, message, adapter, run, tmp_path):
