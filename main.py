@@ -119,6 +119,8 @@ def watched(folder: Path) -> Iterator[None]:
     """
     import ray
 
+    from strategy import STOP
+
     parts = ("gcs_server", "raylet")
     ours = [child for child in psutil.Process().children() if child.name() in parts]
     over = threading.Event()
@@ -126,7 +128,9 @@ def watched(folder: Path) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(1):
             dead, _ = psutil.wait_procs(ours, timeout=0)
-            if dead and ray.is_initialized():  # and was not shut down
+            # Not where it was shut down, nor where a scheduler's SIGTERM went to all of us:
+            # the run is about to save its last adapter then.
+            if dead and ray.is_initialized() and not STOP.is_set():
                 told = "Ray was killed, for want of memory perhaps."
                 utils.end_at_once(f"{told} {last_word(folder)}", code=1)
 
