@@ -10,6 +10,7 @@ import logging
 import shlex
 import sys
 import traceback
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,11 @@ def federation_server() -> ServerApp:
         log.addFilter(shorten)
         overrides = str(context.run_config["overrides"])
         node.admissible(overrides)  # what every node would refuse is refused here
-        config, folder = utils.compose_run(overrides)
+        config, folder, named = utils.compose_run(overrides)
         chosen = shlex.split(overrides)
         if config.resume:
-            config, chosen = checks.resumed(config.resume, chosen)
             folder = Path(config.resume)
+            config, chosen = checks.resumed(config.resume, chosen)
         if not config.verbose:
             utils.quiet()
             log.setLevel(logging.WARNING)
@@ -98,15 +99,25 @@ def federation_server() -> ServerApp:
 
         cfg = checks.check(config, deployed=True)
         cfg["train"]["round_timeout"] = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
+        if not cfg["resume"]:
+            folder = utils.begin(folder, named)
         folder = folder.resolve()
-        utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
-        utils.record(config, chosen, folder)
-        # A run that goes on was begun with other overrides than it is gone on with.
-        told = {"overrides": shlex.join(chosen), "run": folder.name}
-        strategy.run(cfg, grid, folder, told)
-        journal.report(folder)
+        with utils.own(folder, without=() if cfg["resume"] else utils.LEFT):
+            utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
+            utils.record(config, chosen, folder)
+            # A run that goes on was begun with other overrides than it is gone on with.
+            told = {"overrides": shlex.join(chosen), "run": run_name(folder)}
+            strategy.run(cfg, grid, folder, told)
+            journal.report(folder)
 
     return app
+
+
+def run_name(folder: Path) -> str:
+    """What nodes know a run by: kept in its folder, and no other run's, wherever that is."""
+    if not (file := folder / "run.json").exists():
+        utils.write_json(file, f"{folder.name}-{uuid.uuid4().hex[:8]}")
+    return str(utils.read_json(file))
 
 
 def federation_client() -> ClientApp:

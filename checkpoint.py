@@ -15,7 +15,7 @@ import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
 
-from utils import UserError, commit, say
+from utils import UserError, commit, read_json, say
 
 KEPT = 2  # the newest ones: who deletes the last goes back by a round
 State = dict[str, torch.Tensor]
@@ -24,7 +24,7 @@ State = dict[str, torch.Tensor]
 def save(folder: Path, done: int, state: State, strategy: Any, seconds: float) -> None:
     """Write the state after round `done` of the run in `folder`; drop all but the newest two.
 
-    `seconds` that the run has taken so far. Raises `OSError` where the disk is full, with
+    `seconds` that the run has taken so far. Raises `Unwritable` where the disk is full, with
     the earlier checkpoints intact.
     """
     tensors, kept = _strategy_state(strategy)
@@ -65,19 +65,33 @@ def newest(folder: Path) -> Path | None:
 def read(checkpoint: Path) -> tuple[State, int, float, dict[str, Any]]:
     """The adapter, its round, the seconds until then, and the strategy's own state.
 
-    Raises whatever the libraries do where something is missing or broken.
+    Raises whatever the libraries do where something is missing or broken, and `ValueError`
+    for what no run has written.
     """
-    about = json.loads((checkpoint / "about.json").read_text())
-    tensors = load_file(checkpoint / "strategy.safetensors")
-    own = {}
-    for attribute, (kind, names) in about["strategy"].items():
-        arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
-        own[attribute] = _KINDS[kind](arrays)
+    about = read_json(checkpoint / "about.json")
     state = load_file(checkpoint / "adapter.safetensors")
     state = {name: state[name] for name in about["adapter"]}
     if about["round"] != int(checkpoint.name):
         raise ValueError(f"about.json is of round {about['round']}")
-    return state, about["round"], float(about["seconds"]), own
+    if not 0 <= (seconds := float(about["seconds"])) < float("inf"):
+        raise ValueError(f"about.json tells of {seconds} seconds")
+    tensors = load_file(checkpoint / "strategy.safetensors")
+    if any(tensor.dtype != torch.float32 for tensor in state.values()):
+        raise ValueError("its adapter is not in float32")
+    shapes = [tuple(tensor.shape) for tensor in state.values()]
+    own = {}
+    for attribute, (kind, names) in about["strategy"].items():
+        make = _KINDS[kind]
+        arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
+        # Whatever a strategy remembers, it has of each tensor of the adapter.
+        same = kind == "list" or names == about["adapter"]
+        if not same or [array.shape for array in arrays.values()] != shapes:
+            raise ValueError(f"the strategy's {attribute} is none of this adapter")
+        own[attribute] = make(arrays)
+    for name, tensor in (state | tensors).items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    return state, about["round"], seconds, own
 
 
 def load(checkpoint: Path, strategy: Any) -> tuple[State, int, float]:
@@ -87,8 +101,12 @@ def load(checkpoint: Path, strategy: Any) -> tuple[State, int, float]:
     again. Raises `UserError` for the state of another strategy.
     """
     state, done, seconds, own = read(checkpoint)
-    if odd := own.keys() - vars(strategy).keys():
-        raise UserError(f"{checkpoint} is of another strategy: it holds {odd.pop()}.")
+    for attribute in own:
+        # What is to hold arrays is None in a new strategy; a setting is not.
+        if vars(strategy).get(attribute, "") is not None:
+            raise UserError(
+                f"{checkpoint} is of another strategy: it holds {attribute}."
+            )
     vars(strategy).update(own)
     for later in _all(checkpoint.parent.parent):
         if later.name > checkpoint.name:
@@ -105,6 +123,8 @@ def _fault(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be read, or None."""
     try:
         read(checkpoint)
+    except UserError as error:
+        return f"{checkpoint} cannot be read ({error})"
     except Exception as error:
         return f"{checkpoint} cannot be read ({type(error).__name__}: {error})"
     return None

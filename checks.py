@@ -16,11 +16,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
 
-from utils import PROJECT, UserError, compose, flat, local_path, say
+from utils import (
+    PROJECT,
+    UserError,
+    compose,
+    flat,
+    literal,
+    local_path,
+    parse,
+    read_yaml,
+    say,
+)
 
 # What TrainingArguments takes, but this app sets itself, and where it is set instead.
 OURS = {
@@ -162,20 +171,26 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
         raise UserError(f"resume={folder}: the folder of a run is needed.")
     saved = Path(folder) / ".hydra"
     try:
-        before = OmegaConf.load(saved / "config.yaml")
-        begun_with = OmegaConf.load(saved / "overrides.yaml")
-        if not (isinstance(before, DictConfig) and isinstance(begun_with, ListConfig)):
-            raise ValueError(f"{saved} holds something else")
-    except (OSError, ValueError, YAMLError) as error:
+        before = resolve(OmegaConf.create(read_yaml(saved / "config.yaml", dict)))
+        begun_with = read_yaml(saved / "overrides.yaml", list)
+        if odd := [text for text in begun_with if not isinstance(text, str)]:
+            raise UserError(f"{saved}/overrides.yaml is broken: {odd[0]} is no text.")
+        words = [*begun_with, *overrides]
+        keys = [parse(word).key_or_group for word in words]
+    except (
+        Exception
+    ) as error:  # of whatever kind what is broken makes the libraries raise
         raise UserError(
             f"resume={folder}: no run to go on with is here ({error}). Give the folder "
             "that the run named as its results, outputs/<date>/<time>."
         ) from error
-    ours = ("resume=", "hydra.")
-    chosen = [str(override) for override in [*begun_with, *overrides]]
-    chosen = [override for override in chosen if not override.startswith(ours)]
-    config = compose(shlex.join([*chosen, f"resume={folder}"]))
-    old, new = flat(resolve(before)), flat(resolve(config))
+    ours = re.compile(r"resume|hydra[./].*")
+    chosen = [
+        word for word, key in zip(words, keys, strict=True) if not ours.fullmatch(key)
+    ]
+    config = compose(shlex.join(chosen))
+    config.resume = literal(folder)
+    old, new = flat(before), flat(resolve(config))
     changed = [
         f"{key} was {old.get(key)} and would be {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -190,7 +205,8 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
 
 
 def check_choices(words: list[str]) -> None:
-    """Raise `UserError` for what Hydra answers with a traceback: a choice that is no name."""
+    """Raise `UserError` for what Hydra answers with a traceback, or with its grammar: a choice
+    that is no name, a value that takes quotes."""
     for word in words:
         group, _, choice = word.partition("=")
         folder = PROJECT / "conf" / group
@@ -199,6 +215,8 @@ def check_choices(words: list[str]) -> None:
         if folder.is_dir() and NO_NAME.fullmatch(choice):
             names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             raise UserError(f"{word}: {group} is one of {names}.")
+        if "=" in word and not word.startswith("-"):
+            parse(word)
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:

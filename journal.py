@@ -1,15 +1,26 @@
 """What a run says and leaves behind: its figures, adapters and plot, its last word."""
 
-import json
+import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import model
 from tracking import Tracking
-from utils import UserError, plot_losses, say, write_json
+from utils import UserError, plot_losses, read_json, say, write_json, writing
 
 SHOWN = 3  # sample questions printed after a run
+# What every round's entry in `history.json` tells, of which the summary is made.
+NUMBERS = (
+    "round",
+    "train_loss",
+    "bytes_down",
+    "bytes_up",
+    "peak_memory_client",
+    "peak_memory_server",
+)
+SCORES = ("test_loss", "eval_loss")  # by which the best round is found, if it is
 
 
 class Journal:
@@ -35,9 +46,9 @@ class Journal:
         for adapter in self.folder.glob("peft_*"):
             number = adapter.name.removeprefix("peft_")
             if number.isdigit() and int(number) > done:
-                shutil.rmtree(adapter)
+                _remove(adapter)
         for unfinished in self.folder.rglob(".*.tmp"):
-            shutil.rmtree(unfinished)
+            _remove(unfinished)
 
     def track(self) -> None:
         """Let the run be followed by what `conf/tracking` names; `close` is the end of it."""
@@ -52,10 +63,12 @@ class Journal:
         The best is that of the lowest loss on the test questions, or else on what the
         clients hold back, where either is measured.
         """
-        name = "test_loss" if self.cfg["evaluate"]["every_round"] else "eval_loss"
+        name = SCORES[0] if self.cfg["evaluate"]["every_round"] else SCORES[1]
         before = self.best()
         if name in entry:
-            entry["best"] = before is None or entry[name] < before[name]
+            # Before the run was gone on with it may have been measured otherwise.
+            least = before.get(name, math.inf) if before else math.inf
+            entry["best"] = entry[name] < least
         self.rounds.append(entry)
         write_json(self.folder / "history.json", {"rounds": self.rounds})
         if self._due(entry["round"]) or entry.get("best"):
@@ -76,7 +89,7 @@ class Journal:
         """Save `state` as the adapter of the last finished round, if it is not there."""
         done = len(self.rounds)
         folder = self.folder / f"peft_{done}"
-        if not done or folder.exists():
+        if not done:
             return
         settings = dict(self.cfg["model"])
         settings["name"] = model.portable_name(settings["name"])
@@ -86,9 +99,10 @@ class Journal:
             "model": settings,
         }
         for name, adapter in adapters(self.cfg, state).items():
-            model.save_adapter(
-                self.frame, adapter, self.tokenizer, about, folder / name
-            )
+            if not (folder / name).exists():  # the run has saved this one already
+                model.save_adapter(
+                    self.frame, adapter, self.tokenizer, about, folder / name
+                )
 
     def write_summary(self, more: dict[str, Any]) -> None:
         """Write `summary.json` and draw `train_loss.png`."""
@@ -111,6 +125,14 @@ class Journal:
         self.tracking.finish(summary)
 
 
+def _remove(path: Path) -> None:
+    with writing(path.parent):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def adapters(cfg: dict[str, Any], state: model.State) -> dict[str, model.State]:
     """The adapters that a run's state holds, by the folder that each gets below `peft_*/`.
 
@@ -128,20 +150,32 @@ def adapters(cfg: dict[str, Any], state: model.State) -> dict[str, model.State]:
 def read_rounds(folder: Path, done: int) -> list[dict[str, Any]]:
     """The first `done` rounds in a run's `history.json`.
 
-    Raises `UserError` where it does not tell of them.
+    Raises `UserError` where it does not tell of them all that a summary is made of.
     """
     try:
-        history = json.loads((folder / "history.json").read_text())
-        rounds = history["rounds"][:done]
-        numbers = [entry["round"] for entry in rounds]
-        if numbers != list(range(1, done + 1)):
+        rounds = read_json(folder / "history.json")["rounds"][:done]
+        if [entry["round"] for entry in rounds] != list(range(1, done + 1)):
             raise ValueError(f"{done} rounds are done, and it tells of {len(rounds)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for entry in rounds:
+            _check_entry(entry)
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/history.json does not fit the run: {error}. Put a copy of it into "
             "its place, or begin the run anew."
         ) from error
     return rounds
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raise `ValueError` unless a round's entry tells what it has to, in the right kinds."""
+    for name in (*NUMBERS, *(name for name in SCORES if name in entry)):
+        value = entry.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"its entry of round {entry['round']} lacks a {name}")
+    if not isinstance(entry.get("failures"), list):
+        raise ValueError(f"its entry of round {entry['round']} lacks its failures")
+    if entry.get("best") and not any(name in entry for name in SCORES):
+        raise ValueError(f"round {entry['round']} is the best by no measure")
 
 
 def report_failures(server_round: int, failures: list[dict[str, Any]]) -> None:
@@ -178,7 +212,7 @@ def describe(cfg: dict) -> str:
 
 def report(folder: Path) -> None:
     """Print a finished run's last word: losses, scores, sample answers, what to do next."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     say(
         f"\nTraining loss {summary['train_loss_first']:.3f} -> "
         f"{summary['train_loss_last']:.3f} in {summary['rounds']} rounds, "
@@ -190,7 +224,7 @@ def report(folder: Path) -> None:
     )
     question = "What is the ideal 1-day plan in London?"
     if "exact_match_after" in summary:
-        answers = json.loads((folder / "answers.json").read_text())
+        answers = read_json(folder / "answers.json")
         for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
             say(f"\n  {record['instruction']} {record['input']}".rstrip())
             for name in ("base", "tuned"):
@@ -201,5 +235,6 @@ def report(folder: Path) -> None:
         )
         question = answers[0]["instruction"]
     say(
-        f'\nAsk it: python test.py --peft-path={adapter.parent} --question="{question}"'
+        f"\nAsk it: python test.py --peft-path={shlex.quote(str(adapter.parent))} "
+        f"--question={shlex.quote(question)}"
     )

@@ -9,13 +9,16 @@ Every setting is in `conf/`; any of them can be given here: `num_rounds=50`.
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
+import psutil
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import utils
@@ -24,14 +27,22 @@ from checks import check, check_choices, check_nodes, check_values, resolve, res
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
+    utils.on_interrupt()  # until there is something to be saved
     check_values(resolve(config))  # every key that is used below is there
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     # Not resolved: one may refer to another setting.
     task = HydraConfig.get().overrides.task
     overrides = OmegaConf.to_container(task, resolve=False)
-    if config.resume:
-        folder = Path(config.resume)
-        config, overrides = resumed(config.resume, overrides)
+    with ExitStack() as held:
+        if config.resume:
+            folder = Path(config.resume)
+            config, overrides = resumed(config.resume, overrides)
+            held.enter_context(utils.own(folder, without=()))
+        run(config, overrides, folder)
+
+
+def run(config: DictConfig, overrides: list[str], folder: Path) -> None:
+    """The run that the configuration describes, in a folder that this process owns."""
     if not config.verbose:
         utils.quiet()
     if not (utils.local_path(str(config.model.name)) and config.dataset.get("path")):
@@ -52,28 +63,84 @@ def main(config: DictConfig) -> None:
     try:
         simulate(cfg, folder)
     except Stopped as error:
-        utils.say(str(error))
+        with suppress(OSError):  # it may have stopped because nobody listens
+            print(error, file=sys.stderr)
         raise SystemExit(utils.INTERRUPTED) from error
     journal.report(folder)
 
 
 def simulate(cfg: dict[str, Any], folder: Path) -> None:
+    """Run the app in Flower's simulation engine.
+
+    Raises `UserError`; what else goes wrong in there, Ray's death say, is one of those too,
+    with the traceback in the log and how to go on in its text.
+    """
     from flwr.simulation import run_simulation
 
     from app import make_client_app, make_server_app
     from strategy import STOP
 
-    with start_ray(cfg):
+    with start_ray(cfg), watched(folder):
         utils.on_interrupt(STOP.set)  # Ray has just put a handler of its own there
-        run_simulation(
-            server_app=make_server_app(cfg, folder),
-            client_app=make_client_app(cfg, folder),
-            num_supernodes=cfg["num_clients"],
-            # Passed on to Ray: a worker that is killed comes back for later rounds.
-            backend_config={
-                "client_resources": {**cfg["client_resources"], "max_restarts": -1}
-            },
-        )
+        try:
+            run_simulation(
+                server_app=make_server_app(cfg, folder),
+                client_app=make_client_app(cfg, folder),
+                num_supernodes=cfg["num_clients"],
+                # Passed on to Ray: a worker that is killed comes back for later rounds.
+                backend_config={
+                    "client_resources": {**cfg["client_resources"], "max_restarts": -1}
+                },
+            )
+        except HydraException:
+            raise
+        except Exception as error:
+            logging.exception("The run has failed")
+            raise utils.UserError(
+                f"{type(error).__name__}: {error}. Where it comes from is in main.log of "
+                f"the run's folder. {last_word(folder)}"
+            ) from error
+
+
+def last_word(folder: Path) -> str:
+    """How to go on after the newest checkpoint of a run."""
+    import checkpoint
+    from strategy import go_on
+
+    newest = checkpoint.newest(folder)
+    return go_on(folder, int(newest.name) if newest else 0)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """End the run with a word on how to go on when a process that Ray is made of is killed.
+
+    Ray would end it half a minute later, from C++ and with a dump of its own log.
+    """
+    import ray
+
+    from strategy import STOP
+
+    parts = ("gcs_server", "raylet")
+    ours = [child for child in psutil.Process().children() if child.name() in parts]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1):
+            dead, _ = psutil.wait_procs(ours, timeout=0)
+            # Not where it was shut down, nor where a scheduler's SIGTERM went to all of us:
+            # the run is about to save its last adapter then.
+            if dead and ray.is_initialized() and not STOP.is_set():
+                told = "Ray was killed, for want of memory perhaps."
+                utils.end_at_once(f"{told} {last_word(folder)}", code=1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 # What the libraries read when they are imported. On a cluster, workers inherit it from the
@@ -107,6 +174,8 @@ def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
             logging_level=logging.INFO if cfg["verbose"] else logging.ERROR,
             runtime_env={"env_vars": passed_on},
         )
+    except SystemExit:  # how Ray answers a SIGTERM while it starts
+        utils.end_at_once("Stopped.", utils.INTERRUPTED)
     except Exception as error:
         hint = ". Is this machine one of its nodes?" * isinstance(error, OSError)
         raise utils.UserError(f"simulation.init_args: {error}{hint}") from error
@@ -116,6 +185,7 @@ def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    utils.on_interrupt()
     try:
         check_choices(sys.argv[1:])
     except utils.UserError as error:

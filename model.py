@@ -35,7 +35,16 @@ from transformers.utils import cached_file
 
 import cpu
 from memory import release_inputs
-from utils import PROJECT, Refusal, UserError, commit, construct, local_path, mix_seed
+from utils import (
+    PROJECT,
+    Refusal,
+    Unwritable,
+    UserError,
+    commit,
+    construct,
+    local_path,
+    mix_seed,
+)
 
 
 class Misfit(Refusal, ValueError):
@@ -188,8 +197,9 @@ def _keep(base: torch.nn.Module, folder: Path) -> None:
     try:
         with commit(folder) as temporary:
             base.save_pretrained(temporary)
-    except OSError as error:  # a full disk, say; the base is in memory all the same
-        logging.warning("The quantised base was not kept in %s: %s", folder, error)
+    except Unwritable as error:  # a full disk, say; the base is in memory all the same
+        if not folder.exists():  # nor did another process keep the same
+            logging.warning("The quantised base was not kept: %s", error)
 
 
 def build(model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device) -> PeftModel:

@@ -11,6 +11,7 @@ import random
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from flwr.serverapp.strategy import (
     FedProx,
     FedYogi,
 )
-from safetensors import SafetensorError
 
 import checkpoint
 import comm
@@ -49,7 +49,9 @@ from utils import (
     Progress,
     Refusal,
     Stopped,
+    Unwritable,
     UserError,
+    command,
     construct,
     look_for_stop,
     mix_seed,
@@ -267,12 +269,11 @@ def run(
         if examination:
             scores = conclude(cfg, examination, before, state, folder)
         journal.write_summary(scores | {"seconds": time.monotonic() - started})
-    except (OSError, SafetensorError) as error:
-        raise RunFailed(
-            f"{folder} cannot be written: {error}. {go_on(folder, done)}"
-        ) from error
+    except Unwritable as error:
+        raise RunFailed(f"{error} {go_on(folder, done)}") from error
     except (RunFailed, Stopped) as error:
-        journal.save_last(state)
+        with suppress(Unwritable):  # the checkpoint has it
+            journal.save_last(state)
         raise type(error)(f"{error} {go_on(folder, done)}") from error
     finally:
         progress.close()
@@ -330,7 +331,7 @@ def go_on(folder: Path, done: int) -> str:
     """How to take up a run that has stopped."""
     if not done:
         return "No round was finished."
-    return f"Go on after round {done} with: python main.py resume={folder}"
+    return f"Go on after round {done} with: {command('main.py', resume=folder)}"
 
 
 class Server:

@@ -4,12 +4,16 @@ Knows nothing of Flower, of models or of data, and imports none of our modules.
 """
 
 import csv
+import fcntl
 import hashlib
 import importlib
+import io
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,18 +21,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 from urllib.parse import urlsplit
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import CompactHydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException, HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
+from yaml import AliasToken, YAMLError, scan
 
 PROJECT = Path(__file__).resolve().parent
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
@@ -48,6 +56,10 @@ for _name, _value in {
 
 class UserError(CompactHydraException):
     """Something that the user can mend. Hydra prints its text without a traceback."""
+
+
+class Unwritable(UserError):
+    """A file or folder that the disk does not take."""
 
 
 class Refusal(UserError):
@@ -80,21 +92,52 @@ def compose(overrides: str = "") -> DictConfig:
     return compose_run(overrides)[0]
 
 
-def compose_run(overrides: str) -> tuple[DictConfig, Path]:
-    """Likewise, and the folder that `hydra.run.dir` gives to the run."""
+def compose_run(overrides: str) -> tuple[DictConfig, Path, bool]:
+    """Likewise, and the run's folder for `begin`: `hydra.run.dir`, and whether it is named."""
     GlobalHydra.instance().clear()  # `@hydra.main` may have left one
     try:
+        words = shlex.split(overrides)
+        for word in words:
+            parse(word)
         with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-            cfg = hydra.compose(
-                "config", overrides=shlex.split(overrides), return_hydra_config=True
-            )
-        folder = Path(cfg.hydra.run.dir)
+            cfg = hydra.compose("config", overrides=words, return_hydra_config=True)
+        folder, named = Path(cfg.hydra.run.dir), is_named(cfg.hydra)
         with open_dict(cfg):
             del cfg.hydra
         OmegaConf.resolve(cfg)
     except (ValueError, OmegaConfBaseException) as error:
         raise UserError(f"{overrides}: {error}") from error
-    return cfg, folder
+    return cfg, folder, named
+
+
+def is_named(ours: DictConfig, key: str = "hydra.run.dir") -> bool:
+    """Whether the overrides in Hydra's own configuration name a run's folder."""
+    return any(parse(text).key_or_group == key for text in ours.overrides.hydra)
+
+
+def parse(word: str) -> Override:
+    """An override as Hydra reads it. Raises `UserError` with how to quote it where it cannot."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        key, equals, value = word.partition("=")
+        hint = f"Quote it twice: {shlex.quote(override(key, value))}"
+        told = hint if equals else str(error).splitlines()[0]
+        raise UserError(f"{word}: this cannot be read as an override. {told}") from None
+
+
+def override(key: str, value: str) -> str:
+    """`key=value`, with the quotes without which Hydra would read another value, or none."""
+    with suppress(HydraException):
+        plain = OverridesParser.create().parse_override(f"{key}={value}").value()
+        if plain == value == literal(value):
+            return f"{key}={value}"
+    return f"{key}={QuotedString(literal(value), Quote.double).with_quotes()}"
+
+
+def literal(text: str) -> str:
+    """`text` as a value that OmegaConf takes as it stands: `${` in it refers to nothing."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -108,17 +151,12 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
 def record(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     """Write the configuration into a run's folder, as `@hydra.main` would.
 
-    Raises `UserError` where the folder cannot be written.
+    Raises `Unwritable`.
     """
-    try:
+    with writing(folder / ".hydra"):
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / ".hydra/config.yaml")
         OmegaConf.save(overrides, folder / ".hydra/overrides.yaml")
-    except OSError as error:
-        raise UserError(
-            f"The output folder {folder} cannot be written ({error.strerror}). "
-            "Name another one: hydra.run.dir=/path/to/folder"
-        ) from error
 
 
 def construct(node: Any, package: str, **more: Any) -> Any:
@@ -168,6 +206,104 @@ def cosine(step: int, steps: int, maximum: float, minimum: float) -> float:
     return minimum + (maximum - minimum) * (1 + math.cos(math.pi * progress)) / 2
 
 
+# --- a run's folder ------------------------------------------------------------------------
+
+# What a run leaves in its folder, and no other run may find there.
+LEFT = ("history.json", "summary.json", "checkpoints", "peft_*", "residuals")
+LEFT_BY_SWEEPS = ("multirun.yaml", *(f"*/{name}" for name in LEFT))
+
+
+def begin(folder: Path, named: bool) -> Path:
+    """Make the folder of a new run: `folder`, or unless the user `named` it the first of
+    `folder`, `folder-2`, `folder-3` ... that was not there. Raises `UserError`.
+    """
+    if "${" in str(folder):
+        raise UserError(
+            f"{folder}: Hydra takes ${{ for a reference. Name another folder."
+        )
+    first = folder
+    with writing(folder):
+        for number in itertools.count(2):
+            try:
+                folder.mkdir(parents=True, exist_ok=named)
+                break
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
+                folder = first.with_name(f"{first.name}-{number}")
+    return folder
+
+
+def own(folder: Path, without: Iterable[str] = LEFT) -> TextIO:
+    """Make this process the only one that writes into a run's folder, until the result is
+    closed or the process ends, however it does: the kernel keeps the lock.
+
+    Raises `UserError` where another process has it, or something `without` which the folder
+    should be is in it; `Unwritable` where the disk does not take what a run begins with.
+    """
+    with writing(folder):
+        lock = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        with lock:
+            raise UserError(
+                f"{folder}: another run writes into it, process {lock.read(300)}. Wait for "
+                "its end, or end it with kill and that number."
+            ) from None
+    except OSError as error:
+        say(f"{folder} cannot be locked ({error.strerror}): keep other runs out of it.")
+    if found := next((path for name in without for path in folder.glob(name)), None):
+        lock.close()
+        place = found.parent
+        raise UserError(
+            f"{place} holds a multirun already. Name another folder: "
+            "hydra.sweep.dir=/path/to/folder"
+            if found.name == "multirun.yaml"
+            else f"{place} holds a run already ({found.name}). Go on with it: "
+            f"{command('main.py', resume=place)}. Or begin in another folder: "
+            "hydra.run.dir=/path/to/folder (hydra.sweep.dir for a multirun)."
+        )
+    with writing(folder):
+        (probe := folder / ".writable").write_bytes(bytes(2**16))  # as much as .hydra/
+        probe.unlink()
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    return lock
+
+
+def command(script: str, *words: str, **settings: Any) -> str:
+    """A command line for `script` with Hydra's settings, quoted for the shell and for Hydra."""
+    told = [override(key, str(value)) for key, value in settings.items()]
+    return shlex.join(["python", script, *words, *told])
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What is done in here writes `path`, or into it. Raises `Unwritable` where it cannot be.
+
+    What Rust writes for us (safetensors, tokenizers) has exceptions of its own, which end
+    with "(os error 28)".
+    """
+    try:
+        yield
+    except (ConnectionError, TimeoutError):  # OSErrors too, but of a hub or a pipe
+        raise
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        name, whole = getattr(error, "filename", None), path.absolute()
+        file = Path(name).absolute() if isinstance(name, str) else whole
+        near = file.is_relative_to(whole.parent) or whole.is_relative_to(file)
+        if number is None or not near:
+            raise
+        raise Unwritable(
+            f"{path} cannot be written ({os.strerror(number)})."
+        ) from error
+
+
 # --- what a run shows and leaves behind ---------------------------------------------------
 
 
@@ -182,6 +318,9 @@ def quiet() -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(True)
+    logging.raiseExceptions = (
+        False  # a log that cannot be written would say so each time
+    )
 
 
 def offline_if_unreachable() -> None:
@@ -199,12 +338,66 @@ def offline_if_unreachable() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that a run, or whoever sent it, has left.
+
+    Raises `UserError` where it is missing, is no file of at most 1 GiB, or is broken.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is broken ({type(error).__name__}: {error})."
+        ) from None
+
+
+def read_yaml(path: Path, kind: type) -> Any:
+    """A `dict` or `list` out of a small YAML file, as plain values, nothing resolved.
+
+    Raises `UserError` as `read_json` does, and for aliases: a kilobyte of those can stand for
+    more than any memory holds.
+    """
+    text = read_text(path, most=2**20)
+    try:
+        if any(isinstance(token, AliasToken) for token in scan(text)):
+            raise ValueError("it holds aliases")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except (ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        told = " ".join(str(error).split())  # where, in lines of its own
+        raise UserError(f"{path} is broken ({type(error).__name__}: {told}).") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} is broken (it holds something else).")
+    return content
+
+
+def read_text(path: Path, most: int = 2**30) -> str:
+    """The text of a file of at most `most` bytes. Raises `UserError` as `read_json` does."""
+    try:
+        if not path.is_file():  # a pipe, say, would be waited for
+            raise UserError(f"{path} is {'no file' if path.exists() else 'missing'}.")
+        if (size := path.stat().st_size) > most:
+            raise UserError(f"{path} is too large ({size} bytes, {most} at most).")
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is broken ({type(error).__name__}: {error})."
+        ) from None
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader finds the old content or the new, never a part."""
+    """Write JSON so that a reader finds the old content or the new, never a part.
+
+    Raises `Unwritable`.
+    """
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    _flush(temporary)
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with writing(path):
+        # Half of a character pair, which UTF-8 has no bytes for, becomes JSON's \ud800.
+        temporary.write_text(text, "utf-8", errors="backslashreplace")
+        _flush(temporary)
+        os.replace(temporary, path)
 
 
 @contextmanager
@@ -212,17 +405,16 @@ def commit(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into, which then becomes `folder`, whole or not at all.
 
     After a crash at any moment there is `folder` with all its content on the disk, or there
-    is none. One that exists already stays as it is.
+    is none. Raises `Unwritable`, also where there is one already.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(exist_ok=True)
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        _flush(temporary)
-        if not folder.exists():
+        with writing(folder):
+            temporary.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                _flush(file)
+            _flush(temporary)
             temporary.rename(folder)
             _flush(folder.parent)
     finally:
@@ -266,11 +458,10 @@ class Progress:
         done = entry["round"]
         pace = (time.monotonic() - self.started) / (done - self.first)
         left = pace * (self.num_rounds - done)
-        print(
+        say(
             f"round {done}/{self.num_rounds}  {loss}  {entry['seconds']:.1f} s  "
             f"{entry['replied']} of {entry['sampled']} clients  "
-            f"{self.bar.format_interval(left)} left",
-            flush=True,
+            f"{self.bar.format_interval(left)} left"
         )
 
     def close(self) -> None:
@@ -278,11 +469,19 @@ class Progress:
 
 
 def say(text: str = "") -> None:
-    """Print a line to the console without tearing a progress bar."""
+    """Print a line to the console without tearing a progress bar.
+
+    Where nobody reads it any more, a closed pipe say, the process gets a SIGHUP, as it does
+    when a terminal is closed.
+    """
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 def one_line(text: Any, limit: int = 200) -> str:
@@ -326,63 +525,117 @@ def plot_losses(curves: dict[str, list[float]], path: Path, smoothed: bool) -> N
     axes.grid(alpha=0.3)
     if smoothed:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def on_interrupt(stop: Callable[[], None]) -> None:
-    """Let Ctrl-C (or a scheduler's SIGTERM) stop the run once, and at once the second time."""
+def on_interrupt(stop: Callable[[], None] | None = None) -> None:
+    """Let Ctrl-C, a scheduler's SIGTERM or a closed terminal (SIGHUP) end the process at once.
+
+    With `stop` the first time only calls it, for the run to end by itself.
+    """
 
     def handle(number: int, frame: Any) -> None:
-        if asked:
-            import psutil
-
-            # Ray's processes would outlive this one, each in a session of its own.
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
-            os._exit(INTERRUPTED)
+        if (
+            asked and number == signal.SIGHUP
+        ):  # `say` tells again that a terminal is closed
+            return
+        if asked or stop is None:
+            end_at_once("Stopped.", INTERRUPTED)
         asked.append(number)
-        say("Stopping. Once more to stop at once.")
+        _tell("Stopping. Once more to stop at once.")
         stop()
 
     asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Under nohup a terminal may be closed.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+
+
+def end_at_once(text: str, code: int) -> NoReturn:
+    """End this process and all that it started, with a last word and an exit code."""
+    import psutil
+
+    _tell(text)
+    # Ray's processes would outlive this one, each in a session of its own.
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(code)
+
+
+def _tell(text: str) -> None:
+    """Write a line past Python's own files, which a signal may have come in the middle of."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 class Outputs(Callback):
-    """Hydra callback: the output folder is writable, and a multirun leaves a summary."""
+    """Hydra callback: each run has a folder of its own, and a multirun leaves a summary.
+
+    Hydra turns a callback's exceptions into warnings; only an exit stops it.
+    """
 
     sweep: Path | None = None
+    lock: TextIO | None = None  # of the run's folder, or the multirun's
+    job: TextIO | None = None  # of the folder of one of its runs
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        _check_writable(Path(config.hydra.run.dir))
+        with _or_exit(), read_write(config.hydra):
+            saved = Path(str(config.get("resume") or ""), ".hydra/config.yaml")
+            if config.get("resume") and saved.is_file() and "${" not in str(saved):
+                # Its log goes on; what it is made of is written when it is known to fit.
+                config.hydra.run.dir = literal(str(config.resume))
+                config.hydra.output_subdir = None
+                return
+            folder = begin(Path(config.hydra.run.dir), is_named(config.hydra))
+            config.hydra.run.dir = literal(str(folder))
+            self.lock = own(folder)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.sweep = Path(config.hydra.sweep.dir)
-        _check_writable(self.sweep)
+        with _or_exit(), read_write(config.hydra):
+            key = "hydra.sweep.dir"
+            named = is_named(config.hydra, key)
+            self.sweep = begin(Path(config.hydra.sweep.dir), named)
+            config.hydra.sweep.dir = literal(str(self.sweep))
+            # From which each run's configuration is composed again.
+            config.hydra.overrides.hydra.append(override(key, str(self.sweep)))
+            self.lock = own(self.sweep, LEFT_BY_SWEEPS)
 
-    def on_job_end(self, config: DictConfig, **_: Any) -> None:
-        # After each one, because a job that failed keeps Hydra from announcing the end.
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if self.sweep:
-            summarise_sweep(self.sweep)
+            with _or_exit():
+                self.job = own(Path(config.hydra.runtime.output_dir))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if not self.sweep:
+            return
+        if self.job:
+            self.job.close()
+        if job_return.status == JobStatus.FAILED:
+            # Hydra itself tells the first failed run's only, and at the very end.
+            error = str(job_return._return_value).splitlines() or ["?"]
+            print(f"Run {config.hydra.job.num} failed: {error[0]}", file=sys.stderr)
+        # After each one, because a job that failed keeps Hydra from announcing the end.
+        summarise_sweep(self.sweep)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         say(f"Losses of all runs: {self.sweep}/losses.png, losses.csv, losses.md")
 
 
-def _check_writable(folder: Path) -> None:
+@contextmanager
+def _or_exit() -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (probe := folder / ".writable").touch()
-        probe.unlink()
-    except OSError as error:
-        # Hydra turns a callback's exceptions into warnings; only an exit stops it.
+        yield
+    except Unwritable as error:
         raise SystemExit(
-            f"The output folder {folder} cannot be written ({error.strerror}). "
-            "Name another one: hydra.run.dir=/path/to/folder (hydra.sweep.dir for --multirun)."
+            f"{error} Name another folder: hydra.run.dir=/path/to/folder "
+            "(hydra.sweep.dir for a multirun)."
         ) from error
+    except Exception as error:
+        raise SystemExit(str(error)) from error
 
 
 def summarise_sweep(folder: Path) -> None:

@@ -5,26 +5,33 @@ COMMANDS. Values out of their range, and data that does not suit the settings, a
 test_checks.py; what a run may not ask of a node is in test_node.py.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord
 from hydra.errors import CompactHydraException
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import checks
 import dataset
+import journal
 import model
 import node
 import strategy
@@ -32,6 +39,7 @@ from utils import PROJECT, Refusal, UserError, compose, record, write_json
 
 QUICK = "experiment=quickstart evaluate.exact_match=false"
 CPU = torch.device("cpu")
+EVERY = list(hypothesis.HealthCheck)
 
 # --- what the inputs are made of -----------------------------------------------------------
 
@@ -150,6 +158,8 @@ def both(*steps: Made) -> Made:
 
 # --- the table --------------------------------------------------------------------------------
 
+ENTRY = dict.fromkeys(journal.NUMBERS, 1) | {"failures": []}
+TOLD = {"rounds": [ENTRY, ENTRY | {"round": 2, "train_loss": 2.5}]}
 WEIGHTS, ABOUT = "adapter_model.safetensors", model.ABOUT
 NEWEST, OLDER = "checkpoints/000002", "checkpoints/000001"
 
@@ -749,12 +759,32 @@ RUNS = [
     (
         "a broken configuration",
         put(".hydra/config.yaml", "a: [b"),
-        "no run to go on with is here (while parsing",
+        "config.yaml is broken (ParserError: while parsing",
     ),
     (
         "a configuration in bytes",
         put(".hydra/config.yaml", b"\xff"),
-        "no run to go on with is here (",
+        "config.yaml is broken (UnicodeDecodeError",
+    ),
+    (
+        "a configuration of brackets",
+        put(".hydra/config.yaml", "a: " + "[" * 3000),
+        "config.yaml is broken (RecursionError",
+    ),
+    (
+        "a configuration of aliases",
+        put(".hydra/config.yaml", "a: &a [1]\nb: [*a, *a]"),
+        "config.yaml is broken (ValueError: it holds aliases",
+    ),
+    (
+        "an override that is none",
+        put(".hydra/overrides.yaml", "- a: b"),
+        "overrides.yaml is broken: {'a': 'b'} is no text",
+    ),
+    (
+        "an override without quotes",
+        put(".hydra/overrides.yaml", "- dataset.path=a (1)"),
+        "this cannot be read as an override",
     ),
     ("a list for it", put(".hydra/config.yaml", "[a]"), "holds something else"),
     ("settings for overrides", put(".hydra/overrides.yaml", "a: b"), "something else"),
@@ -787,6 +817,22 @@ RUNS = [
         "history.json does not fit the run",
     ),
     ("a list for it", put("history.json", "[]"), "history.json does not fit the run"),
+    ("a history of brackets", put("history.json", "[" * 10**5), "(RecursionError"),
+    (
+        "rounds that tell nothing",
+        put("history.json", '{"rounds": [{"round": 1}, {"round": 2}]}'),
+        "its entry of round 1 lacks a train_loss",
+    ),
+    (
+        "a word for a loss",
+        put("history.json", json.dumps(TOLD).replace("2.5", '"low"')),
+        "its entry of round 2 lacks a train_loss",
+    ),
+    (
+        "a loss that is no number",
+        put("history.json", json.dumps(TOLD).replace("2.5", "NaN")),
+        "its entry of round 2 lacks a train_loss",
+    ),
     (
         "two halves of a checkpoint",
         both(
@@ -798,16 +844,24 @@ RUNS = [
     (
         "checkpoints without notes",
         both(remove(f"{NEWEST}/about.json"), remove(f"{OLDER}/about.json")),
-        "checkpoints/000002 cannot be read (FileNotFoundError",
+        "checkpoints/000002/about.json is missing",
     ),
     (
         "a checkpoint of another base",
-        tensors(f"{NEWEST}/adapter.safetensors", first(lambda value: value[:, 1:] * 1)),
+        both(
+            *(
+                tensors(f"{NEWEST}/{name}.safetensors", first(lambda v: v[:, 1:] * 1))
+                for name in ("adapter", "strategy")
+            )
+        ),
         "000002 does not fit the base: base_model",
     ),
     (
-        "a checkpoint that is no number",
-        tensors(f"{NEWEST}/adapter.safetensors", first(lambda value: value / 0)),
+        "checkpoints that are no numbers",
+        both(
+            tensors(f"{NEWEST}/adapter.safetensors", first(lambda value: value / 0)),
+            tensors(f"{OLDER}/strategy.safetensors", first(lambda value: value / 0)),
+        ),
         "holds values that are not finite",
     ),
 ]
@@ -817,11 +871,40 @@ CHECKPOINTS = [
     (
         "an empty folder",
         both(remove(NEWEST), folder_named(NEWEST)),
-        "FileNotFoundError",
+        "about.json is missing",
     ),
     ("half an adapter", halve(f"{NEWEST}/adapter.safetensors"), "SafetensorError"),
     ("half a momentum", halve(f"{NEWEST}/strategy.safetensors"), "SafetensorError"),
     ("a broken note", put(f"{NEWEST}/about.json", "{"), "JSONDecodeError"),
+    ("a note of brackets", put(f"{NEWEST}/about.json", "[" * 10**5), "RecursionError"),
+    (
+        "values that are no numbers",
+        tensors(f"{NEWEST}/adapter.safetensors", first(lambda value: value / 0)),
+        "holds values that are not finite",
+    ),
+    (
+        "a momentum that is no number",
+        tensors(f"{NEWEST}/strategy.safetensors", first(lambda value: value / 0)),
+        "holds values that are not finite",
+    ),
+    (
+        "a momentum of another shape",
+        tensors(
+            f"{NEWEST}/strategy.safetensors", first(lambda value: value[:, 1:] * 1)
+        ),
+        "the strategy's v_t is none of this adapter",
+    ),
+    (
+        "a momentum of other tensors",
+        change(f"{NEWEST}/about.json", strategy={"v_t": ["dict", []]}),
+        "the strategy's v_t is none of this adapter",
+    ),
+    (
+        "another precision",
+        tensors(f"{NEWEST}/adapter.safetensors", first(lambda value: value.bfloat16())),
+        "its adapter is not in float32",
+    ),
+    ("no end of time", change(f"{NEWEST}/about.json", seconds=1e999), "inf seconds"),
     ("a list for a note", put(f"{NEWEST}/about.json", "[]"), "TypeError"),
     ("another round", change(f"{NEWEST}/about.json", round=9), "is of round 9"),
     ("a word for a time", change(f"{NEWEST}/about.json", seconds="x"), "'x'"),
@@ -939,7 +1022,7 @@ def run(tmp_path_factory) -> Path:
     server.v_t = {name: value.numpy() for name, value in state.items()}
     for done in (1, 2):
         checkpoint.save(folder, done, state, server, 1.0)
-    write_json(folder / "history.json", {"rounds": [{"round": 1}, {"round": 2}]})
+    write_json(folder / "history.json", TOLD)
     return folder
 
 
@@ -1044,6 +1127,103 @@ def test_newest_checkpoint(made, message, run, tmp_path, capsys):
     assert not (folder / NEWEST).exists()
 
 
+# --- and damage that nobody has thought of -------------------------------------------------------
+
+SETTINGS_FILES = [".hydra/config.yaml", ".hydra/overrides.yaml"]
+PROGRESS_FILES = [
+    "history.json",
+    *(
+        f"{place}/{name}"
+        for place in (NEWEST, OLDER)
+        for name in ("about.json", "adapter.safetensors", "strategy.safetensors")
+    ),
+]
+ODD = [None, True, -1, 1.5, 1e999, 10**30, "", "x", "\ud800", "${a}", [], {}, [[1]]]
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Each place of a JSON value that holds another: what it is in, and its key there."""
+    if not isinstance(value, (dict, list)):
+        return []
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    return [place for key in keys for place in ((value, key), *places(value[key]))]
+
+
+@st.composite
+def damages(draw: Any, files: list[str]) -> Made:
+    """One file cut short, with other bytes in it, or with a JSON value of another kind."""
+    name, place = draw(st.sampled_from(files)), draw(st.floats(0, 1))
+    how = draw(st.sampled_from(["cut", "bytes", "value", "key"]))
+    odd, more = draw(st.sampled_from(ODD)), draw(st.binary(max_size=9))
+
+    def made(folder: Path) -> None:
+        old = (folder / name).read_bytes()
+        at = int(place * len(old))
+        if how in ("cut", "bytes") or not name.endswith(".json"):
+            tail = b"" if how == "cut" else more + old[at + len(more) :]
+            (folder / name).write_bytes(old[:at] + tail)
+            return
+        content = json.loads(old)
+        found = places(content)
+        inside, key = found[int(place * (len(found) - 1))]
+        if how == "key":
+            del inside[key]
+        else:
+            inside[key] = odd
+        (folder / name).write_text(json.dumps(content))
+
+    return made
+
+
+def go_on_in(folder: Path, cfg: dict[str, Any]) -> None:
+    """What becomes of a run's folder when it is gone on with, but for the training."""
+    checks.check_progress(cfg, folder)
+    server = strategy.build(cfg["strategy"])
+    if (newest := checkpoint.newest(folder)) is None:
+        return
+    state, done, _ = checkpoint.load(newest, server)
+    told = journal.Journal(cfg, model.skeleton(cfg["model"], cfg["peft"]), folder)
+    told.go_on(done)
+    told.track()
+    server.configure_train(3, ArrayRecord(state), ConfigRecord(), strategy.Cohort([1]))
+    mean = strategy.Mean(server, state)
+    mean.add({name: torch.ones_like(value) for name, value in state.items()}, CLIENT)
+    told.write_round(ENTRY | {"round": done + 1}, mean.aggregate(3))
+    told.write_summary({})
+
+
+CLIENT = {"num-examples": 1, "partition": 0}
+
+
+@pytest.fixture
+def identity(loopback) -> None:
+    """What Flower's runtime sets before Messages may be made."""
+    loopback(checks.resolve(compose(QUICK)))
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=30, deadline=None, suppress_health_check=EVERY)
+@given(made=damages(PROGRESS_FILES))
+def test_any_damage_to_progress_is_answered_or_does_no_harm(made, run, identity):
+    cfg = checks.resolve(compose(f"{QUICK} strategy=fedadam"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = shutil.copytree(run, Path(name) / "run")
+        made(folder)
+        with contextlib.suppress(UserError):
+            go_on_in(folder, cfg)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=EVERY)
+@given(made=damages(SETTINGS_FILES))
+def test_any_damage_to_settings_is_answered_or_does_no_harm(made, run):
+    with tempfile.TemporaryDirectory() as name:
+        folder = shutil.copytree(run, Path(name) / "run")
+        made(folder)
+        with contextlib.suppress(CompactHydraException):
+            checks.check_values(checks.resolve(checks.resumed(str(folder), [])[0]))
+
+
 @table(NODES)
 def test_node(made, message, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -1095,6 +1275,16 @@ def test_a_run_goes_on_without_its_newest_checkpoint(configure, loopback, tmp_pa
     assert (tmp_path / f"peft_2/{WEIGHTS}").read_bytes() == whole
     assert checkpoint.newest(tmp_path) == tmp_path / NEWEST
     assert (tmp_path / "peft_best/mine.txt").exists()
+
+
+def test_a_run_may_be_measured_otherwise_when_it_goes_on(configure, tmp_path):
+    cfg = configure("evaluate.every_round=1")
+    frame = model.skeleton(cfg["model"], cfg["peft"])
+    told = journal.Journal(cfg, frame, tmp_path)
+    told.track()
+    told.rounds = [ENTRY | {"eval_loss": 1.0, "best": True}]
+    told.write_round(ENTRY | {"round": 2, "test_loss": 3.0}, random_state(frame))
+    assert told.best()["round"] == 2
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from flwr_datasets.partitioner import Partitioner
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from peft import PeftConfig
 
@@ -217,6 +218,14 @@ def test_medical_pythia_is_the_courses_configuration():
         assert arguments.max_steps == 5
         assert arguments.train_batch_size == 2
         assert arguments.report_to == []
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_an_experiment_that_sweeps_does_so_without_being_told(name):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", [f"experiment={name}"], return_hydra_config=True)
+    sweeps = bool(cfg.hydra.sweeper.params)
+    assert (cfg.hydra.mode == RunMode.MULTIRUN) == sweeps
 
 
 def test_flowertune_sweep_expands_to_the_eight_published_settings():

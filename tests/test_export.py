@@ -386,7 +386,7 @@ def test_what_fails_half_way_leaves_nothing(save, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "save_tokenizer", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         run(source, "--merge")
     assert [path.name for path in source.parent.iterdir()] == ["peft_7"]
 

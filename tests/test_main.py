@@ -123,7 +123,9 @@ def test_a_multirun_leaves_a_figure_and_a_table_even_where_runs_fail(tmp_path):
         f"hydra.sweep.dir={tmp_path}",
     )
     assert done.returncode == 1
-    assert "strategy.fraction_fit=7: it must be" in done.stderr
+    for number in (0, 2):
+        assert f"Run {number} failed: strategy.fraction_fit=7: it must" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
     with (tmp_path / "losses.csv").open() as file:
         header, *rows = csv.reader(file)
     assert header[0] == "run"
@@ -135,6 +137,9 @@ def test_a_multirun_leaves_a_figure_and_a_table_even_where_runs_fail(tmp_path):
     assert (tmp_path / "losses.md").read_text().count("\n") == 6
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert [(tmp_path / f"{i}/peft_2").is_dir() for i in range(4)] == [False, True] * 2
+    again = run("main.py", "--multirun", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
+    assert again.returncode == 1
+    assert f"{tmp_path} holds a multirun already" in again.stderr
 
 
 def test_a_plan_needs_neither_weights_nor_a_gpu(tmp_path):

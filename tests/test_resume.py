@@ -4,11 +4,13 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,7 +22,7 @@ import checkpoint
 import comm
 import strategy
 from checks import check, resumed
-from utils import PROJECT, UserError, commit, compose, record
+from utils import PROJECT, UserError, command, commit, compose, override, record
 
 OPTIMISERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian"]
 
@@ -195,6 +197,53 @@ def test_error_feedback_of_a_round_that_is_done_again_is_not_used(tmp_path):
     assert len(list(tmp_path.glob("0-*"))) == 2
 
 
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """A disk of the size that it is called with, or grows to when it is called again."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def of(size: str) -> Path:
+        how = ["remount"] if folder.is_mount() else []
+        options = ",".join([*how, f"size={size}"])
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+            capture_output=True,
+        )
+        if made.returncode:
+            pytest.skip("may not mount a disk here")
+        return folder
+
+    yield of
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["4k", "700k", "1500k", "2300k"])
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(
+    size, disk, configure, loopback, tmp_path
+):
+    cfg = configure(
+        "num_rounds=4",
+        "num_clients=2",
+        "train.save_every_round=1",
+        "train.training_arguments.max_steps=1",
+    )
+    (whole := tmp_path / "whole").mkdir()
+    strategy.run(cfg, loopback(cfg, folder=whole), whole)
+    folder = disk(size)
+    with pytest.raises(UserError, match=r"No space left on device") as told:
+        strategy.run(cfg, loopback(cfg, folder=folder), folder)
+    assert re.search("Go on after round|No round was finished", str(told.value))
+    disk("100m")
+    again = cfg | {"resume": str(folder)}
+    strategy.run(again, loopback(again, folder=folder), folder)
+    assert same(adapter(whole, 4), adapter(folder, 4))
+    assert losses(whole) == losses(folder)
+    assert not list(folder.rglob(".*.tmp"))
+
+
 # --- a changed configuration ---------------------------------------------------------------------
 
 
@@ -214,7 +263,7 @@ SHORT = (
 
 def main(overrides: str, **more) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "main.py", *overrides.split()],
+        [sys.executable, "main.py", *shlex.split(overrides)],
         cwd=PROJECT,
         capture_output=True,
         text=True,
@@ -250,12 +299,12 @@ def test_what_may_change_and_what_may_not(begun):
 class Run:
     """The command as a user starts it, in a session of its own."""
 
-    def __init__(self, *overrides: str) -> None:
+    def __init__(self, overrides: str, stderr: int = subprocess.STDOUT) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "main.py", *" ".join(overrides).split()],
+            [sys.executable, "main.py", *shlex.split(overrides)],
             cwd=PROJECT,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
             start_new_session=True,
         )
@@ -327,6 +376,77 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nobody_behind(tmp_path):
     assert (tmp_path / f"peft_{number}/adapter_model.safetensors").is_file()
     assert len(losses(tmp_path)) == int(number)
     assert "Traceback" not in run.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("imports", signal.SIGINT),
+        ("imports", signal.SIGHUP),
+        ("Ray's start", signal.SIGTERM),
+    ],
+)
+def test_a_signal_before_there_is_anything_to_save_ends_it(moment, number, tmp_path):
+    run = Run(f"{SHORT} hydra.run.dir={tmp_path}/run")
+    if moment == "imports":
+        while not (tmp_path / "run/.hydra/overrides.yaml").exists():
+            assert run.process.poll() is None
+    else:
+        run.read_until("Results:")
+    everything = run.everything()
+    run.process.send_signal(number)
+    assert run.end() == 130, run.said
+    assert run.said.splitlines()[-1] == "Stopped."
+    assert "Traceback" not in run.said
+    assert gone(everything)
+
+
+@pytest.mark.slow
+def test_a_folder_has_one_run_and_each_end_of_it_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "it's (1), a=b"
+    begin = (
+        f"{SHORT} num_rounds=500 {shlex.quote(override('hydra.run.dir', str(folder)))}"
+    )
+    resume = shlex.quote(override("resume", str(folder)))
+    run = Run(begin, stderr=subprocess.PIPE)
+    run.read_until("round 2/500")
+    for other in (begin, resume):
+        refused = main(other)
+        assert refused.returncode == 1
+        assert (
+            f"another run writes into it, process {run.process.pid} on"
+            in refused.stderr
+        )
+        assert "Traceback" not in refused.stderr
+    # Nobody listens any more, which is told as a closed terminal is.
+    everything = run.everything()
+    run.process.stdout.close()
+    said = run.process.stderr.read()
+    assert run.process.wait() == 130, said
+    assert gone(everything)
+    assert "Traceback" not in said
+    assert "cannot be written" not in said
+    number, words = re.search(
+        r"after round (\d+) with: python main.py (.*)", said
+    ).groups()
+    assert (folder / f"peft_{number}/adapter_model.safetensors").is_file()
+    refused = main(begin)
+    assert refused.returncode == 1
+    assert f"Go on with it: {command('main.py', resume=folder)}. Or" in refused.stderr
+    # As it was told to.
+    again = Run(words)
+    again.read_until(f"round {int(number) + 1}/500")
+    everything = again.everything()
+    [raylet] = [process for process in everything if process.name() == "raylet"]
+    raylet.kill()
+    assert again.end() == 1, again.said
+    assert gone(everything)
+    assert re.search(
+        r"Ray was killed.* Go on after round \d+ with: python main.py", again.said
+    )
+    assert (folder / "main.log").is_file()
+    assert len(losses(folder)) > int(number)
 
 
 @pytest.mark.slow
