@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 import files
 from loss import IGNORED
-from utils import UserError, construct, local_path
+from utils import HUB_NAME, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
@@ -272,8 +272,10 @@ def load_test(cfg: dict[str, Any]) -> tuple[list[Record], list[list[str]]]:
             "with dataset.test_path=/path/to/test.jsonl, or set evaluate.exact_match=false."
         )
     else:
+        check_name(dataset)
         try:
-            rows = load_dataset(dataset["name"], split="test")
+            name = dataset["name"]
+            rows = load_dataset(str(local_path(name) or name), split="test")
         except ValueError as error:
             raise UserError(
                 f"dataset.name={dataset['name']} has no test split: name questions of "
@@ -435,6 +437,21 @@ def _shuffled(rows: Dataset, seed: int) -> Iterator[dict[str, Any]]:
 # --- checks before anything slow -------------------------------------------------------------------
 
 
+def check_name(dataset: dict[str, Any]) -> None:
+    """Raise `UserError` for a name of one word, which is no dataset of the hub.
+
+    `datasets` has readers of files by such names (text, csv, json, ...). Without being told
+    which files they take all of the working directory, and `pandas` unpickles them.
+    """
+    name = dataset["name"]
+    if dataset["path"] or local_path(name) or HUB_NAME.fullmatch(str(name)):
+        return
+    raise UserError(
+        f"dataset.name={name}: a dataset of the hub has a name like owner/name. For files "
+        "of yours: dataset=local dataset.path=/path/to/files"
+    )
+
+
 def check(cfg: dict[str, Any]) -> None:
     """Raise `UserError` for data that is missing, broken or cannot be divided like this."""
     dataset, clients = cfg["dataset"], cfg["num_clients"]
@@ -446,6 +463,7 @@ def check(cfg: dict[str, Any]) -> None:
             f"dataset.template={dataset['template']} is unknown: take "
             f"{', '.join(TEMPLATES)}."
         )
+    check_name(dataset)
     if settings.get("partition_by", "") is None:
         raise UserError(f"{kind} deals by a column: name it with dataset.label=...")
     try:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -30,6 +31,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 PROJECT = Path(__file__).resolve().parent
+# owner/name. Libraries take names of one word for something else that they know.
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 # Read by the libraries when they are imported, in the worker processes as well.
@@ -50,9 +53,23 @@ class UserError(CompactHydraException):
 
 
 class Refusal(UserError):
-    """A client that cannot take part in a run. The text may be told to the server."""
+    """A client that cannot take part in a run.
+
+    The text is told to the server: it names keys, and never their values.
+    """
 
     code = 100  # of the error by which the server knows that there is no use in asking again
+
+
+def printable(text: str) -> str:
+    """Foreign text that cannot steer a terminal: what is no character becomes `?`."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def one_line(text: str, longest: int = 200) -> str:
+    """Foreign text as one printable line of at most `longest` characters."""
+    line = printable(" ".join(text[: 10 * longest].split()))
+    return line if len(line) <= longest else line[: longest - 3] + "..."
 
 
 # --- configuration ---------------------------------------------------------------------
