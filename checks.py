@@ -202,9 +202,10 @@ def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
         )
     settle_mode(cfg)
     by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
-    if not deployed and (by_epochs or not cfg["dry_run"]):  # a plan by steps needs none
-        import dataset
+    import dataset
 
+    dataset.check_name(cfg["dataset"])
+    if not deployed and (by_epochs or not cfg["dry_run"]):  # a plan by steps needs none
         dataset.check(cfg)
     check_model(cfg, weights=not (cfg["dry_run"] or deployed))
     if cfg["resume"]:

@@ -272,7 +272,6 @@ def load_test(cfg: dict[str, Any]) -> tuple[list[Record], list[list[str]]]:
             "with dataset.test_path=/path/to/test.jsonl, or set evaluate.exact_match=false."
         )
     else:
-        check_name(dataset)
         try:
             name = dataset["name"]
             rows = load_dataset(str(local_path(name) or name), split="test")
@@ -463,7 +462,6 @@ def check(cfg: dict[str, Any]) -> None:
             f"dataset.template={dataset['template']} is unknown: take "
             f"{', '.join(TEMPLATES)}."
         )
-    check_name(dataset)
     if settings.get("partition_by", "") is None:
         raise UserError(f"{kind} deals by a column: name it with dataset.label=...")
     try:

@@ -123,6 +123,10 @@ SETTINGS = [
         "dataset.path=null dataset.name=nobody/nothing evaluate.exact_match=false",
         "nobody/nothing is neither a local folder nor reachable on the hub",
     ),
+    (
+        "dataset.path=null dataset.name=text evaluate.exact_match=false",
+        "dataset.name=text: a dataset of the hub has a name like owner/name",
+    ),
     ("dataset=local", "dataset.path must be given: dataset.path=..."),
     ("dataset.path=/nowhere.jsonl", "/nowhere.jsonl: there is no such file or folder"),
     ("dataset.path=main.py", "no data file here. Known: .json, .jsonl, .csv, .parquet"),
