@@ -107,7 +107,9 @@ def settle(
             check_demands(cfg, own)
         checks.check_training_arguments(cfg)
         checks.settle_checkpointing(cfg)
-        cfg["records"] = check_data(cfg, partition, own, simulated)
+        cfg["records"] = check_data(cfg, partition)
+        if not simulated:
+            check_demands(cfg, own, cfg["records"])
     except Refusal:
         raise
     except UserError as error:
@@ -364,17 +366,13 @@ def check_demands(cfg: dict[str, Any], own: dict[str, Any], rows: int = 0) -> No
             raise Refusal(f"the run's settings of {by} ask for more than its {key}")
 
 
-def check_data(
-    cfg: dict[str, Any], partition: int, own: dict[str, Any], simulated: bool
-) -> int:
-    """How many records the node has: as many as the run asks of everyone, not too many."""
+def check_data(cfg: dict[str, Any], partition: int) -> int:
+    """How many records the node has: as many as the run asks of everyone, or more."""
     import dataset
 
     rows = len(dataset.load_partition(cfg, partition))
     if rows < cfg["train"]["min_records"]:
         raise Refusal("it has fewer records than train.min_records")
-    if not simulated:
-        check_demands(cfg, own, rows)
     return rows
 
 
