@@ -6,7 +6,6 @@ what belongs to the node is read from the node's own `--node-config` alone.
 """
 
 import copy
-import math
 import os
 import re
 import shlex
@@ -54,6 +53,10 @@ SETTINGS |= dict.fromkeys(CEILINGS, int)
 # What a run's overrides may hold, and what one value may be.
 LONGEST = 20_000  # characters of all overrides
 LARGEST = 2**32  # of a number, up or down; seeds end here
+MORE = (
+    "does more than give a plain value to a setting of conf/: put it into a file of conf/ "
+    "and choose that, experiment=mine"
+)
 RUN_NAME = re.compile(r"[^\w-]")  # what a name may not hold that becomes a folder's
 # PEFT matches names of modules by regular expressions, which can take for ever.
 MODULE_NAME = re.compile(r"[\w.-]*", re.ASCII)
@@ -151,16 +154,17 @@ def parse(overrides: str) -> Overrides:
             raise Refusal(f"the override of {key} cannot be read") from error
         if key.startswith(("hydra.", "hydra/")):
             continue
-        into, parts = found.values, value if isinstance(value, list) else [value]
-        plain = all(is_plain(key, part) for part in parts)
         if key in groups():
-            into, plain = found.choices, value in groups()[key]
+            into, fault = found.choices, None if value in groups()[key] else MORE
+        else:
+            parts = value if isinstance(value, list) else [value]
+            faults = (misuse(key, part) for part in parts)
+            into, fault = found.values, next(filter(None, faults), None)
         changes = override.type == OverrideType.CHANGE and override.package is None
-        if not (plain and changes) or key.endswith("_target_"):
-            raise Refusal(
-                f"the override of {key} does more than give a plain value to a setting of "
-                "conf/: put it into a file of conf/ and choose that, experiment=mine"
-            )
+        if not changes or key.endswith("_target_"):
+            fault = MORE
+        if fault:
+            raise Refusal(f"the override of {key} {fault}")
         into[key] = value
     return found
 
@@ -171,14 +175,15 @@ def groups() -> dict[str, list[str]]:
     return {path.name: [file.stem for file in path.glob("*.yaml")] for path in folders}
 
 
-def is_plain(key: str, value: Any) -> bool:
-    """Whether a value, once parsed, is nothing but itself, and of a size to be computed with."""
-    if isinstance(value, str):
+def misuse(key: str, value: Any) -> str | None:
+    """What keeps a value, once parsed, from being set in as it is, or None."""
+    if isinstance(value, (int, float)):
+        return None if abs(value) <= LARGEST else "is out of all bounds"  # NaN as well
+    if isinstance(value, str) and "${" not in value:
         module = key.startswith(("peft.", "model.lora."))
-        return "${" not in value and (not module or bool(MODULE_NAME.fullmatch(value)))
-    if isinstance(value, float):
-        return math.isfinite(value) and abs(value) <= LARGEST
-    return value is None or (isinstance(value, int) and abs(value) <= LARGEST)
+        pattern = module and not MODULE_NAME.fullmatch(value)
+        return "is a pattern: a node takes names of modules" if pattern else None
+    return None if value is None else MORE
 
 
 def compose(overrides: Overrides) -> DictConfig:

@@ -279,20 +279,20 @@ def test_a_run_asks_for_no_more_than_the_node_gives(own, overrides, ceiling):
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "message"),
     [
-        "train.seq_length=1000000000000",
-        "train.learning_rate_max=1e400",
-        "strategy.fraction_fit=nan",
-        f"seed={5000 * '9'}",
-        "model.lora.target_modules='(a+)+$'",
-        "'model.lora.target_modules=[\"(a|a)*b\"]'",
-        f"train.seq_length={1000 * '['}",
-        "seed=1 " * 5000,
+        ("train.seq_length=1000000000000", "train.seq_length is out of all bounds"),
+        ("train.learning_rate_max=1e400", "learning_rate_max is out of all bounds"),
+        ("strategy.fraction_fit=nan", "strategy.fraction_fit is out of all bounds"),
+        (f"seed={5000 * '9'}", "the override of seed cannot be read"),
+        ("'model.lora.target_modules=\"(a+)+$\"'", "target_modules is a pattern"),
+        ("'model.lora.target_modules=[\"(a|a)*b\"]'", "target_modules is a pattern"),
+        (f"train.seq_length={1000 * '['}", "train.seq_length cannot be read"),
+        ("seed=1 " * 5000, "have more than 20000 characters"),
     ],
 )
-def test_what_would_take_for_ever_to_compute_with_is_refused(override):
-    with pytest.raises(Refusal):
+def test_what_would_take_for_ever_to_compute_with_is_refused(override, message):
+    with pytest.raises(Refusal, match=message):
         node.parse(override)
 
 
