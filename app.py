@@ -83,12 +83,13 @@ def federation_server() -> ServerApp:
         log = logging.getLogger("flwr")
         log.addFilter(shorten)
         overrides = str(context.run_config["overrides"])
-        node.admissible(overrides)  # what every node would refuse is refused here
-        config, folder, named = utils.compose_run(overrides)
+        config = node.compose(node.parse(overrides))  # as every node does
+        _, folder, named = utils.compose_run(overrides)
         chosen = shlex.split(overrides)
         if config.resume:
             folder = Path(config.resume)
             config, chosen = checks.resumed(config.resume, chosen)
+            node.parse(shlex.join(chosen))
         if not config.verbose:
             utils.quiet()
             log.setLevel(logging.WARNING)
@@ -158,16 +159,21 @@ def client_app(settle: Settle, private: bool) -> ClientApp:
             try:
                 cfg, partition = settle(message, context)
                 content = handle(cfg, partition, message, context)
+                if private:  # what its operator can hold the node to
+                    line = node.account(message, cfg, content)
+                    print(utils.one_line(line, longest=2000), flush=True)
                 return Message(content, reply_to=message)
-            except utils.Refusal as error:
-                print(f"Refused: {error}", file=sys.stderr)
-                return Message(Error(error.code, str(error)), reply_to=message)
             except Exception as error:
-                traceback.print_exc()
-                cause = "its own log says more" if private else str(error)
-                code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-                cause = f"{type(error).__name__}: {cause}"
-                return Message(Error(code, cause), reply_to=message)
+                code, told = ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)
+                if isinstance(error, utils.Refusal):
+                    why = f" ({error.__cause__})" if error.__cause__ else ""
+                    code, log = error.code, f"Refused: {error}{why}"
+                else:
+                    log = traceback.format_exc()
+                    told = "its own log says more" if private else told
+                    told = f"{type(error).__name__}: {told}"
+                print(utils.printable(log), file=sys.stderr)
+                return Message(Error(code, utils.one_line(told)), reply_to=message)
 
         return respond
 

@@ -31,19 +31,78 @@ from utils import (
     say,
 )
 
-# What TrainingArguments takes, but this app sets itself, and where it is set instead.
-OURS = {
-    "output_dir": "hydra.run.dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "gradient_checkpointing": "model.gradient_checkpointing",
-    "train_sampling_strategy": "seed",
-    "remove_unused_columns": "dataset.columns",
-    "disable_tqdm": "verbose",
-    "use_cpu": "client_resources.num_gpus",
-    "fsdp": "launch=fsdp",
-    "fsdp_config": "launch=fsdp",
-    "deepspeed": "launch=fsdp",
+# The fields of TrainingArguments that do here what transformers says they do. The last six
+# change no adapter: those of logging are for verbose=true, one is for a GPU's memory, and
+# those of saving stand in published settings and want save_strategy="no".
+TAKEN = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_steps", "num_train_epochs", "learning_rate", "max_grad_norm"),
+    *("optim", "optim_args", "weight_decay", "neftune_noise_alpha"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("report_to", "save_strategy"),  # see TAKEN_VALUES
+    *("logging_steps", "logging_strategy", "logging_first_step"),
+    *("torch_empty_cache_steps", "save_steps", "save_total_limit"),
+)
+TAKEN_VALUES = {
+    "report_to": ((None, "none"), "null; a tracker is tracking=wandb"),
+    "save_strategy": (("no",), "no; adapters are saved by train.save_every_round"),
+}
+# All others do nothing in this loop, or too much, or fail; and where to turn instead. One that
+# stands in neither table, which a later transformers has brought, is refused as well.
+INSTEAD = {
+    "is set by hydra.run.dir here": "output_dir",
+    "is set by seed here": (
+        "seed data_seed full_determinism train_sampling_strategy length_column_name"
+    ),
+    "is set by dataset.columns here": "remove_unused_columns label_names",
+    "is set by verbose here": (
+        "disable_tqdm log_level log_level_replica log_on_each_node"
+    ),
+    "is set by client_resources.num_gpus here": "use_cpu",
+    "is set by model.gradient_checkpointing here": (
+        "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
+        "activation_checkpointing_kwargs"
+    ),
+    "is set by launch=ddp and launch=fsdp here": (
+        "fsdp fsdp_config deepspeed accelerator_config parallelism_config local_rank "
+        "average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout"
+    ),
+    "is not taken here: the device decides (bfloat16 where it computes in it)": (
+        "bf16 fp16 bf16_full_eval fp16_full_eval tf32"
+    ),
+    "is not taken here: the loss is the answers' cross entropy, computed in parts": (
+        "label_smoothing_factor use_liger_kernel liger_kernel_config"
+    ),
+    "is not taken here: clients evaluate by strategy.fraction_evaluate, the server by "
+    "evaluate.every_round": (
+        "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start "
+        "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
+        "per_device_eval_batch_size prediction_loss_only include_for_metrics "
+        "batch_eval_metrics load_best_model_at_end metric_for_best_model "
+        "greater_is_better"
+    ),
+    "is not taken here: adapters are saved by train.save_every_round, and resume=... goes "
+    "on with a run": (
+        "save_only_model save_on_each_node enable_jit_checkpoint resume_from_checkpoint "
+        "ignore_data_skip restore_callback_states_from_checkpoint"
+    ),
+    "is not taken here: an adapter is shared by export.py": (
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
+        "hub_always_push hub_revision"
+    ),
+    "is not taken here: a tracker and its settings are tracking=wandb's": (
+        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    ),
+    "is not taken here: a client tokenises and orders its records before a round": (
+        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
+        "dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order"
+    ),
+    "is not taken here: a client short of GPU memory takes smaller parts by itself": (
+        "auto_find_batch_size"
+    ),
 }
 # Likewise, what ray.init takes.
 OURS_OF_RAY = {
@@ -113,11 +172,15 @@ MAY_BE_NULL = (
     "dataset.label",
     "dataset.columns.input",
     "evaluate.choices",
+    "partitioner.num_clusters",
     "resume",
     "strategy.clip_norm",
     "strategy.max_weight",
     "train.round_timeout",
     "train.training_arguments.learning_rate",
+    "train.training_arguments.neftune_noise_alpha",
+    "train.training_arguments.max_grad_norm",
+    "train.training_arguments.weight_decay",
 )
 
 
@@ -149,10 +212,11 @@ def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
         )
     settle_mode(cfg)
     by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
+    import dataset
+
+    dataset.check_name(cfg["dataset"])
     # A plan by steps needs no data, so none is downloaded for it.
     if not deployed and (by_epochs or not cfg["dry_run"] or cfg["dataset"]["path"]):
-        import dataset
-
         for note in dataset.check(cfg):
             say(note)
     check_model(cfg, weights=not (cfg["dry_run"] or deployed))
@@ -246,7 +310,7 @@ def check_values(cfg: dict[str, Any]) -> None:
             raise UserError(f"{key}={value}: text is needed.{hint}")
     whole = int
     for key, kind, low, high in (
-        ("num_clients", whole, 1, ANY),
+        ("num_clients", whole, 1, 1_000_000),
         ("num_rounds", whole, 1, ANY),
         ("seed", whole, 0, 2**32 - 1),
         ("client_resources.num_cpus", float, 1, ANY),
@@ -255,6 +319,7 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("model.lora.peft_lora_r", whole, 1, ANY),
         ("model.lora.peft_lora_alpha", float, 1e-9, ANY),
         ("model.lora.peft_lora_dropout", float, 0, 0.99),
+        ("partitioner.num_clusters", whole, 1, 1000),
         ("strategy.fraction_fit", float, 1e-9, 1),
         ("strategy.fraction_evaluate", float, 0, 1),
         ("strategy.min_fit_replies", whole, 1, ANY),
@@ -275,6 +340,9 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("train.training_arguments.max_steps", whole, -1, ANY),
         ("train.training_arguments.num_train_epochs", float, 1e-9, ANY),
         ("train.training_arguments.learning_rate", float, 1e-12, ANY),
+        ("train.training_arguments.neftune_noise_alpha", float, 1e-9, ANY),
+        ("train.training_arguments.max_grad_norm", float, 0, ANY),
+        ("train.training_arguments.weight_decay", float, 0, ANY),
     ):
         value = _at(cfg, key)
         if value is None and key in MAY_BE_NULL:
@@ -487,31 +555,50 @@ def settle_mode(cfg: dict[str, Any]) -> None:
 
 
 def check_training_arguments(cfg: dict[str, Any]) -> None:
-    """That `TrainingArguments` takes each of `train.training_arguments`."""
-    from transformers import TrainingArguments
+    """That each of `train.training_arguments` has its effect here.
 
+    null stands for one that is not given.
+    """
     import client
 
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for name in cfg["train"]["training_arguments"]:
+    fields = dataclasses.fields(client.TrainingArguments)
+    defaults = {field.name: field.default for field in fields}
+    reasons = {
+        name: reason for reason, names in INSTEAD.items() for name in names.split()
+    }
+    given = cfg["train"]["training_arguments"]
+    for name, value in given.items():
         key = f"train.training_arguments.{name}"
-        if name in OURS:
-            raise UserError(f"{key} is set by {OURS[name]} here.")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+        if name not in defaults:
+            near = difflib.get_close_matches(name, TAKEN, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UserError(
                 f"{key}: transformers.TrainingArguments has no such field.{hint}"
             )
-    check_kinds(
-        "train.training_arguments",
-        cfg["train"]["training_arguments"],
-        TrainingArguments,
-    )
+        if name not in TAKEN and value is not None:
+            raise UserError(f"{key} {reasons.get(name, 'is not taken here')}.")
+        allowed, take = TAKEN_VALUES.get(name, ((value,), ""))
+        if value not in allowed:
+            raise UserError(f"{key}={value}: take {take}.")
+    check_kinds("train.training_arguments", given, client.TrainingArguments)
     try:
-        client.training_arguments(cfg, 1, 0)
-    except (TypeError, ValueError, ImportError) as error:
+        moved = client.rehearse(cfg)
+    except Exception as error:  # whatever the libraries make of a value
         raise UserError(f"train.training_arguments: {error}") from error
+    for name in client.REHEARSED:
+        if given.get(name, defaults[name]) in (None, defaults[name]):
+            continue
+        train = {**cfg["train"], "training_arguments": {**given, name: None}}
+        try:
+            useless = client.rehearse({**cfg, "train": train}).equal(moved)
+        except (TypeError, ValueError):  # what cannot be left out has an effect
+            continue
+        if useless:
+            optim = given.get("optim") or defaults["optim"]
+            raise UserError(
+                f"train.training_arguments.{name}={given[name]} changes nothing with optim="
+                f"{optim} and lr_scheduler_type={given['lr_scheduler_type']}."
+            )
 
 
 def check_model(cfg: dict[str, Any], weights: bool) -> None:

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
 
 import dataset
 import examine
@@ -219,7 +219,8 @@ def training_arguments(
     Raises `TypeError` or `ValueError` for what `TrainingArguments` does not take.
     """
     train = cfg["train"]
-    settings = dict(train["training_arguments"])
+    given = train["training_arguments"].items()
+    settings = {name: value for name, value in given if value is not None}
     settings.setdefault(
         "learning_rate",
         cosine(
@@ -229,7 +230,7 @@ def training_arguments(
             train["learning_rate_min"],
         ),
     )
-    settings["report_to"] = settings.get("report_to") or "none"
+    settings |= {"report_to": "none", "save_strategy": "no"}
     # `draw` has made the passes over the data already.
     settings["num_train_epochs"] = 1
     arguments = TrainingArguments(
@@ -245,6 +246,41 @@ def training_arguments(
     # and multiply its size by their number for all of them.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+# What `rehearse` tells the effect of.
+REHEARSED = (
+    *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_kwargs", "warmup_steps"),
+)
+
+
+def rehearse(cfg: dict[str, Any]) -> torch.Tensor:
+    """A weight after ten steps of a round's optimizer and schedule: do they work here?
+
+    On the CPU, of shape (64, 64): bitsandbytes keeps smaller ones in 32 bits. Raises
+    whatever the libraries do where a value does not fit or a package is missing.
+    """
+    steps = 10
+    arguments = training_arguments(cfg, server_round=1, seed=0)
+    arguments.learning_rate = 1e-3
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(64, 64, generator=generator))
+    made, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    group = {"params": [weight], "weight_decay": arguments.weight_decay}
+    optimizer = made([group], **settings)
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    for _ in range(steps):
+        weight.grad = torch.randn(64, 64, generator=generator)
+        optimizer.step()
+        schedule.step()
+    return weight.detach()
 
 
 def peak_memory() -> int:

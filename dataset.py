@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import files
 from loss import IGNORED
-from utils import UserError, construct, local_path
+from utils import HUB_NAME, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
@@ -359,7 +359,8 @@ def load_test(cfg: dict[str, Any]) -> tuple[list[Record], list[list[str]]]:
         )
     else:
         try:
-            rows = load_dataset(dataset["name"], split="test")
+            name = dataset["name"]
+            rows = load_dataset(str(local_path(name) or name), split="test")
         except ValueError as error:
             raise UserError(
                 f"dataset.name={dataset['name']} has no test split: name questions of "
@@ -579,6 +580,21 @@ def _shuffled(rows: Dataset, seed: int) -> Iterator[dict[str, Any]]:
 
 
 # --- checks before anything slow -------------------------------------------------------------------
+
+
+def check_name(dataset: dict[str, Any]) -> None:
+    """Raise `UserError` for a name of one word, which is no dataset of the hub.
+
+    `datasets` has readers of files by such names (text, csv, json, ...). Without being told
+    which files they take all of the working directory, and `pandas` unpickles them.
+    """
+    name = dataset["name"]
+    if dataset["path"] or local_path(name) or HUB_NAME.fullmatch(str(name)):
+        return
+    raise UserError(
+        f"dataset.name={name}: a dataset of the hub has a name like owner/name. For files "
+        "of yours: dataset=local dataset.path=/path/to/files"
+    )
 
 
 def check(cfg: dict[str, Any]) -> list[str]:

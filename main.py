@@ -8,6 +8,7 @@ Every setting is in `conf/`; any of them can be given here: `num_rounds=50`.
 
 import logging
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Iterator
@@ -162,6 +163,12 @@ def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
     Flower takes up the connection that it finds. Raises `UserError` where Ray refuses or
     no machine has room for a client.
     """
+    local = cfg["simulation"]["init_args"]["address"] == "local"
+    if local and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        # Ray listens on all interfaces, and runs the code of whoever reaches it. It reads
+        # this when it is imported; one token serves all runs of a multirun.
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ |= token
     import ray
 
     passed_on = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}

@@ -39,6 +39,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
 PROJECT = Path(__file__).resolve().parent
+# owner/name. Libraries take names of one word for something else that they know.
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 # Read by the libraries when they are imported, in the worker processes as well.
@@ -63,7 +65,10 @@ class Unwritable(UserError):
 
 
 class Refusal(UserError):
-    """A client that cannot take part in a run. The text may be told to the server."""
+    """A client that cannot take part in a run.
+
+    The text is told to the server: it names keys, and never their values.
+    """
 
     code = 100  # of the error by which the server knows that there is no use in asking again
 
@@ -79,6 +84,17 @@ def look_for_stop() -> None:
     """To be called in every loop that may take long. Raises `Stopped` after `STOP.set()`."""
     if STOP.is_set():
         raise Stopped("Stopped.")
+
+
+def printable(text: str) -> str:
+    """Foreign text that cannot steer a terminal: what is no character becomes `?`."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def one_line(text: str, longest: int = 200) -> str:
+    """Foreign text as one printable line of at most `longest` characters."""
+    line = printable(" ".join(text[: 10 * longest].split()))
+    return line if len(line) <= longest else line[: longest - 3] + "..."
 
 
 # --- configuration ---------------------------------------------------------------------

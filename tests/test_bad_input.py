@@ -236,8 +236,8 @@ SETTINGS = [
     ),
     (
         "a word for true",
-        "+train.training_arguments.bf16=maybe",
-        "train.training_arguments.bf16=maybe: take true or false",
+        "+train.training_arguments.logging_first_step=maybe",
+        "train.training_arguments.logging_first_step=maybe: take true or false",
     ),
     ("a word for the rank", "peft.r=abc", "peft.LoraConfig on assets/tiny_llama: "),
     ("layers by number", "peft.target_modules=5", "'int' object is not iterable"),
@@ -1225,13 +1225,13 @@ def test_any_damage_to_settings_is_answered_or_does_no_harm(made, run):
 
 
 @table(NODES)
-def test_node(made, message, tmp_path, monkeypatch, capfd):
+def test_node(made, message, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "notes.jsonl").write_text(LINES)
     own = {"data-path": str(tmp_path / "notes.jsonl"), "cpus": 1} | made
     with pytest.raises(Refusal) as refusal:
         node.settle({"overrides": QUICK, "run": "first"}, own)
-    assert message in capfd.readouterr().err
+    assert message in str(refusal.value.__cause__)  # for the node's log
     # All that the server hears of it.
     told = "its settings or data are at fault: see its log"
     assert str(refusal.value) == told

@@ -4,6 +4,7 @@ What is malformed (files that are broken, settings of another kind) is in test_b
 """
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -12,8 +13,10 @@ import shutil
 import datasets
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import checks
+import client
 import model
 from utils import PROJECT, UserError, compose
 
@@ -22,7 +25,7 @@ SETTINGS = [
     ("num_rounds=abc", "num_rounds=abc: a whole number is needed"),
     ("num_rounds=2.5", "num_rounds=2.5: a whole number is needed"),
     ("num_rounds=0", "num_rounds=0: it must be 1 or more"),
-    ("num_clients=0", "num_clients=0: it must be 1 or more"),
+    ("num_clients=0", "num_clients=0: it must be 1 to 1000000"),
     ("seed=-1", "seed=-1: it must be 0 to 4294967295"),
     ("verbose=maybe", "verbose=maybe: take true or false"),
     ("strategy.fraction_fit=0", "strategy.fraction_fit=0: it must be above 0"),
@@ -49,6 +52,29 @@ SETTINGS = [
         "+train.training_arguments.gradient_checkpointing=true",
         "is set by model.gradient_checkpointing here",
     ),
+    (
+        "train.training_arguments.save_strategy=steps",
+        "save_strategy=steps: take no; adapters are saved by train.save_every_round",
+    ),
+    ("train.training_arguments.report_to=tensorboard", "take null; a tracker is"),
+    ("+train.training_arguments.optim=galore_adamw", "install `galore_torch`"),
+    ("+train.training_arguments.optim=lomo", "install `lomo_optim`"),
+    ("+train.training_arguments.optim=schedule_free_adamw", "install `schedulefree`"),
+    (
+        "train.training_arguments.lr_scheduler_type=reduce_lr_on_plateau",
+        "requires an eval strategy",
+    ),
+    (
+        "+train.training_arguments.warmup_steps=3",
+        "warmup_steps=3 changes nothing with optim=adamw_torch_fused and "
+        "lr_scheduler_type=constant",
+    ),
+    (
+        "+train.training_arguments.optim=sgd +train.training_arguments.adam_beta1=0.5",
+        "adam_beta1=0.5 changes nothing with optim=sgd",
+    ),
+    ("+train.training_arguments.adam_beta2=1.5", "Invalid beta parameter"),
+    ("+train.training_arguments.weight_decay=-1", "weight_decay=-1: it must be 0"),
     ("train.training_arguments.lr_scheduler_type=zigzag", "zigzag is not a valid"),
     ("train.training_arguments.max_steps=abc", "max_steps"),
     (
@@ -97,6 +123,10 @@ SETTINGS = [
     (
         "dataset.path=null dataset.name=nobody/nothing evaluate.exact_match=false",
         "nobody/nothing is neither a local folder nor reachable on the hub",
+    ),
+    (
+        "dataset.path=null dataset.name=text evaluate.exact_match=false",
+        "dataset.name=text: a dataset of the hub has a name like owner/name",
     ),
     ("dataset=local", "dataset.path must be given: dataset.path=..."),
     ("dataset.path=/nowhere.jsonl", "/nowhere.jsonl: there is no such file or folder"),
@@ -225,6 +255,104 @@ def test_good_settings_pass_and_come_back_as_a_plain_dict(overrides):
     cfg = check(overrides)
     assert json.loads(json.dumps(cfg)) == cfg  # no DictConfig and no ??? in it
     assert cfg["peft"].get("r", 16) == cfg["model"]["lora"]["peft_lora_r"] == 16
+
+
+# Each field that is taken, by a value that is not its default, and others that it needs.
+EFFECTS = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 3,
+    "num_train_epochs": {"num_train_epochs": 0.02, "max_steps": -1},
+    "learning_rate": 1e-4,
+    "max_grad_norm": 1e-3,
+    "optim": "adamw_8bit",
+    "optim_args": {"optim": "sgd", "optim_args": "momentum=0.9"},
+    "weight_decay": 0.5,
+    "neftune_noise_alpha": 5,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "adam_epsilon": 0.1,
+    "lr_scheduler_type": "cosine",
+    "lr_scheduler_kwargs": {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.5},
+    },
+    "warmup_steps": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
+}
+# What is taken and changes no adapter, as `checks.TAKEN` has it.
+NO_EFFECT = {
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "logging_strategy": "no",
+    "logging_first_step": True,
+    "torch_empty_cache_steps": 1,
+    "save_steps": 200,
+    "save_total_limit": 10,
+}
+
+
+@pytest.mark.slow
+def test_each_argument_that_is_taken_has_its_effect(configure):
+    """As a client trains by it; and as `transformers` has none of what is not taken."""
+    assert {*EFFECTS, *NO_EFFECT} == {*checks.TAKEN}
+    before = configure()
+    first = client.initial_adapter(before)
+
+    def trained(given: dict) -> tuple:
+        cfg = copy.deepcopy(before)
+        cfg["train"]["training_arguments"] |= given
+        checks.check_training_arguments(cfg)
+        state, metrics = client.train(cfg, first, partition=0, server_round=1)
+        return metrics["train_loss"], torch.cat([x.flatten() for x in state.values()])
+
+    loss, weights = trained({})
+    for name, value in (EFFECTS | NO_EFFECT).items():
+        given = value if isinstance(value, dict) else {name: value}
+        now, moved = trained(given)
+        assert moved.isfinite().all(), name
+        if name in NO_EFFECT:
+            assert now == pytest.approx(loss), name  # summed in other parts
+            assert moved.equal(weights), name
+        else:
+            others = {other: given[other] for other in given if other != name}
+            assert not moved.equal(weights), name
+            if others and name not in ("lr_scheduler_kwargs", "num_train_epochs"):
+                assert not moved.equal(trained(others)[1]), name
+
+
+def test_every_other_argument_is_refused(configure):
+    """Also one that a later transformers brings."""
+
+    @dataclasses.dataclass
+    class Later(TrainingArguments):
+        new_in_a_later_release: int = 0
+
+    cfg = configure()
+    given = cfg["train"]["training_arguments"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "TrainingArguments", Later)
+        for field in dataclasses.fields(Later):
+            if field.name in checks.TAKEN:
+                continue
+            changed = {**given, field.name: True}
+            with pytest.raises(UserError, match=f"{field.name} is (set|not taken)"):
+                checks.check_training_arguments(
+                    {**cfg, "train": {**cfg["train"], "training_arguments": changed}}
+                )
+    named = " ".join(checks.INSTEAD.values()).split()
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert {*named, *checks.TAKEN} <= fields
+    assert len({*named, *checks.TAKEN}) == len(named) + len(checks.TAKEN)
+
+
+def test_null_stands_for_an_argument_that_is_not_given(configure):
+    """As published: `output_dir: null # to be set by hydra`, and a learning rate likewise."""
+    nulls = ("output_dir", "learning_rate", "hub_token", "warmup_steps")
+    cfg = configure(*(f"+train.training_arguments.{name}=null" for name in nulls))
+    given, plain = (client.training_arguments(c, 1, 0) for c in (cfg, configure()))
+    assert given.learning_rate == plain.learning_rate
+    assert given.to_dict() | {"logging_dir": 0} == plain.to_dict() | {"logging_dir": 0}
 
 
 @pytest.mark.parametrize(("overrides", "message"), SETTINGS)

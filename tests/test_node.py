@@ -2,22 +2,35 @@
 
 import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 import app
 import dataset
+import model
 import node
-from utils import PROJECT, Refusal
+import utils
+from utils import PROJECT, Refusal, UserError, flat
 
 RUN = (
     "experiment=quickstart num_clients=4 evaluate.exact_match=false "
     "train.training_arguments.max_steps=2"
 )
 SHARE = {"partition-id": 1, "num-partitions": 4, "cpus": 1}
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch) -> None:
+    monkeypatch.chdir(PROJECT)  # and back, because a node goes there
 
 
 @pytest.fixture
@@ -75,6 +88,10 @@ def test_a_node_without_data_takes_its_share_of_the_bundles(configure):
         "'peft.target_modules={a: /etc/passwd}'",
         "'dataset.template=${oc.env:HOME}'",
         "'dataset.columns.input=${oc.env:HOME}'",
+        r"'mode=$\{oc.env:HOME\,federated\}'",
+        r"'train.training_arguments=$\{oc.create:\{max_steps:2\,push_to_hub:true\}\}'",
+        "'model.lora.target_modules=[q_proj,\"${oc.env:HOME}\"]'",
+        "'model.lora.target_modules=[q_proj,[v_proj]]'",
         "seed=1,2",
         "model=../../../../../../tmp/evil",
         "experiment=/tmp/evil",
@@ -86,21 +103,102 @@ def test_an_override_that_adds_or_reads_is_refused(override):
         settle(SHARE, override)
 
 
+# --- whatever a run's overrides spell, what is used is a plain value ------------------------
+
+SECRET = "hf_SECRET_OF_THE_NODE"
+CHOSEN = node._chosen(tuple(node.parse(RUN).choices.items()))
+BUNDLE = flat(OmegaConf.to_container(CHOSEN))
+LEAVES = flat(OmegaConf.to_container(node.compose(node.parse(RUN))))
+NAMES = ("oc.env:SECRET", "oc.env:SECRET,1", "oc.decode:${oc.env:SECRET}", "num_rounds")
+INTERPOLATIONS = st.sampled_from([f"${{{name}}}" for name in NAMES]) | st.sampled_from(
+    ["${oc.create:{push_to_hub:true}}", "${oc.dict.values:model}", "a${num_rounds}b"]
+)
+PLAIN_TEXT = st.text("abz019_./- ", min_size=1, max_size=8)
+
+
+def spelt(text: str, how: str) -> str:
+    """The same text, as Hydra's grammar lets one spell it."""
+    return {
+        "bare": text,
+        "escaped": "".join(f"\\{c}" if c in "{}:,() \\" else c for c in text),
+        "half escaped": text.replace("{", "\\{").replace("}", "\\}"),
+        "single": f"'{text}'",
+        "double": f'"{text}"',
+        "double escaped": '"' + text.replace("$", "\\$") + '"',
+        "cast": f"str('{text}')",
+    }[how]
+
+
+HOW = ["bare", "escaped", "half escaped", "single", "double", "double escaped", "cast"]
+WRITTEN = st.builds(spelt, INTERPOLATIONS | PLAIN_TEXT, st.sampled_from(HOW))
+VALUES = st.recursive(
+    WRITTEN | st.integers(-(10**12), 10**12).map(str) | st.floats().map(repr),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda parts: f"[{','.join(parts)}]")
+        | inner.map(lambda value: f"{{a: {value}}}")
+        | inner.map(lambda value: f"choice({value},1)")
+    ),
+    max_leaves=4,
+)
+KEYS = st.sampled_from([*LEAVES, "train", "model", "peft", "strategy", "no.such.key"])
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(st.sampled_from(["", "+", "++"]), KEYS, VALUES), max_size=3))
+def test_what_is_accepted_differs_by_plain_values_alone(words):
+    given = [f"{sign}{key}={value}" for sign, key, value in words]
+    cfg, refused = None, ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SECRET", SECRET)
+        try:
+            cfg = node.compose(node.parse(f"{RUN} {shlex.join(given)}"))
+        except (Refusal, UserError) as error:
+            refused = str(error)
+    assert SECRET not in f"{cfg}{refused}"
+    set_by_it = {key for _, key, _ in words}
+    for key, value in flat(OmegaConf.to_container(cfg or CHOSEN)).items():
+        if key in set_by_it and cfg:
+            parts = value if isinstance(value, list) else [value]
+            assert all(type(p) in (str, int, float, bool, type(None)) for p in parts)
+            assert not any("${" in str(part) for part in parts)
+        elif cfg and "${" not in str(BUNDLE[key]):  # what refers to another follows it
+            assert value == LEAVES[key]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "model.lora.target_modules=[q_proj,'v_proj'] model.lora.peft_lora_r=4",
+        r"'dataset.columns.output=a\,b\:\ c' 'dataset.label=x y' seed=1_0",
+        "launch=ddp launch.processes=3 comm.dtype=int8 model.quantization=null",
+        "train.seq_length=int(9) strategy=fedprox strategy.proximal_mu=1e-3",
+        "partitioner=dirichlet num_clients=7 dataset.label='' peft=dora",
+    ],
+)
+def test_a_plain_value_means_what_it_means_to_hydra(overrides):
+    assert node.compose(node.parse(overrides)) == utils.compose(overrides)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dataset=local dataset.path=/etc/passwd", "is not in the bundle"),
+        ("dataset=local dataset.path=/etc/passwd", "dataset.path is not in the bundle"),
         ("dataset.path=../../etc/passwd", "is not in the bundle"),
         ("dataset.path=assets/../..", "is not in the bundle"),
-        ("dataset.path=null dataset.name=/srv/records", "is a path"),
-        ("dataset.path=null dataset.name=assets/tiny_qa", "is a path"),
-        ("model.name=/srv/models/other", "is a path"),
-        ("model.name=../other", "is a path"),
-        ("train.seq_length=many", "train.seq_length=many"),
-        ("no_such_key=1", "Could not override 'no_such_key'"),
-        ("num_clients=5", "it is partition 1 of 4, and the run says num_clients=5"),
-        ("train.min_records=4000", r"it has \d+ records, and train.min_records=4000"),
-        ("strategy='unclosed", "No closing quotation"),
+        (
+            "dataset.path=null dataset.name=/srv/records",
+            "dataset.name is no owner/name",
+        ),
+        ("dataset.path=null dataset.name=assets/tiny_qa", "dataset.name is no owner"),
+        ("model.name=/srv/models/other", "model.name is no owner/name"),
+        ("model.name=../other", "model.name is no owner/name"),
+        ("train.seq_length=many", r"at fault \(train.seq_length\): see its log"),
+        ("no_such_key=1", "the override of no_such_key: conf/ has no such setting"),
+        ("train.training_arguments=5", "training_arguments: conf/ has no such setting"),
+        ("num_clients=5", "num-partitions do not fit the run's num_clients"),
+        ("train.min_records=4000", "it has fewer records than train.min_records"),
+        ("strategy='unclosed", "a quote is open"),
+        ("train.seq_length=[1", "the override of train.seq_length cannot be read"),
     ],
 )
 def test_what_a_node_has_no_part_in_is_refused_with_the_reason(override, message):
@@ -108,19 +206,135 @@ def test_what_a_node_has_no_part_in_is_refused_with_the_reason(override, message
         settle(SHARE, override)
 
 
-def test_folders_beside_the_node_are_no_names_of_the_hub(tmp_path, monkeypatch):
+# --- what is told, and what may be asked for ------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["MARKER", "-77777"])
+def test_no_value_of_the_runs_is_in_what_the_server_is_told(value):
+    """For every setting of conf/, a value that fits none."""
+    for key in LEAVES:
+        if key == "dataset.path":  # looked for in the bundle, and not there
+            continue
+        try:
+            asked = node.compose(node.parse(f"{RUN} {key}={value}"))
+            cfg = OmegaConf.to_container(asked)
+            node.checks.check_values(cfg)
+        except (Refusal, UserError):
+            with pytest.raises(Refusal) as refusal:
+                settle(SHARE, f"{key}={value}")
+            assert "MARKER" not in str(refusal.value)
+            assert "77777" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", node.SETTINGS)
+def test_no_value_of_the_nodes_is_in_what_the_server_is_told(key, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    value = "MARKER" if node.SETTINGS[key] is str else -77777
+    told = ""
+    try:
+        settle(SHARE | {key: value})
+    except Refusal as refusal:
+        told = str(refusal)
+    assert "MARKER" not in told
+    assert "77777" not in told
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "ceiling"),
+    [
+        ({}, "train.training_arguments.max_steps=1000000000", "max-tokens"),
+        (
+            {},
+            "train.training_arguments.max_steps=-1 "
+            "train.training_arguments.num_train_epochs=1e9",
+            "max-tokens",
+        ),
+        (
+            {},
+            "train.training_arguments.gradient_accumulation_steps=4000000",
+            "max-tokens",
+        ),
+        ({}, "train.seq_length=1000000", "max-batch-tokens"),
+        (
+            {},
+            "train.training_arguments.per_device_train_batch_size=50000",
+            "max-batch-tokens",
+        ),
+        ({}, "model.lora.peft_lora_r=1000000", "max-rank"),
+        ({}, "peft=prompt peft.num_virtual_tokens=1000000", "max-rank"),
+        ({}, "peft=ptuning peft.encoder_hidden_size=1000000", "max-rank"),
+        ({"max-rank": 15}, "", "max-rank"),
+        ({"max-batch-tokens": 16 * 128 - 1}, "", "max-batch-tokens"),
+        ({"max-tokens": 2 * 16 * 128 - 1}, "", "max-tokens"),
+        ({"max-tokens": 2 * 16 * 128, "max-batch-tokens": 16 * 128}, "", None),
+        ({"max-rank": 16}, "", None),
+    ],
+)
+def test_a_run_asks_for_no_more_than_the_node_gives(own, overrides, ceiling):
+    if ceiling is None:
+        settle(SHARE | own, overrides)
+        return
+    with pytest.raises(Refusal, match=f"ask for more than its {ceiling}$"):
+        settle(SHARE | own, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.seq_length=1000000000000", "train.seq_length is out of all bounds"),
+        ("train.learning_rate_max=1e400", "learning_rate_max is out of all bounds"),
+        ("strategy.fraction_fit=nan", "strategy.fraction_fit is out of all bounds"),
+        (f"seed={5000 * '9'}", "the override of seed cannot be read"),
+        ("'model.lora.target_modules=\"(a+)+$\"'", "target_modules is a pattern"),
+        ("'model.lora.target_modules=[\"(a|a)*b\"]'", "target_modules is a pattern"),
+        (f"train.seq_length={1000 * '['}", "train.seq_length cannot be read"),
+        ("seed=1 " * 5000, "have more than 20000 characters"),
+    ],
+)
+def test_what_would_take_for_ever_to_compute_with_is_refused(override, message):
+    with pytest.raises(Refusal, match=message):
+        node.parse(override)
+
+
+@pytest.mark.parametrize("key", ["model.name", "dataset.path=null dataset.name"])
+@pytest.mark.parametrize("name", ["private/records", "../private/records", "private"])
+def test_no_answer_tells_what_lies_beside_the_node(key, name, tmp_path, monkeypatch):
+    def answer() -> str:
+        os.chdir(tmp_path)
+        dataset._partitioner_once.cache_clear()
+        try:
+            cfg, _ = settle(SHARE, f"{key}={name}")
+            model.load_base(cfg["model"]["name"], None, model.default_device())
+        except Exception as error:
+            return f"{type(error)} {error}"
+        return "it was used"
+
+    nothing = answer()
     (tmp_path / "private/records").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for override in ("model.name=private/records", "dataset.name=private/records"):
-        with pytest.raises(Refusal, match="is a path"):
-            settle(SHARE, f"dataset.path=null {override}")
+    (tmp_path / "private/records/records.py").touch()
+    shutil.copytree(PROJECT / "assets/tiny_qa", tmp_path / "private/records/data")
+    shutil.copytree(
+        PROJECT / "assets/tiny_llama", tmp_path / "private/records", dirs_exist_ok=True
+    )
+    assert answer() == nothing
+    assert nothing != "it was used"
+
+
+@pytest.mark.parametrize("reader", [*_PACKAGED_DATASETS_MODULES, "gsm8k"])
+def test_no_reader_of_local_files_is_a_dataset(reader):
+    """`load_dataset("text")` would read all files of the working directory."""
+    wanted = {"path": None, "name": reader}
+    with pytest.raises(Refusal, match=r"dataset.name is no owner/name of the hub"):
+        node.choose_data(wanted, {})
+    with pytest.raises(UserError, match=rf"dataset.name={reader}.*dataset=local"):
+        dataset.check_name(wanted)
 
 
 def test_the_base_is_the_nodes_own_where_it_names_one(notes):
     own = notes | {"model-path": "assets/tiny_llama", "model-name": "org/base"}
     cfg, _ = settle(own, "model.name=org/base")
     assert cfg["model"]["name"] == str(PROJECT / "assets/tiny_llama")
-    with pytest.raises(Refusal, match=r"takes part with model.name=org/base only"):
+    with pytest.raises(Refusal, match=r"takes part with another model.name only"):
         settle(own, "model.name=org/another")
 
 
@@ -135,17 +349,18 @@ def test_a_base_without_weights_in_the_bundle_is_asked_for(
 
 def test_hydras_own_settings_stay_with_the_server():
     overrides = "seed=3 hydra.run.dir=/x hydra/launcher=x 'hydra.searchpath=[file:///srv]' num_rounds=2"
-    assert node.admissible(overrides) == "seed=3 num_rounds=2"
+    assert node.parse(overrides) == ({}, {"seed": 3, "num_rounds": 2})
 
 
-def test_no_tracker_and_no_checkpoints_on_a_node(notes):
-    cfg, _ = settle(
-        notes,
-        "train.training_arguments.report_to=wandb launch=ddp launch.processes=64 "
-        "train.training_arguments.save_strategy=epoch",
-    )
-    assert cfg["train"]["training_arguments"]["report_to"] is None
-    assert cfg["train"]["training_arguments"]["save_strategy"] == "no"
+@pytest.mark.parametrize("given", ["report_to=wandb", "save_strategy=epoch"])
+def test_no_tracker_and_no_checkpoints_on_a_node(given, notes):
+    key = f"train.training_arguments.{given}"
+    with pytest.raises(Refusal, match=key.partition("=")[0]):
+        settle(notes, key)
+
+
+def test_threads_processes_and_folders_are_the_nodes(notes):
+    cfg, _ = settle(notes, "launch=ddp launch.processes=64")
     assert cfg["client_resources"]["num_cpus"] == 1
     assert cfg["launch"]["processes"] == 1
     assert cfg["residuals"].startswith(f"{notes['cache-path']}/runs/___first-")
@@ -229,6 +444,40 @@ def test_the_server_is_told_the_type_of_an_error_and_no_more(identity, notes):
     first = ask("query", SHARE, {}).content["arrays"].to_torch_state_dict()
     reply = ask("train", notes, first)
     assert reply.error.reason == "ValueError: its own log says more"
+
+
+def test_a_nodes_log_says_what_was_read_and_sent(identity, notes, capfd):
+    first = ask("query", notes, {}).content["arrays"].to_torch_state_dict()
+    reply = ask("train", notes, first)
+    sent = reply.content["arrays"]
+    size = sum(len(array.data) for array in sent.values())
+    line = capfd.readouterr().out.splitlines()[-1]
+    assert line.startswith(
+        f"train, run first, round 1: read {notes['data-path']} (frage, antwort), "
+        f"30 records; sent {len(sent)} arrays of float16, {size} bytes in all, "
+    )
+    for name, value in reply.content["metrics"].items():
+        assert f"{name} {value:g}" in line
+
+
+@pytest.mark.parametrize("error", [ValueError, Refusal, UserError, MemoryError])
+def test_what_is_told_of_an_error_is_one_short_line(error, identity, capfd):
+    def settle(message: Message, context: Context) -> None:
+        raise error("a\x1b[2J\u202e\n round 1/1" + 10_000 * "b") from OSError("why")
+
+    for private in (True, False):
+        config = RecordDict({"config": ConfigRecord({"server-round": 1})})
+        message = Message(config, 5, "train")
+        message.metadata.__dict__["_message_id"] = "message"
+        client = app.client_app(settle, private)
+        told = client(message, Context(1, 5, {}, RecordDict(), {})).error.reason
+        assert told.isprintable()
+        assert len(told) <= 200
+        if private and error is not Refusal:
+            assert told == f"{error.__name__}: its own log says more"
+        log = capfd.readouterr().err
+        assert "why" in log  # the operator is told all of it
+        assert "\x1b" not in log
 
 
 def test_an_adapter_for_another_base_ends_the_nodes_part(identity):

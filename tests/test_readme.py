@@ -47,7 +47,7 @@ def test_each_federated_run_composes_and_no_node_would_refuse_it():
     for words in runs:
         given = parse_config_args([words[words.index("--run-config") + 1]])
         assert given.keys() == {"overrides"}
-        utils.compose(node.admissible(given["overrides"]))
+        node.compose(node.parse(given["overrides"]))
 
 
 def test_each_nodes_settings_are_known():

@@ -1,10 +1,12 @@
 """pytest tests/test_security.py: who gets into a federation with TLS and node keys."""
 
 import json
+import os
 import re
 import shutil
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +112,45 @@ def test_what_cannot_be_made_leaves_nothing(arguments, tmp_path):
     assert made.returncode != 0
     assert made.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"make.sh", "ca.crt", "ca.key"}
+
+
+# --- a simulation -----------------------------------------------------------------------------
+
+HOST = """
+import os, subprocess, sys
+import checks, main, utils
+cfg = checks.resolve(utils.compose("experiment=quickstart"))
+for run in (1, 2):  # as a multirun does
+    with main.start_ray(cfg):
+        import ray
+        print("own", ray.get(ray.remote(lambda: run).remote()), flush=True)
+        address = ray.get_runtime_context().gcs_address
+        rest = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        if run == 2:
+            code = sys.argv[1].replace("ADDRESS", address)
+            sys.exit(subprocess.run([sys.executable, "-c", code], env=rest).returncode)
+"""
+STRANGER = """
+import ray
+ray.init(address="ADDRESS", log_to_driver=False)
+print("stranger", ray.get(ray.remote(lambda: 3).remote()))
+"""
+
+
+@pytest.mark.slow
+def test_a_stranger_runs_nothing_in_a_simulations_ray():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    host = subprocess.run(
+        [sys.executable, "-c", HOST, STRANGER],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert host.stdout == "own 1\nown 2\n", host.stderr
+    assert host.returncode == 1
+    assert "InvalidAuthToken" in host.stderr
 
 
 # --- a federation with both -------------------------------------------------------------------
