@@ -161,7 +161,7 @@ def client_app(settle: Settle, private: bool) -> ClientApp:
                 content = handle(cfg, partition, message, context)
                 if private:  # what its operator can hold the node to
                     line = node.account(message, cfg, content)
-                    print(utils.one_line(line, longest=2000), flush=True)
+                    print(utils.one_line(line, limit=2000), flush=True)
                 return Message(content, reply_to=message)
             except Exception as error:
                 code, told = ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)

@@ -91,10 +91,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
-def one_line(text: str, longest: int = 200) -> str:
-    """Foreign text as one printable line of at most `longest` characters."""
-    line = printable(" ".join(text[: 10 * longest].split()))
-    return line if len(line) <= longest else line[: longest - 3] + "..."
+def one_line(text: Any, limit: int = 200) -> str:
+    """A foreign text as one line of at most `limit` printable characters."""
+    start = str(text)[: 4 * limit]  # what is cut off need not be looked at
+    line = "".join(c if c.isprintable() else " " for c in start)
+    line = " ".join(line.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 # --- configuration ---------------------------------------------------------------------
@@ -498,14 +500,6 @@ def say(text: str = "") -> None:
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         os.kill(os.getpid(), signal.SIGHUP)
-
-
-def one_line(text: Any, limit: int = 200) -> str:
-    """A foreign text as one line of at most `limit` printable characters."""
-    start = str(text)[: 4 * limit]  # what is cut off need not be looked at
-    line = "".join(c if c.isprintable() else " " for c in start)
-    line = " ".join(line.split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def smooth(values: list[float], weight: float = 0.8) -> list[float]:
