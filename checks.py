@@ -632,6 +632,9 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
     try:
         settle_checkpointing(cfg)
         frame = model.skeleton(cfg["model"], cfg["peft"])
+        model.rehearse(
+            cfg["model"], cfg["peft"], cfg["seed"], cfg["train"]["seq_length"]
+        )
         if cfg["dry_run"]:
             return
         tokenizer = model.load_tokenizer(name, cfg["model"]["use_fast_tokenizer"])
@@ -658,6 +661,9 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
         raise UserError(
             f"dataset.template={template}: {error} Take dataset.template=alpaca or vicuna."
         ) from error
+    ids = dataset.prompt(template, [{"instruction": "", "input": ""}], tokenizer)
+    rows = frame.get_base_model().get_input_embeddings().weight.shape[0]
+    check_tokenizer(name, tokenizer, rows, ids)
     if dataset.test_wanted(cfg):
         kept, left_out = dataset.scorable(cfg, tokenizer)
         if left_out:
@@ -665,6 +671,34 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
                 f"{left_out} of {len(kept) + left_out} test questions are left out: they "
                 "have no answer, or are longer than "
                 f"train.seq_length={cfg['train']['seq_length']} tokens."
+            )
+
+
+def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> None:
+    """That the base has an embedding for what its tokenizer writes.
+
+    `rows`: of the embedding; `prompt`: the token ids of an empty question. Tokens that were
+    added to the vocabulary may lie beyond, as Gemma 3's for images: only a text that spells
+    one out would have it.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name={name}: its tokenizer has no eos_token, with which an answer is to "
+            "end. Set one in its tokenizer_config.json."
+        )
+    highest = {
+        "eos_token": tokenizer.eos_token_id,
+        "bos_token": tokenizer.bos_token_id or 0,
+        "vocabulary": tokenizer.vocab_size - 1,
+        "template": max(prompt, default=0),
+    }
+    for what, token in highest.items():
+        if token >= rows:
+            raise UserError(
+                f"model.name={name}: the {what} of its tokenizer has token {token}, and the "
+                f"base has {rows} (0 to {rows - 1}). Tokens were added, or the tokenizer is "
+                "another model's: take the one that belongs to it, or save the base after "
+                "resize_token_embeddings(len(tokenizer))."
             )
 
 

@@ -1,17 +1,25 @@
 """What a CPU needs to train fast: attention in blocks of queries, and a quicker dropout.
 
-Importing this registers the attention with transformers as "blocked".
+Importing this puts the attention in the place of the one that transformers registers as
+"sdpa". So it reaches the models that call that one, by transformers' own choice, and no
+other; whatever it does not compute itself goes on to the one that it replaces.
 """
 
+import inspect
 import math
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 BLOCK = 128  # queries
+
+# Arguments that change what the original computes, or that it refuses; all others it ignores.
+SPECIAL = {"softcap", *inspect.signature(sdpa_attention_forward).parameters} - {
+    *("module", "query", "key", "value", "attention_mask", "dropout", "scaling"),
+    *("is_causal", "kwargs"),
+}
 
 
 def blocked_attention(
@@ -28,20 +36,29 @@ def blocked_attention(
 
     Each block goes against the keys up to its end: half of the products that a full matrix
     would take, in the matrix library's own kernels, in a third of torch's time on a CPU.
-    `attention_mask` is boolean (batch, 1, length, length), true where a query may look, or
-    None where that is everywhere before it. Returns (batch, length, heads, size).
-    Outside training, and for whatever else is special, torch's own takes over.
+    `attention_mask` is boolean (batch, 1 or heads, length, length), true where a query may
+    look, or None where that is everywhere before it. Returns (batch, length, heads, size of
+    a value). Outside training, and for all that is not this case, transformers' own
+    attention takes over.
     """
-    batch, heads, length, size = query.shape
-    if not torch.is_grad_enabled() or key.shape[2] != length or dropout:
+    length = query.shape[2]
+    block = math.ceil(length / math.ceil(length / BLOCK))
+    if (
+        query.device.type != "cpu"
+        or not torch.is_grad_enabled()
+        or dropout
+        or key.shape[2] != length
+        or any(more.get(name) is not None for name in SPECIAL)
+        or not _looks_back(module, attention_mask, length, block, more.get("is_causal"))
+    ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **more
         )
+    batch, heads, _, size = query.shape
     groups = heads // key.shape[1]
     key, value = (repeat_kv(x, groups).flatten(0, 1) for x in (key, value))
-    query = query.flatten(0, 1) * (scaling or size**-0.5)
+    query = query.flatten(0, 1) * (size**-0.5 if scaling is None else scaling)
     key = key.transpose(1, 2)
-    block = math.ceil(length / math.ceil(length / BLOCK))
     least = torch.finfo(query.dtype).min
     future = query.new_full((block, block), least).triu(1)
     parts = []
@@ -57,8 +74,25 @@ def blocked_attention(
             scores = scores.view(batch, heads, end - start, end)
             scores = scores.masked_fill(hidden, least).flatten(0, 1)
         parts.append(torch.bmm(scores.softmax(-1), value[:, :end]))
-    output = torch.cat(parts, dim=1).view(batch, heads, length, size)
+    output = torch.cat(parts, dim=1).view(batch, heads, length, -1)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _looks_back(
+    module: torch.nn.Module,
+    mask: torch.Tensor | None,
+    length: int,
+    block: int,
+    is_causal: bool | None,
+) -> bool:
+    """Whether no query looks past the end of its block of queries."""
+    if mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return bool(causal)
+    if mask.dtype != torch.bool or mask.shape[2:] != (length, length):
+        return False
+    ends = range(block, length, block)
+    return not any(mask[:, :, end - block : end, end:].any() for end in ends)
 
 
 class Dropout(torch.nn.Dropout):
@@ -85,5 +119,4 @@ def quicken_dropout(model: torch.nn.Module) -> None:
                 module.lora_dropout[name] = Dropout(dropout.p)
 
 
-AttentionInterface.register("blocked", blocked_attention)
-AttentionMaskInterface.register("blocked", sdpa_mask)
+AttentionInterface.register("sdpa", blocked_attention)

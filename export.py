@@ -8,6 +8,7 @@ An adapter needs its base beside it (PEFT, vLLM's LoRA flag); a merged model sta
 """
 
 import argparse
+import copy
 import json
 import shlex
 import shutil
@@ -74,7 +75,7 @@ def export(options: argparse.Namespace) -> Path:
     adapter, and with `--merge` for a method that no weight of the base can take up.
     """
     # Imported here, so that --help and a mistyped option answer at once.
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     import model
 
@@ -90,9 +91,9 @@ def export(options: argparse.Namespace) -> Path:
     settings = _read(source / "adapter_config.json")
     if "peft_type" not in settings:
         raise utils.UserError(f"{source}/adapter_config.json names no peft_type.")
-    merged = model.merge(str(source), about, device) if options.merge else None
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
+    adapter = copy.deepcopy(about)  # as it names its base on this machine
     base = about["model"]["name"]
     about["model"]["name"] = settings["base_model_name_or_path"] = public(base)
     card = Card(
@@ -106,9 +107,11 @@ def export(options: argparse.Namespace) -> Path:
         local=utils.local_path(base) is not None or public(base) != base,
     )
     with utils.commit(folder) as temporary:
-        if merged:
-            end_with(merged.generation_config, tokenizer, about["template"])
-            merged.save_pretrained(temporary)
+        if options.merge:
+            model.merge(str(source), adapter, device, temporary)
+            generation = GenerationConfig.from_pretrained(temporary)
+            end_with(generation, tokenizer, about["template"])
+            generation.save_pretrained(temporary)
         else:
             shutil.copy(source / "adapter_model.safetensors", temporary)
             utils.write_json(temporary / "adapter_config.json", settings)

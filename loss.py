@@ -7,8 +7,10 @@ of a chunk is its gradient with respect to the hidden states (as in Liger Kernel
 linear cross entropy, arXiv 2410.10989). Needs torch alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -19,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 IGNORED = -100  # the label that counts for nothing
 CHUNK = 1024  # positions whose logits exist at one time
 
-# Settings by which some models change their logits after the head (Gemma, Cohere, Granite).
-_ADJUSTMENTS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+Inputs = dict[str, torch.Tensor]
+Way = Callable[[Any, Any, Inputs, torch.Tensor], torch.Tensor]
+_WAYS: WeakKeyDictionary[Any, Way] = WeakKeyDictionary()  # by base
 
 
 def answer_loss(
@@ -33,16 +36,14 @@ def answer_loss(
     length). The sum is divided by `num_items`, or else by the number of labelled tokens.
     Equal to the model's own loss up to rounding.
     """
-    base, labels, inputs = _parts(net, batch)
-    head = base.get_output_embeddings()
-    kept = labels != IGNORED
-    targets = labels[kept]
-    if _whole(base):
-        logits = _logits(net, head, inputs, labels)
-        total = cross_entropy(logits.float(), targets, reduction="sum")
+    inner, labels, inputs = _parts(net, batch)
+    head, way = _head(inner, inputs)
+    targets = labels[labels != IGNORED]
+    if way is _hidden:
+        total = _total(head, way(net, head, inputs, labels), targets)
     else:
-        hidden = _aligned(_hidden_states(net, head, inputs), labels)[kept]
-        total = _total(head, hidden, targets)
+        logits = way(net, head, inputs, labels)
+        total = cross_entropy(logits.float(), targets, reduction="sum")
     return total / (len(targets) if num_items is None else num_items)
 
 
@@ -53,15 +54,13 @@ def answer_scores(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     The columns: cross entropy summed over the example's labelled tokens, in nats; how many
     of those the model finds likeliest; how many there are. Arguments as of `answer_loss`.
     """
-    base, labels, inputs = _parts(net, batch)
-    head = base.get_output_embeddings()
+    inner, labels, inputs = _parts(net, batch)
+    head, way = _head(inner, inputs)
     kept = labels != IGNORED
     targets, rows = labels[kept], kept.nonzero()[:, 0]
-    if _whole(base):
-        logits = _logits(net, head, inputs, labels).split(CHUNK)
-    else:
-        hidden = _aligned(_hidden_states(net, head, inputs), labels)[kept]
-        logits = map(head, hidden.split(CHUNK))
+    logits = way(net, head, inputs, labels).split(CHUNK)
+    if way is _hidden:
+        logits = map(head, logits)
     scores = torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device)
     for some, wanted, row in zip(
         logits, targets.split(CHUNK), rows.split(CHUNK), strict=True
@@ -75,69 +74,134 @@ def answer_scores(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return scores
 
 
+@torch.no_grad()
+def hidden_states(net: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What a causal LM knows where it foretells a token: (rows, length - 1, hidden).
+
+    `ids`: (rows, length). For a model whose head cannot be kept from its work, the logits.
+    """
+    inner, labels, inputs = _parts(
+        net,
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids},
+    )
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    try:
+        states = _hidden(net, base.get_output_embeddings(), inputs, labels)
+    except Exception:  # whatever a model makes of no positions at all
+        states = _plain(net, None, inputs, labels)
+    return states.view(*labels.shape, -1)
+
+
 def _parts(
     net: Any, batch: dict[str, torch.Tensor]
 ) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
-    """The base model, the labels of what each position foretells, and the model's inputs."""
-    # DDP has to be called itself, or the gradients would not be averaged.
+    """The model without DDP, the labels shifted by one, and the model's inputs."""
     inner = net.module if isinstance(net, DistributedDataParallel) else net
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return base, batch["labels"][:, 1:], inputs
+    return inner, batch["labels"][:, 1:], inputs
 
 
-def _whole(base: Any) -> bool:
-    """Whether the model has to call its head itself, on all answers at once."""
-    adjusted = any(getattr(base.config, name, None) for name in _ADJUSTMENTS)
-    return adjusted or _sharded(base)
+# --- three ways to the logits of the answers, (answer tokens, vocabulary) ---------------------
+# Each takes `net` itself: DDP has to be called, or the gradients would not be averaged.
 
 
-def _sharded(base: Any) -> bool:
-    """Whether the head's weights are together only in the model's own forward."""
-    return isinstance(base, FSDPModule)
-
-
-def _hidden_states(net: Any, head: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """What the head is given, (batch, length, hidden), without its logits."""
+def _hidden(net: Any, head: Any, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
+    """The head's input at the answers' positions, (answer tokens, hidden), without logits."""
     taken: list[torch.Tensor] = []
 
     def take(states: torch.Tensor) -> torch.Tensor:
         taken.append(states)
         return states[:, :0]
 
-    _forward(net, head, inputs, take)
-    return taken[0]
+    with _before(head, take):
+        net(**inputs, use_cache=False)
+    [states] = taken
+    return _aligned(states, labels)[labels != IGNORED]
 
 
-def _logits(
-    net: Any, head: Any, inputs: dict[str, Any], labels: torch.Tensor
+def _narrowed(
+    net: Any, head: Any, inputs: Inputs, labels: torch.Tensor
 ) -> torch.Tensor:
-    """What the model makes of the answers' positions alone, (positions, vocabulary)."""
+    """The model's own logits, of which its head makes the answers' positions alone."""
     kept = labels != IGNORED
-    logits = _forward(
-        net,
-        head,
-        inputs,
-        lambda states: _aligned(states, labels)[kept].unsqueeze(0),
-    )
-    return logits.squeeze(0)
+    with _before(head, lambda states: _aligned(states, labels)[kept].unsqueeze(0)):
+        return net(**inputs, use_cache=False).logits.squeeze(0)
 
 
-def _forward(
-    net: Any,
-    head: Any,
-    inputs: dict[str, Any],
-    choose: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """The logits of those hidden states that `choose` lets through to the head.
+def _plain(net: Any, _: Any, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
+    """The model's own logits at all positions, and the answers' out of them."""
+    logits = net(**inputs, use_cache=False).logits
+    return _aligned(logits, labels)[labels != IGNORED]
 
-    It stands at the head's door, which every model and every PEFT method comes by.
+
+@contextmanager
+def _before(
+    head: Any, choose: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Give `head` those hidden states alone that `choose` lets through.
+
+    A forward pre-hook: PEFT's own layer on the head, too, is called with the whole of them.
     """
-    handle = head.register_forward_pre_hook(lambda _, given: (choose(given[0]),))
+    handle = head.register_forward_pre_hook(
+        lambda _, given: (choose(given[0]), *given[1:])
+    )
     try:
-        return net(**inputs, use_cache=False).logits
+        yield
     finally:
         handle.remove()
+
+
+def _head(inner: Any, inputs: Inputs) -> tuple[Any, Way]:
+    """The head, and the cheapest way that gives this model's own logits.
+
+    Some models scale or cap the logits after the head, and some have no head of the usual
+    kind. Found out once for each base, on a few tokens.
+    """
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    head = base.get_output_embeddings()
+    if base not in _WAYS:
+        _WAYS[base] = _find_way(inner, head, inputs, _sharded(base))
+    return head, _WAYS[base]
+
+
+@torch.no_grad()
+def _find_way(inner: Any, head: Any, inputs: Inputs, sharded: bool) -> Way:
+    if head is None:
+        return _plain
+    ids = inputs["input_ids"][inputs["attention_mask"] != 0]
+    ids = ids[:16].repeat(16)[:16].view(2, 8)
+    few = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = ids[:, 1:].clone()
+    labels[0, :3] = labels[1, 4:] = IGNORED  # answers of other places and lengths
+    made: list[torch.Tensor] = []
+    # Draws of dropout: the same in each try, and none that training would miss.
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        torch.manual_seed(0)
+        handle = head.register_forward_hook(lambda *call: made.append(call[-1]))
+        try:
+            whole = inner(**few, use_cache=False).logits
+        finally:
+            handle.remove()
+        untouched = len(made) == 1 and torch.equal(made[0].float(), whole.float())
+        wanted = _aligned(whole, labels)[labels != IGNORED].float()
+        # A sharded head's weights are together only in the model's own forward.
+        for way in (_hidden, _narrowed) if untouched and not sharded else (_narrowed,):
+            torch.manual_seed(0)
+            try:
+                found = way(inner, head, few, labels)
+                found = head(found) if way is _hidden else found
+            except Exception:  # whatever a model makes of fewer positions
+                continue
+            # Products of other shapes are rounded otherwise, by 2**-8 in bfloat16.
+            far = (found.float() - wanted).abs().max() if len(found) else 0
+            if found.shape == wanted.shape and far <= 0.02 * wanted.abs().max():
+                return way
+    return _plain
+
+
+def _sharded(base: Any) -> bool:
+    """Whether each process holds a part of every weight (FSDP2)."""
+    return isinstance(base, FSDPModule)
 
 
 def _aligned(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

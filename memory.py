@@ -116,6 +116,8 @@ def _adapter_input_bytes(skeleton: Any) -> int:
     total = 0
     for module in skeleton.modules():
         for name, lora_a in getattr(module, "lora_A", {}).items():
+            if not isinstance(lora_a, torch.nn.Linear):  # AdaLoRA's, an embedding's
+                continue
             dropout = isinstance(module.lora_dropout[name], torch.nn.Dropout)
             # The (dropped-out) input, dropout's one-byte mask, and what A makes of it.
             total += lora_a.in_features * (BF16 + dropout) + BF16 * lora_a.out_features

@@ -5,12 +5,14 @@ for every PEFT method, the networks of P-tuning included, which PEFT's own file 
 """
 
 import contextlib
+import copy
 import gc
 import json
 import logging
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
@@ -22,6 +24,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -29,11 +32,14 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     DistributedConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 import cpu
+from loss import hidden_states
 from memory import release_inputs
 from utils import (
     PROJECT,
@@ -52,6 +58,9 @@ class Misfit(Refusal, ValueError):
 
 
 ABOUT = "flowertune.json"  # what `test.py` needs beside PEFT's own files
+LARGEST_JSON = (
+    2**20
+)  # bytes of a settings file; a list of all of a base's layers is 100 kB
 State = dict[str, torch.Tensor]
 
 
@@ -117,9 +126,16 @@ def load_tokenizer(name: str, use_fast: bool = True) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(
         _source(name), use_fast=use_fast, trust_remote_code=False
     )
-    if tokenizer.pad_token is None:
-        # Padding is masked by length, never by token id, so any token serves.
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    # Padding is masked by length, never by token id, so any token serves that the base has.
+    rows = math.inf
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # no config.json; that is said elsewhere
+        rows = _config({"name": name}).get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        others = tokenizer.unk_token_id, tokenizer.eos_token_id, 0
+        token = next(i for i in others if i is not None and i < rows)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
     return tokenizer
 
 
@@ -154,7 +170,6 @@ def load_base(
             distributed_config=sharding,
             use_safetensors=True,
             trust_remote_code=False,  # None would ask whoever is at the terminal
-            attn_implementation="blocked" if device.type == "cpu" else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -174,7 +189,7 @@ def load_base(
         # The same values, computed on at twice the speed. (Also, on CPUs with AVX512-BF16
         # a forward of a 4-bit layer in eval() repacks it for a kernel without autograd,
         # and what is trained on the same object afterwards has no gradients.)
-        base = base.dequantize()
+        base = _dequantized(base)
     if kept and not stored:
         _keep(base, kept)
     if quantization == 8:
@@ -233,17 +248,38 @@ def build_once(
 
 
 def skeleton(model_cfg: Any, peft_cfg: Any) -> PeftModel:
-    """The same model without its weights (on the meta device): names, shapes, settings.
+    """The same model without its weights: names, shapes, settings.
 
     Needs the base's `config.json` only. The server keeps one to check replies against and
-    to write adapter folders; it never holds the base.
+    to write adapter folders; it never holds the base. On the meta device, unless the method
+    saves values of its own beside the trained ones (VeRA's projections, say).
     """
-    config = AutoConfig.from_pretrained(
+    return _frame(_config(model_cfg), model_cfg, peft_cfg)
+
+
+def _config(model_cfg: Any) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(
         _source(model_cfg["name"]), trust_remote_code=False
     )
+
+
+def _frame(config: PreTrainedConfig, model_cfg: Any, peft_cfg: Any) -> PeftModel:
+    """`skeleton` of a configuration."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    return _with_adapter(base, model_cfg, peft_cfg, seed=0)
+    with contextlib.suppress(
+        Exception
+    ):  # not what is wrong, which comes up again below
+        frame = _with_adapter(base, model_cfg, peft_cfg, seed=0, frame=True)
+        trained = {n: p for n, p in frame.named_parameters() if p.requires_grad}
+        blank = {n: torch.zeros(()).expand(p.shape) for n, p in trained.items()}
+        frame.load_state_dict(blank, strict=False, assign=True)
+        saved = peft.get_peft_model_state_dict(frame, save_embedding_layers=False)
+        frame.load_state_dict(trained, strict=False, assign=True)
+        if not any(tensor.is_meta for tensor in saved.values()):
+            return frame
+    base = stand_in(config, seed=1)
+    return _with_adapter(base, model_cfg, peft_cfg, seed=0, frame=True)
 
 
 def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
@@ -269,21 +305,194 @@ def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
 
 
 def _with_adapter(
-    base: torch.nn.Module, model_cfg: Any, peft_cfg: Any, seed: int
+    base: torch.nn.Module,
+    model_cfg: Any,
+    peft_cfg: Any,
+    seed: int,
+    frame: bool = False,
 ) -> PeftModel:
+    """`base` with a fresh adapter; its values are of no account where it is a `frame`."""
     if model_cfg["gradient_checkpointing"]:
+        if not base.supports_gradient_checkpointing:
+            raise UserError(
+                f"model.gradient_checkpointing=true: {type(base).__name__} does not "
+                "support it. Set model.gradient_checkpointing=false."
+            )
         base.gradient_checkpointing_enable({"use_reentrant": False})
     settings = construct(peft_cfg, "peft")
+    settings.task_type = settings.task_type or "CAUSAL_LM"
+    start = getattr(settings, "init_lora_weights", None)
+    if frame and isinstance(start, str):  # PiSSA, say, would decompose the weights
+        settings.init_lora_weights = True
     torch.manual_seed(seed)
     try:
         model = peft.get_peft_model(base, settings)
     except Exception as error:  # of any type: PEFT checks few settings by itself
+        hint = ""
+        if "target_modules" in str(error) and not getattr(
+            settings, "target_modules", 1
+        ):
+            hint = " Set model.lora.target_modules=all-linear, or a list of names."
         raise UserError(
-            f"{peft_cfg['_target_']} on {model_cfg['name']}: {error}"
+            f"{peft_cfg['_target_']} on {model_cfg['name']}: {str(error).rstrip('.')}.{hint}"
         ) from error
+    if start is not None:
+        model.peft_config["default"].init_lora_weights = start
     if base.device.type == "cpu":
         cpu.quicken_dropout(model)
     return model
+
+
+# --- the base, tried without its weights ---------------------------------------------------
+
+
+def stand_in(
+    config: PreTrainedConfig, seed: int = 0, whole: bool = False
+) -> transformers.PreTrainedModel:
+    """The base of a configuration on the CPU, in its real shapes, with made-up weights.
+
+    It computes as the real one does and takes next to no memory: a weight is a window on a
+    vector of random numbers, one further on from row to row (a Hankel matrix), as long as
+    rows and columns together. Not to be changed, unless it is `whole`: with a place in
+    memory for each value.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, experts_implementation="eager"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied weights are one
+    for module in base.modules():
+        module._is_hf_initialized = False  # of its buffers, below
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in made:
+                values = _window(parameter.shape, generator)
+                values = values.contiguous() if whole else values
+                made[parameter] = torch.nn.Parameter(values, requires_grad=False)
+                made[parameter]._is_hf_initialized = True
+            module._parameters[name] = made[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    base.initialize_weights()  # the buffers: rotary frequencies, masks
+    return base
+
+
+def _window(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    if len(shape) < 2:  # the weight of a norm, a bias
+        return torch.rand(shape, generator=generator) + 0.5
+    vector = torch.randn(sum(shape), generator=generator) * shape[-1] ** -0.5
+    return vector.as_strided(shape, [1] * len(shape))
+
+
+def _stored(weight: torch.Tensor) -> torch.Tensor:
+    """All that is in the memory of a weight, as a vector."""
+    return torch.empty(0, dtype=weight.dtype).set_(weight.untyped_storage())
+
+
+def _shortened(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same with two layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    layers = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == layers:  # one entry a layer
+            setattr(text, name, value[:2])
+    text.num_hidden_layers = min(2, layers)
+    return config
+
+
+def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
+    """Try on a `stand_in` what a run does with its base, before it is done with the weights.
+
+    That it reads text and nothing else, from left to right, `seq_length` tokens of it, and
+    that an adapter that is saved and opened again gives what it gave. Two layers are tried,
+    or all where the adapter is for later ones. Raises `UserError` with what fails.
+    """
+    name, tried = model_cfg["name"], _config(model_cfg)
+    try:
+        base = stand_in(_shortened(tried))
+        before = [(p, _stored(p).clone()) for p in base.parameters()]
+        net = _with_adapter(base, model_cfg, peft_cfg, seed)
+        tried = _shortened(tried)
+    except Exception:  # of what a configuration of that kind makes of fewer layers
+        try:
+            base = stand_in(tried)
+        except Exception:  # which says nothing of the real one
+            return
+        before = [(p, _stored(p).clone()) for p in base.parameters()]
+        net = _with_adapter(base, model_cfg, peft_cfg, seed)
+    changed = not all(torch.equal(_stored(p), values) for p, values in before)
+    if changed and model_cfg["quantization"]:
+        raise UserError(
+            f"{peft_cfg['_target_']} changes the base's weights when it begins (as "
+            "init_lora_weights=pissa does), and quantised ones cannot be. Set "
+            "model.quantization=null."
+        )
+    if changed:  # which needs a place for each
+        base = stand_in(tried, whole=True)
+        net = _with_adapter(base, model_cfg, peft_cfg, seed)
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        key: value + 0.02 * torch.randn(value.shape, generator=generator)
+        for key, value in adapter_state(net).items()
+    }
+    set_adapter_state(net, state)
+    ids = torch.arange(16).view(2, 8) % 8 + 4
+    ids[1, -1] = 3
+    try:
+        hidden_states(net.train(), ids)
+        states = hidden_states(net.eval(), ids)
+    except Exception as error:
+        raise UserError(
+            f"model.name={name} with {peft_cfg['_target_']}: {type(net.get_base_model()).__name__} "
+            f"does not run on text alone, or not with this adapter "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if not close(*states):
+        raise UserError(
+            f"model.name={name}: {type(net.get_base_model()).__name__} with this config.json "
+            "lets a token see what comes after it, so it cannot be trained to foretell "
+            "text. (BERT and its like need is_decoder: true in there.)"
+        )
+    most = getattr(tried.get_text_config(decoder=True), "max_position_embeddings", None)
+    virtual = getattr(net.active_peft_config, "num_virtual_tokens", 0) or 0
+    if most is None or seq_length + virtual + 8 > most:  # some skip a few positions
+        try:
+            hidden_states(net, torch.full((1, seq_length), 4))
+        except Exception as error:
+            has = f"it has {most} positions" if most else f"{error}"
+            own = f" and peft.num_virtual_tokens={virtual}" if virtual else ""
+            raise UserError(
+                f"train.seq_length={seq_length}{own}: too long for model.name={name}: {has}. "
+                "Take fewer tokens."
+            ) from error
+    try:
+        frame = _frame(tried, model_cfg, peft_cfg)
+        with tempfile.TemporaryDirectory() as folder:
+            _write(frame, state, name, Path(folder))
+            base = stand_in(tried, whole=changed)
+            opened = _open(base, _settings(folder), folder)
+        found = hidden_states(opened.eval(), ids)
+    except Exception as error:
+        raise UserError(
+            f"{peft_cfg['_target_']}: what it trains could not be saved and opened again "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if not close(found, states):
+        raise UserError(
+            f"{peft_cfg['_target_']}: with these settings an adapter that is saved and opened "
+            "again answers otherwise than the trained one did: it keeps fixed values that are "
+            "made of the base's weights, which the server does not hold, or drawn at random. "
+            "For the latter set a seed, +peft.random_seed=0, if it has one."
+        )
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
+    return bool((one - other).abs().max() <= 1e-3 * other.abs().max())
 
 
 @contextlib.contextmanager
@@ -376,18 +585,20 @@ def save_adapter(
     `frame` is a `skeleton`; `about` says how to ask the adapter (base model, quantisation,
     template). The folder appears under its name only when it is complete.
     """
-    # The skeleton's own parameters have no storage to copy into.
-    frame.load_state_dict(state, strict=False, assign=True)
-    settings = frame.peft_config["default"]
-    settings.base_model_name_or_path = about["model"]["name"]
     with commit(folder) as temporary:
-        frame.save_pretrained(
-            temporary, safe_serialization=True, save_embedding_layers=False
-        )
-        # PEFT's own card says where on this machine the base is; `export.py` writes one.
-        (temporary / "README.md").unlink(missing_ok=True)
+        _write(frame, state, about["model"]["name"], temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _write(frame: PeftModel, state: State, base: str, folder: Path) -> None:
+    """PEFT's own two files of an adapter: settings and weights."""
+    # The skeleton's own parameters have no storage to copy into.
+    frame.load_state_dict(state, strict=False, assign=True)
+    frame.peft_config["default"].base_model_name_or_path = base
+    frame.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    # PEFT's own card says where on this machine the base is; `export.py` writes one.
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def read_about(folder: str) -> dict[str, Any]:
@@ -409,6 +620,9 @@ def read_about(folder: str) -> dict[str, Any]:
                 f"{name} is missing.{hint}"
             )
     try:
+        for name in ("adapter_config.json", ABOUT):
+            if (path / name).stat().st_size > LARGEST_JSON:
+                raise ValueError(f"{name} is larger than {LARGEST_JSON} bytes")
         about = json.loads((path / ABOUT).read_text())
         template, base = about["template"], about["model"]["name"]
         if not isinstance(about["round"], int):
@@ -419,7 +633,7 @@ def read_about(folder: str) -> dict[str, Any]:
             raise ValueError("the base is quantised to neither 4 nor 8 bits")
         if ".." in Path(base).parts:
             raise ValueError(f"the base {base} leads out of the project")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"--peft-path={folder}: {ABOUT} is broken ({type(error).__name__}: {error})."
         ) from error
@@ -439,25 +653,19 @@ def open_adapter(
 
     try:
         part = "adapter_config.json"
-        settings = peft.PeftConfig.from_pretrained(folder)
-        if settings.auto_mapping or settings.task_type != "CAUSAL_LM":
-            raise ValueError(
-                "it is for a model of another kind, or names code to import"
-            )
+        settings = _settings(folder)
         part = "adapter_model.safetensors"
-        state = load_file(Path(folder) / part)
+        _compare(settings, about, folder)
         part = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         check_template(about["template"], tokenizer)
         part = "the base"
         base = load_base(about["model"]["name"], about["model"]["quantization"], device)
-        base = unpack(base) if unpacked else base
+        if unpacked:
+            base = unpack(base)
+            _untie(base)
         part = "the adapter on this base"
-        # Left to itself, PEFT keeps the first values of whatever the file lacks.
-        model = PeftModel.from_pretrained(base, folder, ignore_mismatched_sizes=True)
-        expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        if fault := mismatch(state, expected):
-            raise ValueError(fault)
+        model = _open(base, settings, folder)
     except UserError as error:
         raise UserError(f"--peft-path={folder}: {error}") from error
     except Exception as error:  # whatever the libraries make of a broken file
@@ -467,13 +675,87 @@ def open_adapter(
     return model.eval(), tokenizer
 
 
+def _settings(folder: str) -> peft.PeftConfig:
+    settings = peft.PeftConfig.from_pretrained(folder)
+    if settings.auto_mapping or settings.task_type != "CAUSAL_LM":
+        raise ValueError("it is for a model of another kind, or names code to import")
+    return settings
+
+
+def _compare(settings: peft.PeftConfig, about: dict[str, Any], folder: str) -> None:
+    """That an adapter's settings foretell the shapes that are in its file.
+
+    On the meta device, where a rank of 10**9 takes no memory. Methods that cannot be made
+    there are compared once they are made. Raises `ValueError`.
+    """
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(_config(about["model"]))
+            settings = copy.deepcopy(settings)
+            settings.base_model_name_or_path = None  # it would warn of another one
+            net = peft.get_peft_model(base, settings)
+            foretold = peft.get_peft_model_state_dict(net, save_embedding_layers=False)
+    except Exception:  # what is wrong with the base, say, is told when it is loaded
+        return
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            shape = file.get_slice(name).get_shape()
+            if name in foretold and list(foretold[name].shape) != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(shape)}, "
+                    f"not {tuple(foretold[name].shape)} as its settings say"
+                )
+
+
+def _open(base: torch.nn.Module, settings: peft.PeftConfig, folder: str) -> PeftModel:
+    """A saved adapter on its base. Raises `ValueError` unless all of it is in use."""
+    state = load_file(Path(folder) / "adapter_model.safetensors")
+    # Left to itself, PEFT keeps the first values of whatever the file lacks.
+    model = PeftModel.from_pretrained(base, folder, ignore_mismatched_sizes=True)
+    opened = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    if fault := mismatch(state, opened):
+        raise ValueError(fault)
+    # And of what it renames on its way in, as a checkpoint of some architectures' own.
+    lost = [
+        k for k, t in opened.items() if not torch.equal(t.cpu(), state[k].to(t.dtype))
+    ]
+    if lost:
+        raise ValueError(
+            f"PEFT did not take over {len(lost)} tensors, {lost[0]} among them"
+        )
+    return model
+
+
 def unpack(base: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """The same values, quantised or not, in float32 on the CPU."""
     base = base.to("cpu")
     if getattr(base, "is_quantized", False):
-        base = base.dequantize(torch.float32)
+        base = _dequantized(base, torch.float32)
     base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # no longer, but it says so
     return base.float()
+
+
+def _dequantized(
+    base: transformers.PreTrainedModel, dtype: torch.dtype | None = None
+) -> transformers.PreTrainedModel:
+    """`base` with plain layers in the place of quantised ones.
+
+    GPT-2's Conv1D are quantised as linear layers, by the transposed weight, and dequantised
+    they would stay such, under names that stand for the other shape in a file.
+    """
+    turned = [
+        name
+        for name, module in base.named_modules()
+        if getattr(module, "source_cls", None) is Conv1D
+    ]
+    base = base.dequantize(dtype) if dtype else base.dequantize()
+    for name in turned:
+        linear = base.get_submodule(name)
+        plain = Conv1D(linear.out_features, linear.in_features)
+        plain.weight = torch.nn.Parameter(linear.weight.data.T.contiguous())
+        plain.bias = torch.nn.Parameter(linear.bias.data)
+        base.set_submodule(name, plain)
+    return base
 
 
 def mergeable(method: str) -> bool:
@@ -481,16 +763,15 @@ def mergeable(method: str) -> bool:
     return hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(method), "merge_and_unload")
 
 
-def merge(
-    folder: str, about: dict[str, Any], device: torch.device
-) -> transformers.PreTrainedModel:
-    """The base with a saved adapter in its weights: a plain model on the CPU.
+def merge(folder: str, about: dict[str, Any], device: torch.device, out: Path) -> None:
+    """Write the base with a saved adapter in its weights into `out`: a plain model.
 
     Into the values of the quantised base, because the adapter was trained on those; not into
     packed weights, where PEFT would quantise the sum once more. In float32, because bfloat16
-    would round small changes away and turn answers where two tokens are next to equal.
-    Raises `UserError` as `open_adapter` does, and, before anything is loaded, for a method
-    that is not `mergeable`.
+    would round small changes away and turn answers where two tokens are next to equal. What
+    was written is read back, and has to give what the adapter gave. Raises `UserError` where
+    it does not, as `open_adapter` does, and, before anything is loaded, for a method that is
+    not `mergeable`.
     """
     method = peft.PeftConfig.from_pretrained(folder).peft_type
     if not mergeable(method):
@@ -499,7 +780,51 @@ def merge(
             "weight of the base can take up. Share the adapter as it is, without --merge."
         )
     net, _ = open_adapter(folder, about, device, unpacked=True)
-    return net.merge_and_unload()
+    wanted = _logits(net)
+    try:
+        merged = net.merge_and_unload()
+        _tie(merged)
+        merged.save_pretrained(out)
+        del net, merged  # of a large base there is room for one
+        written = AutoModelForCausalLM.from_pretrained(out, use_safetensors=True)
+        fits = close(_logits(written.eval()), wanted)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the libraries make of an unusual model
+        raise UserError(
+            f"--merge: {method.value} on this base cannot be merged ({type(error).__name__}: "
+            f"{error}). Share the adapter as it is, without --merge."
+        ) from error
+    if not fits:
+        raise UserError(
+            f"--merge: {method.value} on this base gives another model when it is merged. "
+            "Share the adapter as it is, without --merge."
+        )
+
+
+@torch.no_grad()
+def _logits(net: torch.nn.Module) -> torch.Tensor:
+    """For a comparison: those of a few tokens."""
+    ids = torch.arange(4, 20).view(2, 8)
+    return net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def _untie(base: transformers.PreTrainedModel) -> None:
+    """Give the head weights of its own, so that an adapter can change it or the embedding."""
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        for config in (base.config, base.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+
+
+def _tie(merged: transformers.PreTrainedModel) -> None:
+    """Undo `_untie` where head and embedding are equal still."""
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+        for config in (merged.config, merged.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = True
 
 
 def _source(name: str) -> str:

@@ -114,12 +114,15 @@ def steps_per_client(cfg: dict[str, Any]) -> int:
 
 
 def needs_checkpointing(cfg: dict[str, Any]) -> bool:
-    """Whether a client's step would not fit its share of the GPU (or memory) without."""
+    """Whether a client's step would not fit its share of the GPU (or memory) without.
+
+    True as well where that is not known. False where base or adapter do not allow it.
+    """
     share = cfg["client_resources"]["num_gpus"]
     if share and torch.cuda.device_count():
         room = torch.cuda.get_device_properties(0).total_memory * min(share, 1)
     elif share:
-        return True  # planning elsewhere for a GPU that is not here to be asked
+        room = 0  # planning elsewhere for a GPU that is not here to be asked
     else:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         room = pages * cfg["client_resources"]["num_cpus"] / (os.cpu_count() or 1)
@@ -127,19 +130,30 @@ def needs_checkpointing(cfg: dict[str, Any]) -> bool:
     if not share:
         settings["quantization"] = None  # a CPU computes on the unpacked base
     frame = model.skeleton(settings, cfg["peft"])
-    return occupied(_estimate({**cfg, "model": settings}, frame)) > 0.9 * room
+    terms = _estimate({**cfg, "model": settings}, frame)
+    if not isinstance(terms, str) and occupied(terms) <= 0.9 * room:
+        return False
+    try:
+        model.skeleton({**settings, "gradient_checkpointing": True}, cfg["peft"])
+    except UserError:
+        return False
+    return True
 
 
-def _estimate(cfg: dict[str, Any], frame: torch.nn.Module) -> dict[str, int]:
+def _estimate(cfg: dict[str, Any], frame: torch.nn.Module) -> dict[str, int] | str:
+    """`estimate_vram` of a client, or why it does not know this base or this adapter."""
     virtual = getattr(frame.peft_config["default"], "num_virtual_tokens", 0) or 0
-    return estimate_vram(
-        frame,
-        cfg["model"]["quantization"],
-        cfg["train"]["training_arguments"]["per_device_train_batch_size"],
-        # Prompt methods put tokens of their own before the text.
-        cfg["train"]["seq_length"] + virtual,
-        cfg["model"]["gradient_checkpointing"],
-    )
+    try:
+        return estimate_vram(
+            frame,
+            cfg["model"]["quantization"],
+            cfg["train"]["training_arguments"]["per_device_train_batch_size"],
+            # Prompt methods put tokens of their own before the text.
+            cfg["train"]["seq_length"] + virtual,
+            cfg["model"]["gradient_checkpointing"],
+        )
+    except Exception as error:  # an architecture of other parts than it reckons with
+        return f"{type(error).__name__}: {error}"
 
 
 def _trained(frame: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -201,6 +215,8 @@ def _traffic(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
 
 def _vram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     terms = _estimate(cfg, frame)
+    if isinstance(terms, str):
+        return [("VRAM a client", f"not known: {terms}")]
     rows = [
         (
             "VRAM a client",

@@ -47,13 +47,15 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import cpu  # noqa: F401 (registers "blocked")
+import cpu  # noqa: F401 (attention in blocks)
 import dataset
 import model
 import utils
@@ -225,16 +227,16 @@ def padding(found: list[Batch]) -> float:
 # --- the same-arithmetic loop ----------------------------------------------------------------
 
 
-def load_4bit(cfg: dict[str, Any], dtype: torch.dtype, **more: Any) -> Any:
+def load_4bit(cfg: dict[str, Any], dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         utils.local_path(cfg["model"]["name"]),
         quantization_config=model.quantization_config(4, dtype),
         dtype=dtype,
-        **more,
     )
 
 
 def same_arithmetic_model(cfg: dict[str, Any]) -> torch.nn.Module:
+    AttentionInterface.register("sdpa", sdpa_attention_forward)  # transformers' own
     base = peft.prepare_model_for_kbit_training(
         load_4bit(cfg, torch.bfloat16),
         use_gradient_checkpointing=True,
@@ -280,7 +282,7 @@ class HandLora(torch.nn.Module):
 
 def fastest_model(cfg: dict[str, Any]) -> torch.nn.Module:
     dtype = model.compute_dtype(torch.device("cpu"))
-    net = load_4bit(cfg, dtype, attn_implementation="blocked").dequantize()
+    net = load_4bit(cfg, dtype).dequantize()
     net.requires_grad_(False)
     lora = cfg["model"]["lora"]
     every = lora["target_modules"] == "all-linear"

@@ -575,6 +575,11 @@ ADAPTERS = [
         "lora_A.weight has shape (16, 512), not (4, 512)",
     ),
     (
+        "a rank that no memory holds",
+        change("adapter_config.json", r=10**12),
+        "lora_A.weight has shape (16, 512), not (1000000000000, 512)",
+    ),
+    (
         "layers that the base has not",
         change("adapter_config.json", target_modules=["nothing"]),
         "Target modules {'nothing'} not found in the base model",
@@ -613,6 +618,16 @@ ADAPTERS = [
         "a note in bytes",
         put(ABOUT, b"\xff\xfe"),
         f"{ABOUT} is broken (UnicodeDecodeErr",
+    ),
+    (
+        "a note of brackets",
+        put(ABOUT, "[" * 100_000),
+        f"{ABOUT} is broken (RecursionError",
+    ),
+    (
+        "a note without end",
+        put(ABOUT, " " * 2**21),
+        f"{ABOUT} is larger than",
     ),
     ("a list for a note", put(ABOUT, "[]"), f"{ABOUT} is broken (TypeError"),
     (

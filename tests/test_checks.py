@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+import architectures
 import checks
 import client
 import model
@@ -540,3 +541,54 @@ def test_chat_template_that_fails_is_answered(model_folder):
         "dataset.template=chat: this model's chat template fails (TemplateError: system "
         "needed). Take dataset.template=alpaca or vicuna."
     )
+
+
+@pytest.fixture
+def base_with(tmp_path):
+    """A tiny base of so many tokens with the shipped tokenizer, otherwise set."""
+
+    def make(tokens: int = 2048, **special: str | None) -> str:
+        folder = architectures.save("llama", tmp_path / "base", vocab_size=tokens)
+        tokenizer = copy.deepcopy(model.load_tokenizer("assets/tiny_llama"))
+        for name, token in special.items():
+            setattr(tokenizer, name, token)
+        if added := [token for token in special.values() if token]:
+            tokenizer.add_tokens(added, special_tokens=True)
+        tokenizer.save_pretrained(folder)
+        model.load_tokenizer.cache_clear()
+        return f"model.name={folder} model.quantization=null"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"eos_token": None}, "its tokenizer has no eos_token"),
+        ({"eos_token": "<end>"}, "the eos_token of its tokenizer has token 2048"),
+        ({"bos_token": "<begin>"}, "the bos_token of its tokenizer has token 2048"),
+        ({"tokens": 1000}, "the vocabulary of its tokenizer has token 2047"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_base_is_answered(made, message, base_with):
+    with pytest.raises(UserError, match=message):
+        check(base_with(**made))
+
+
+def test_a_template_of_tokens_that_the_base_lacks_is_answered(base_with):
+    overrides = base_with(mask_token="<turn>")
+    check(overrides)  # nothing but the template would write it
+    folder = overrides.split()[0].removeprefix("model.name=")
+    with open(f"{folder}/chat_template.jinja", "w") as file:
+        file.write("{% for m in messages %}<turn>{{ m['content'] }}{% endfor %}")
+    model.load_tokenizer.cache_clear()
+    with pytest.raises(UserError, match="the template of its tokenizer has token 2048"):
+        check(f"{overrides} dataset.template=chat")
+
+
+@pytest.mark.parametrize("token", [None, "<pad>", "<another>"])
+def test_a_padding_token_is_one_that_the_base_has(token, base_with):
+    overrides = base_with(pad_token=token)
+    cfg = check(overrides)
+    tokenizer = model.load_tokenizer(cfg["model"]["name"])
+    assert 0 <= tokenizer.pad_token_id < 2048

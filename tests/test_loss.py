@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 import loss
 from utils import PROJECT
@@ -92,6 +92,7 @@ def test_a_share_of_an_accumulated_batch(monkeypatch):
 def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 4)
     net, batch = make("lora"), make_batch("left")
+    loss.answer_loss(net, batch)  # finds out how the head may be called
     seen = []
     head = net.get_base_model().get_output_embeddings()
     head.register_forward_hook(lambda m, i, out: seen.append(out.shape[:-1].numel()))
@@ -110,21 +111,52 @@ def test_without_gradients_none_are_made():
 
 
 def test_logits_that_a_model_adjusts_are_left_to_it():
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=2048,
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(
+        Gemma2Config(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=2048,
+            final_logit_softcapping=0.1,  # hard on logits about 0.1
+        )
     )
-    net = AutoModelForCausalLM.from_config(config)
-    net.config.final_logit_softcapping = 30.0
-    seen = []
-    net.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
     batch = make_batch("right")
     assert torch.allclose(loss.answer_loss(net, batch), net(**batch).loss, rtol=1e-5)
-    answers = int((batch["labels"] != loss.IGNORED).sum())
-    assert seen == [answers, 12]
+    seen = []
+    net.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
+    loss.answer_loss(net, batch)
+    assert seen == [int((batch["labels"] != loss.IGNORED).sum())]
+
+
+@pytest.mark.parametrize("oddity", ["no head", "mixes positions", "other logits"])
+def test_a_head_of_another_kind_is_not_relied_on(oddity, monkeypatch):
+    net, batch = make("lora"), make_batch("left")
+    base = net.get_base_model()
+    if oddity == "no head":
+        monkeypatch.setattr(base, "get_output_embeddings", lambda: None)
+    else:
+        plainly = base.forward
+
+        def forward(*args, **kwargs):
+            result = plainly(*args, **{**kwargs, "labels": None})
+            logits = result.logits
+            if oddity == "other logits":
+                result.logits = logits * 1.01
+            else:
+                result.logits = logits + logits.roll(1, dims=1)
+            return result
+
+        monkeypatch.setattr(base, "forward", forward)
+    wanted = net(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+    kept = batch["labels"][:, 1:] != loss.IGNORED
+    wanted = torch.nn.functional.cross_entropy(
+        wanted[kept], batch["labels"][:, 1:][kept]
+    )
+    assert torch.allclose(loss.answer_loss(net, batch), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
