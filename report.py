@@ -131,6 +131,7 @@ SUMMARY = {
     "clients?": [{"partition": int, **{f"{name}?": float for name in SCORES}}],
 }
 QUESTIONS = {f"{name}?": [float] for name in ("nats", "right", "tokens", *SCORES)}
+MULTIRUN = {"hydra": {"sweeper": dict, "overrides": {"task": [str]}}}
 ANSWERS = [dict.fromkeys(("instruction", "input", "output", "base", "tuned"), str)]
 
 
@@ -281,12 +282,11 @@ def _planned(folder: Path) -> list[dict[str, str]]:
     """The overrides of each job that Hydra's own sweeper makes of this sweep."""
     if not (file := folder / "multirun.yaml").exists():
         return []
+    config = fit(utils.read_yaml(file, dict), MULTIRUN, file)["hydra"]
+    swept, tasks = config["sweeper"].get("params"), config["overrides"]["task"]
     try:
-        config = OmegaConf.load(file).hydra
-        params = (config.sweeper.params or {}).items()
-        texts = [f"{key}={values}" for key, values in params]
-        parser = OverridesParser.create()
-        parsed = parser.parse_overrides([*texts, *config.overrides.task])
+        texts = [f"{key}={values}" for key, values in (swept or {}).items()]
+        parsed = OverridesParser.create().parse_overrides([*texts, *tasks])
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
     except Exception as error:  # whatever YAML and Hydra make of a broken file
         raise UserError(f"{file} is broken ({type(error).__name__}).") from error

@@ -6,6 +6,7 @@ Knows nothing of Flower, of models or of data, and imports none of our modules.
 import csv
 import hashlib
 import importlib
+import io
 import json
 import logging
 import math
@@ -24,12 +25,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import hydra
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import AliasToken, YAMLError, scan
 
 PROJECT = Path(__file__).resolve().parent
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
@@ -220,6 +221,31 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def read_yaml(path: Path, kind: type) -> Any:
+    """A `dict` or `list` out of a small YAML file, as plain values, nothing resolved.
+
+    Raises `UserError` as `read_json` does, and for aliases: a kilobyte of those can stand for
+    more than any memory holds.
+    """
+    text = read_text(path, most=2**20)
+    try:
+        if any(isinstance(token, AliasToken) for token in scan(text)):
+            raise ValueError("it holds aliases")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except (
+        OSError,  # what is neither dict, list nor text, by OmegaConf
+        ValueError,
+        RecursionError,
+        YAMLError,
+        OmegaConfBaseException,
+    ) as error:
+        told = " ".join(str(error).split())  # where, in lines of its own
+        raise UserError(f"{path} is broken ({type(error).__name__}: {told}).") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} is broken (it holds something else).")
+    return content
+
+
 def read_text(path: Path, most: int = 2**30) -> str:
     """The text of a file of at most `most` bytes. Raises `UserError` as `read_json` does."""
     try:
@@ -243,27 +269,19 @@ def read_config(run: Path) -> DictConfig:
     `UserError` where the file is missing or broken.
     """
     path = run / ".hydra/config.yaml"
-    text = read_text(path, most=2**20)
+    cfg = OmegaConf.create(_literal(read_yaml(path, dict)))
     try:
-        node = OmegaConf.to_container(OmegaConf.create(text))
-        cfg = OmegaConf.create(_literal(node))
-        if not isinstance(cfg, DictConfig):
-            raise ValueError("it holds no settings")
         OmegaConf.resolve(cfg)
-    except Exception as error:  # whatever YAML and OmegaConf make of a broken file
-        raise _broken(path, error) from None
+    except (OmegaConfBaseException, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is broken ({type(error).__name__}: {line}).") from None
     return cfg
 
 
 def read_overrides(run: Path) -> dict[str, str]:
     """The overrides of a run by their keys, from `.hydra/overrides.yaml`. Raises `UserError`."""
     path = run / ".hydra/overrides.yaml"
-    text = read_text(path, most=2**20)
-    try:
-        content = yaml.safe_load(text) or []
-    except (yaml.YAMLError, RecursionError) as error:
-        raise _broken(path, error) from None
-    return by_key(fit(content, [str], path))
+    return by_key(fit(read_yaml(path, list), [str], path))
 
 
 def by_key(overrides: Iterable[str]) -> dict[str, str]:
@@ -310,11 +328,6 @@ def _literal(node: Any) -> Any:
     if isinstance(node, str) and "${" in node and not REFERENCE.fullmatch(node):
         return node.replace("${", "$ {")  # not to be asked for
     return node
-
-
-def _broken(path: Path, error: Exception) -> UserError:
-    [line, *_] = str(error).splitlines() or [""]
-    return UserError(f"{path} is broken ({type(error).__name__}: {line[:200]}).")
 
 
 def write_json(path: Path, content: Any) -> None:

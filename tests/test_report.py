@@ -509,7 +509,9 @@ def three_runs(folder: Path) -> Path:
 def test_a_broken_file_is_named(name, mine):
     file = three_runs(mine) / name
     whole = file.read_text() if file.exists() else "{}"
-    broken = ["{", "[" * 5_000, "7", "\0", whole[: len(whole) // 2], '{"rounds": [{}]}']
+    bomb = "a0: &a0 [x]\n"  # 2^64 values, for who unfolds them
+    bomb += "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 65))
+    broken = ["{", "[" * 5_000, "7", bomb, whole[: len(whole) // 2], '{"rounds": [{}]}']
     # Half of a list of overrides, or of what somebody wrote, may be whole.
     kept = {"environment.json": broken[4:], "0/.hydra/overrides.yaml": broken[4:5]}
     for content in broken:
