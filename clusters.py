@@ -1,13 +1,17 @@
 """Text without labels, dealt out by what it is about."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, Partitioner
 
 import files
 
 VOCABULARY = 10_000  # the commonest words; the others count for nothing
+NAMED = 3  # words in a cluster's name
+STEM = 4  # letters that begin two forms of one word
 
 
 class ClusterPartitioner(Partitioner):
@@ -18,7 +22,8 @@ class ClusterPartitioner(Partitioner):
     names; None stands for none. `alpha`, `min_partition_size`, `seed`: as in
     `DirichletPartitioner`; `seed` decides the clusters as well.
 
-    A partition has one column more, `cluster`: the cluster's number and heaviest words.
+    A partition has one column more, `cluster`: the cluster's number and the words that are
+    heavier in it than elsewhere.
     """
 
     def __init__(
@@ -78,8 +83,21 @@ def cluster(*columns: list[Any], num_clusters: int, seed: int) -> dict[str, list
     with threadpool_limits(1):
         found = KMeans(num_clusters, random_state=seed).fit(vectors)
     words = tfidf.get_feature_names_out()
-    names = [
-        f"{number}: {' '.join(words[centre.argsort()[:-4:-1]])}"
-        for number, centre in enumerate(found.cluster_centers_)
-    ]
+    # What all records share (an instruction's words, say) is no heavier here than anywhere.
+    apart = found.cluster_centers_ - np.asarray(vectors.mean(axis=0))
+    names: list[str] = []
+    for number, centre in enumerate(apart):
+        heaviest = (words[i] for i in centre.argsort()[::-1] if centre[i] > 0)
+        names.append(f"{number}: {' '.join(_unlike(heaviest, NAMED))}".rstrip())
     return {"cluster": [names[label] for label in found.labels_]}
+
+
+def _unlike(words: Iterable[str], count: int) -> list[str]:
+    """The first so many words that are no other form of one before: cause, causes, caused."""
+    chosen: list[str] = []
+    for word in words:
+        if len(chosen) == count:
+            break
+        if word[:STEM] not in (known[:STEM] for known in chosen):
+            chosen.append(word)
+    return chosen

@@ -6,6 +6,8 @@ The base model, its quantisation and the prompt template come from the adapter's
 """
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -88,9 +90,13 @@ def evaluate(options: argparse.Namespace) -> None:
     titles, tasks = harness.load(options.tasks, options.allow_code_execution)
     net, tokenizer = model.open_adapter(options.peft_path, about, device)
     lm = harness.Adapter(net, tokenizer, about["template"], options.batch_size)
-    rows = harness.figures(titles, tasks, harness.run(lm, tasks, options.limit))
+    # lm-eval prints what it is bootstrapping; its progress is on stderr.
+    silent = contextlib.redirect_stdout(io.StringIO())
+    with silent:
+        results = harness.run(lm, tasks, options.limit)
+    rows = harness.figures(titles, tasks, results)
     if options.base:
-        with net.disable_adapter():
+        with net.disable_adapter(), silent:
             results = harness.run(lm, tasks, options.limit)
         for row, base in zip(
             rows, harness.figures(titles, tasks, results), strict=True
@@ -118,26 +124,65 @@ def requirement() -> str:
     return next(line for line in lines if line.startswith("lm-eval"))
 
 
+# Metrics of lm-eval's that are shares, from 0 to 1, and those that are of 100 already. Others
+# are shown as they are.
+SHARES = {
+    *(
+        "acc",
+        "acc_norm",
+        "acc_mutual_info",
+        "exact_match",
+        "em",
+        "f1",
+        "pass@1",
+        "pass_at_1",
+    ),
+    *(
+        "mcc",
+        "likelihood_diff",
+        "brier_score",
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "rougeLsum",
+    ),
+}
+OF_100 = {"bleu", "chrf", "ter"}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Figures as a table in Markdown, without the columns in which nothing would stand."""
-    columns = {
+    """Figures as a table in Markdown, without the columns in which nothing would stand.
+
+    What is a share is in percent, and says so, as does every other unit that is known.
+    """
+    columns: dict[str, list[str]] = {
         "task": [row["task"] for row in rows],
         "metric": [row["metric"] for row in rows],
+        "unit": [unit(row["metric"]) for row in rows],
         "questions": [str(row["questions"] or "") for row in rows],
-        "base": [number(row.get("base")) for row in rows],
-        "tuned": [number(row["value"], row["stderr"]) for row in rows],
-        "FlowerTune": [number(row["flowertune"]) for row in rows],
+        "base": [number(row, "base") for row in rows],
+        "tuned": [number(row, "value", row["stderr"]) for row in rows],
+        "FlowerTune": [number(row, "flowertune") for row in rows],
     }
     filled = {name: cells for name, cells in columns.items() if any(cells)}
-    lines = [list(filled), ["---"] * len(filled), *zip(*filled.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return utils.table(list(filled), zip(*filled.values(), strict=True), numbers=False)
 
 
-def number(value: float | None, error: Any = None) -> str:
-    """Four digits, with the standard error if there is one; lm-eval's may be N/A."""
-    if value is None:
+def unit(metric: str) -> str:
+    """Of a metric by lm-eval's name, of which a filter may be part."""
+    name = metric.partition(" ")[0]
+    return "%" if name in SHARES else "of 100" if name in OF_100 else ""
+
+
+def number(row: dict[str, Any], key: str, error: Any = None) -> str:
+    """A value, with the standard error if there is one; lm-eval's may be N/A."""
+    if (value := row.get(key)) is None:
         return ""
-    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+    scale, form = {"%": (100, ".2f"), "of 100": (1, ".2f")}.get(
+        unit(row["metric"]), (1, ".4g")
+    )
+    text = f"{scale * value:{form}}"
+    return text + (f" ± {scale * error:{form}}" if isinstance(error, float) else "")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,19 @@ from loss import answer_scores
 from utils import look_for_stop
 
 BATCH = 64
-Scores = dict[str, float]
+
+
+class Scores(dict[str, float]):
+    """Scores over all test questions, by name.
+
+    `questions`: what they are made of, a value for each question, by name. `nats`, `right` and
+    `tokens` of the answer (sums over its tokens; too long ones are not there), the other
+    scores under their own names.
+    """
+
+    def __init__(self, *known: Any, questions: dict[str, list[float]]) -> None:
+        super().__init__(*known)
+        self.questions = questions
 
 
 # --- known answers ----------------------------------------------------------------------------
@@ -195,19 +207,24 @@ class Examination:
                 for given, record in zip(answers, self.records, strict=True)
             ]
             for name, metric in METRICS.items():
-                scores[name] = sum(metric(*pair) for pair in pairs) / len(pairs)
+                scores.questions[name] = [metric(*pair) for pair in pairs]
         if self.choices:
-            scores["choice_accuracy"] = self._choose()
+            scores.questions["choice_accuracy"] = self._choose()
+        for name in (*METRICS, "choice_accuracy"):
+            if values := scores.questions.get(name):
+                scores[name] = sum(values) / len(values)
         return scores, answers
 
     def _measure(self) -> Scores:
         scores = score(self.net, self.examples, self.collate, self.batch)
         loss, accuracy = loss_and_accuracy(scores)
-        return {
+        told = {
             "test_loss": loss,
             "test_perplexity": math.exp(min(loss, 700)),  # what a float can hold
             "test_accuracy": accuracy,
         }
+        columns = zip(("nats", "right", "tokens"), scores.T.tolist(), strict=True)
+        return Scores(told, questions=dict(columns))
 
     def _answers(self) -> list[str]:
         prompts = [
@@ -218,8 +235,8 @@ class Examination:
         ends = dataset.ends(self.template, self.tokenizer, self.net.generation_config)
         return answer(self.net, self.tokenizer, prompts, limit, ends)
 
-    def _choose(self) -> float:
-        """Share of questions, in [0, 1], whose right answer is the likeliest of the choices.
+    def _choose(self) -> list[float]:
+        """Of each question, 1 where its right answer is the likeliest of the choices, else 0.
 
         By summed log-likelihood, as the language model evaluation harness's `acc`.
         """
@@ -237,7 +254,8 @@ class Examination:
         for (place, right), value in zip(owners, nats, strict=True):
             best = likeliest.get(place, (math.inf, False))
             likeliest[place] = min(best, (value, right))
-        return sum(right for _, right in likeliest.values()) / len(self.records)
+        places = range(len(self.records))
+        return [float(likeliest.get(place, (0.0, False))[1]) for place in places]
 
     def _encode(self, record: dataset.Record) -> dataset.Example | None:
         return dataset.encode(record, self.template, self.tokenizer, self.seq_length)

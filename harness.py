@@ -301,33 +301,34 @@ def figures(
     """What is in the results, in order: task, metric, questions, value and standard error.
 
     And FlowerTune's value, where a preset has one. A group that has no value of its own is
-    shown by its parts, and the average of the first value of each.
+    shown by its parts, and the average of the first value of each if they are one metric.
     """
     rows = []
     for title in titles:
         group = tasks["groups"].get(title)
         published = (group.metadata or {}).get("flowertune", {}) if group else {}
-        firsts = []
+        firsts, metrics = [], set()
         for part in _parts(title, tasks, results):
             found = results["results"][part]
             keys = _metrics(found)
             firsts.append(found[keys[0]])
+            metrics.add(_title(keys[0]))
             for key in keys:
                 rows.append(
                     {
                         "task": part,
-                        "metric": key.removesuffix(",none").replace(",", " "),
+                        "metric": _title(key),
                         "questions": found["sample_len"],
                         "value": found[key],
                         "stderr": found.get(key.replace(",", "_stderr,")),
                         "flowertune": published.get(part) if key == keys[0] else None,
                     }
                 )
-        if len(firsts) > 1:
+        if len(firsts) > 1 and len({name.partition(" ")[0] for name in metrics}) == 1:
             rows.append(
                 {
                     "task": f"{title}: average",
-                    "metric": "",
+                    "metric": metrics.pop(),
                     "questions": None,
                     "value": sum(firsts) / len(firsts),
                     "stderr": None,
@@ -335,6 +336,10 @@ def figures(
                 }
             )
     return rows
+
+
+def _title(key: str) -> str:
+    return key.removesuffix(",none").replace(",", " ")
 
 
 def sources(titles: list[str], tasks: dict[str, Any]) -> list[str]:

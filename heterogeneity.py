@@ -12,13 +12,17 @@ from datasets.naming import camelcase_to_snakecase
 
 import dataset
 import model
-from utils import UserError, local_path
+from utils import COLOURS, GREY, UserError, figure, local_path
 
 # Records that are tokenised to tell their lengths: of a client, and of all of them, at most.
 SAMPLE = 200
 SAMPLE_OF_ALL = 10_000
 UNCUT = sys.maxsize
-COLOURS = 20  # categories that the plot tells apart; the others share one
+HATCHES = (
+    None,
+    "///",
+)  # with `utils.COLOURS`, the categories that the plot tells apart
+NAMED = 40  # clients at most that are named one by one
 
 
 def describe(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -157,76 +161,81 @@ def _range(values: Iterable[float]) -> list[float] | None:
 def plot(data: dict[str, Any], path: Path) -> None:
     """Draw what `describe` returns into a PNG, the clients side by side, smallest first.
 
-    One panel each for records, mix of categories and lengths, where they are known.
+    One panel each for records, mix of categories and lengths, where they are known. Where
+    each client has records of one category alone, that is its name, in the place of the mix.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     order = sorted(enumerate(data["clients"]), key=lambda item: item[1]["records"])
     clients = [client for _, client in order]
+    named = order if len(order) <= NAMED else []
+    pure = data["category"] and all(len(c["categories"]) == 1 for c in clients)
     panels = [(_draw_records, 2)]
-    if data["category"]:
+    if data["category"] and not (pure and named):
         panels.append((_draw_mix, 3))
     if data["summary"]["median_tokens"]:
         panels.append((_draw_lengths, 2))
     heights = [height for _, height in panels]
-    figure, column = pyplot.subplots(
-        len(panels),
-        figsize=(10, 1 + sum(heights)),
-        height_ratios=heights,
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for (draw, _), axes in zip(panels, column[:, 0], strict=True):
-        draw(axes, clients, data)
-    axes.set_xlim(-0.5, len(clients) - 0.5)
-    axes.set_xlabel("client, by number of records")
-    named = order if len(order) <= 40 else []
-    axes.set_xticks(range(len(named)), [str(number) for number, _ in named])
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    shape = {"height_ratios": heights, "sharex": True}
+    with figure(path, len(panels), height=1 + sum(heights), **shape) as column:
+        for (draw, _), axes in zip(panels, column, strict=True):
+            draw(axes, clients, data)
+        axes.set_xlim(-0.5, len(clients) - 0.5)
+        labels = [str(number) for number, _ in named]
+        if pure and named:
+            axes.set_xlabel(f"client: its {data['category']}; by number of records")
+            names = [next(iter(client["categories"])) for client in clients]
+            labels = [
+                f"{label}: {name[:24]}"
+                for label, name in zip(labels, names, strict=True)
+            ]
+            style = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        else:
+            axes.set_xlabel(f"{len(clients)} clients, by number of records")
+            style = {"fontsize": "small"} if len(named) > 20 else {}
+        axes.set_xticks(range(len(named)), labels, **style)
 
 
 def _draw_records(axes: Any, clients: list[dict[str, Any]], data: Any) -> None:
     sizes = np.array([client["records"] for client in clients])
-    _stack(axes, np.zeros(len(sizes)), sizes, color="tab:gray")
+    _stack(axes, np.zeros(len(sizes)), sizes, color=GREY)
     axes.set_ylabel("records")
+    if len(sizes) <= NAMED:  # a bar of two beside one of a thousand cannot be seen
+        style = {"ha": "center", "va": "bottom"}
+        style |= {"fontsize": "small", "rotation": 90 if len(sizes) > 20 else 0}
+        for place, size in enumerate(sizes):
+            axes.text(place, size, f"{size}", **style)
+        axes.margins(y=0.2)
+        axes.set_ylim(bottom=0)
 
 
 def _draw_mix(axes: Any, clients: list[dict[str, Any]], data: dict[str, Any]) -> None:
-    from matplotlib import colormaps
-
     total: Counter[str] = Counter()
     for client in clients:
         total.update(client["categories"])
+    looks = [(colour, hatch) for hatch in HATCHES for colour in COLOURS]
     shown = [name for name, _ in total.most_common()]
-    if len(shown) > COLOURS:
-        shown = shown[: COLOURS - 1]
+    if len(shown) > len(looks):
+        shown = shown[: len(looks)]
     sizes = np.array([max(1, client["records"]) for client in clients])
     bottom = np.zeros(len(clients))
-    colours = colormaps["tab20"].colors
-    # The map's strong colours first, then their pale ones.
-    for name, colour in zip(shown, colours[::2] + colours[1::2], strict=False):
+    for name, (colour, hatch) in zip(shown, looks, strict=False):
         held = np.array([client["categories"].get(name, 0) for client in clients])
-        _stack(axes, bottom, bottom + held / sizes, color=colour, label=name[:32])
+        style = {"facecolor": colour, "hatch": hatch, "edgecolor": "white", "lw": 0}
+        _stack(axes, bottom, bottom + held / sizes, label=name[:32], **style)
         bottom = bottom + held / sizes
     if rest := len(total) - len(shown):
         _stack(axes, bottom, np.ones(len(clients)), color="0.85", label=f"{rest} more")
     axes.set_ylim(0, 1)
     axes.set_ylabel(f"share by {data['category']}")
     # Upside down, as the bars are stacked.
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, reverse=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, reverse=True)
 
 
 def _draw_lengths(axes: Any, clients: list[dict[str, Any]], data: Any) -> None:
     known = [(i, c["tokens"]) for i, c in enumerate(clients) if c["tokens"]]
     places = [place for place, _ in known]
     low, median, high = zip(*(tokens for _, tokens in known), strict=True)
-    axes.vlines(places, low, high, color="tab:gray")
-    axes.plot(places, median, "o", markersize=4, color="tab:blue")
+    axes.vlines(places, low, high, color=GREY)
+    axes.plot(places, median, "o", markersize=4, color=COLOURS[0])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens an example\n(10th, 50th, 90th percentile)")
 

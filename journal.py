@@ -8,7 +8,7 @@ from typing import Any
 
 import model
 from tracking import Tracking
-from utils import UserError, plot_losses, read_json, say, write_json, writing
+from utils import UserError, plot_run, public, read_json, say, write_json
 
 SHOWN = 3  # sample questions printed after a run
 # What every round's entry in `history.json` tells, of which the summary is made.
@@ -107,7 +107,8 @@ class Journal:
     def write_summary(self, more: dict[str, Any]) -> None:
         """Write `summary.json` and draw `train_loss.png`."""
         losses = [entry["train_loss"] for entry in self.rounds]
-        plot_losses({"": losses}, self.folder / "train_loss.png", smoothed=False)
+        history = read_json(self.folder / "history.json")
+        plot_run(history, public(describe(self.cfg)), self.folder / "train_loss.png")
         summary = {
             "rounds": len(self.rounds),
             "train_loss_first": losses[0],

@@ -10,7 +10,6 @@ written once, as Markdown; the HTML is the same, rendered, with the figures insi
 import argparse
 import base64
 import html
-import json
 import math
 import os
 import platform
@@ -22,22 +21,40 @@ import sys
 import textwrap
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
+from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from utils import PROJECT, UserError, say, write_json
+import utils
+from utils import (
+    FEW,
+    GREY,
+    LOSS,
+    PROJECT,
+    UserError,
+    by_key,
+    code,
+    escape,
+    figure,
+    fit,
+    public,
+    read_json,
+    say,
+    table,
+    telling,
+    varied,
+    write_json,
+)
 
 PerSeed = dict[int, float]
 PerClient = dict[int, dict[int, float]]  # by seed, then by partition
@@ -49,20 +66,20 @@ SCORES = {
     "f1": "F1, %",
     "rouge_l": "ROUGE-L, %",
     "test_accuracy": "token accuracy, %",
-    "test_loss": "loss",
+    "test_loss": LOSS,
     "test_perplexity": "perplexity",
     "eval_accuracy": "token accuracy on own records, %",
-    "eval_loss": "loss on own records",
+    "eval_loss": f"{LOSS}, on own records",
 }
 MODES = {"local": "local", "federated": "federated", "centralized": "centralised"}
 ROWS = {"base": "base", "local": "local", "worst": "local, worst client", **MODES}
-# Told apart by the colour-blind as well (Okabe and Ito 2008).
 COLOURS = {
-    "base": "#8c8c8c",
+    "base": GREY,
     "local": "#e69f00",
     "federated": "#0072b2",
     "centralized": "#009e73",
 }
+MARKERS = {"base": "X", "local": "s", "federated": "o", "centralized": "D"}
 SETTINGS = (
     "model.name",
     "model.quantization",
@@ -80,6 +97,42 @@ SETTINGS = (
     "train.training_arguments.per_device_train_batch_size",
     "comm.dtype",
 )
+# What is read of a run's files, whoever wrote them.
+CONFIG = {
+    "mode": str,
+    "seed": int,
+    "num_clients": int,
+    "num_rounds": int,
+    "model": {"name": str},
+    "dataset": dict,
+    "train": {
+        "training_arguments": {
+            "max_steps": int,
+            "per_device_train_batch_size": int,
+            "gradient_accumulation_steps": int,
+        }
+    },
+}
+MEASURED = {"test_loss?": float, "eval_loss?": float, "eval_accuracy?": float}
+CLIENT = {"partition": int, "num-examples": float, "records?": float}
+ROUND = {"round": int, "train_loss": float, "sampled": int, "clients": [CLIENT]}
+HISTORY = {
+    "before?": MEASURED,
+    "rounds": [{**ROUND, **MEASURED, "eval_clients?": [{**CLIENT, **MEASURED}]}],
+}
+TOLD = {f"{name}_{when}?": float for name in SCORES for when in ("before", "after")}
+SUMMARY = {
+    **TOLD,
+    "seconds": float,
+    "bytes_down": float,
+    "bytes_up": float,
+    "failures": int,
+    "test_questions?": int,
+    "clients?": [{"partition": int, **{f"{name}?": float for name in SCORES}}],
+}
+QUESTIONS = {f"{name}?": [float] for name in ("nats", "right", "tokens", *SCORES)}
+MULTIRUN = {"hydra": {"sweeper": dict, "overrides": {"task": [str]}}}
+ANSWERS = [dict.fromkeys(("instruction", "input", "output", "base", "tuned"), str)]
 
 
 class Report(Callback):
@@ -127,39 +180,91 @@ def write(folder: Path) -> Path:
 
 @dataclass
 class Run:
-    """A finished run: its overrides, configuration, `summary.json` and `history.json`."""
+    """A finished run: its overrides, configuration, and what its files tell."""
 
     folder: Path
     overrides: dict[str, str]
     cfg: DictConfig
     summary: dict[str, Any]
-    rounds: list[dict[str, Any]]
+    history: dict[str, Any]
+    answers: list[dict[str, str]]
+    questions: dict[str, dict[str, list[float]]]  # of `base` and `tuned`, by score
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        return self.history["rounds"]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.rounds[-1]
 
     def score(self, name: str) -> float | None:
         """Of the adapter that the run ended with."""
-        return self.summary.get(f"{name}_after", self.rounds[-1].get(name))
+        return self.summary.get(f"{name}_after", self.last.get(name))
 
-    def clients(self, name: str) -> dict[int, float]:
+    def before(self, name: str) -> float | None:
+        """Of the base."""
+        known = self.history.get("before", {}).get(name)
+        return self.summary.get(f"{name}_before", known)
+
+    def clients(self, name: str, few: bool = True) -> dict[int, float]:
         """By partition: an `eval_` score on the records that each client held back, another
-        score of each client's own adapter on the test questions (in `mode=local`)."""
-        each = self.summary.get("clients", []) + self.rounds[-1].get("eval_clients", [])
+        score of each client's own adapter on the test questions (in `mode=local`).
+
+        Without `few`, clients with fewer than `utils.FEW` records of their own are left out of
+        `eval_` scores.
+        """
+        own = self.last.get("eval_clients", [])
+        each = self.summary.get("clients", []) + (own if few else telling(own))
         return {client["partition"]: client[name] for client in each if name in client}
+
+    def held(self) -> dict[int, int]:
+        """By partition, the records that a client held back."""
+        own = self.last.get("eval_clients", [])
+        return {client["partition"]: int(client["num-examples"]) for client in own}
+
+    def asked(self) -> int:
+        """The number of test questions; 0 where that is not known."""
+        told = self.questions.get("tuned", {})
+        counts = [len(told[name]) for name in ("exact_match", "tokens") if name in told]
+        known = self.summary.get("test_questions") or len(self.answers)
+        return known or max(counts, default=0)
+
+    def by_question(self, whose: str, name: str) -> list[float] | None:
+        """A value for each test question, whose mean is the score of `base` or `tuned`."""
+        told = self.questions.get(whose, {})
+        sums = {"test_loss": "nats", "test_accuracy": "right"}.get(name)
+        if not sums:
+            return told.get(name)
+        if not told.get(sums) or len(told[sums]) != len(told.get("tokens", [])):
+            return None
+        return linear(told[sums], told["tokens"])
 
 
 def read(folder: Path) -> tuple[list[Run], list[str]]:
     """The finished runs of a sweep, and a line on each that failed or was never started.
 
-    Raises `UserError` where nothing has finished.
+    Raises `UserError` where nothing has finished, or a file is broken.
     """
     runs, absent, seen = [], [], []
     jobs = [path.parent.parent for path in folder.glob("*/.hydra/overrides.yaml")]
     for job in sorted(jobs, key=lambda job: (len(job.name), job.name)):
-        overrides = _settings(OmegaConf.load(job / ".hydra/overrides.yaml"))
-        cfg = OmegaConf.load(job / ".hydra/config.yaml")
-        rounds = _load(job / "history.json", {"rounds": []})["rounds"]
+        overrides = utils.read_overrides(job)
+        cfg = utils.read_config(job)
+        path = job / ".hydra/config.yaml"
+        fit(OmegaConf.to_container(cfg), CONFIG, path)
+        if cfg.mode not in MODES:
+            raise UserError(f"{path} is broken: the mode {cfg.mode} is unknown.")
+        history = _load(job / "history.json", HISTORY, {"rounds": []})
+        rounds = history["rounds"]
         seen.append(overrides)
-        if summary := _load(job / "summary.json", {}):
-            runs.append(Run(job, overrides, cfg, summary, rounds))
+        if summary := _load(job / "summary.json", SUMMARY, {}):
+            if not rounds:
+                raise UserError(f"{job}/history.json is broken: it tells of no round.")
+            answers = _load(job / "answers.json", ANSWERS, [])
+            shape = {"base": QUESTIONS, "tuned": QUESTIONS}
+            questions = _load(job / "test_scores.json", shape, {})
+            runs.append(Run(job, overrides, cfg, summary, history, answers, questions))
         else:
             done = f"stopped after {len(rounds)} of {cfg.num_rounds} rounds"
             absent.append(f"Run {job.name} ({_words(overrides)}) {done}.")
@@ -177,23 +282,23 @@ def _planned(folder: Path) -> list[dict[str, str]]:
     """The overrides of each job that Hydra's own sweeper makes of this sweep."""
     if not (file := folder / "multirun.yaml").exists():
         return []
-    config = OmegaConf.load(file).hydra
-    texts = [f"{key}={values}" for key, values in (config.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*texts, *config.overrides.task])
-    return [_settings(job) for job in BasicSweeper.split_arguments(parsed, None)[0]]
-
-
-def _settings(overrides: Iterable[str]) -> dict[str, str]:
-    pairs = (text.lstrip("+~").partition("=")[::2] for text in overrides)
-    return {key: value for key, value in pairs if key != "resume"}
+    config = fit(utils.read_yaml(file, dict), MULTIRUN, file)["hydra"]
+    swept, tasks = config["sweeper"].get("params"), config["overrides"]["task"]
+    try:
+        texts = [f"{key}={values}" for key, values in (swept or {}).items()]
+        parsed = OverridesParser.create().parse_overrides([*texts, *tasks])
+        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    except Exception as error:  # whatever YAML and Hydra make of a broken file
+        raise UserError(f"{file} is broken ({type(error).__name__}).") from error
+    return list(map(by_key, jobs))
 
 
 def _words(overrides: dict[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in overrides.items())
+    return " ".join(public(f"{key}={value}") for key, value in overrides.items())
 
 
-def _load(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text()) if path.exists() else default
+def _load(path: Path, shape: Any, default: Any) -> Any:
+    return fit(read_json(path), shape, path) if path.exists() else default
 
 
 class Section:
@@ -208,10 +313,10 @@ class Section:
             rows: dict[str, PerSeed] = {row: {} for row in ROWS}
             worst = max if lower_is_better(name) else min
             for run in runs:
-                found = {run.cfg.mode: run.score(name)}
-                found["base"] = run.summary.get(f"{name}_before")
+                found = {run.cfg.mode: run.score(name), "base": run.before(name)}
                 if run.cfg.mode == "local":
-                    found["worst"] = worst(run.clients(name).values(), default=None)
+                    each = run.clients(name, few=False).values()
+                    found["worst"] = worst(each, default=None)
                 for row, value in found.items():
                     if value is not None:
                         rows[row][run.cfg.seed] = value
@@ -222,9 +327,92 @@ class Section:
     def of(self, mode: str) -> list[Run]:
         return [run for run in self.runs if run.cfg.mode == mode]
 
-    def clients(self, name: str, mode: str) -> PerClient:
-        found = {run.cfg.seed: run.clients(name) for run in self.of(mode)}
+    def clients(self, name: str, mode: str, few: bool = True) -> PerClient:
+        found = {run.cfg.seed: run.clients(name, few) for run in self.of(mode)}
         return {seed: each for seed, each in found.items() if each}
+
+    def score(self, name: str, row: str) -> "Estimate | None":
+        """Of a row, over its seeds."""
+        share = scale(name) == 100
+        # "Add two successes and two failures" (Agresti and Coull 1998), so that all or
+        # nothing of a few questions right is no certainty.
+        more = (0, 0, 1, 1) if share else ()
+        least = 1 if name.endswith("perplexity") else 0
+        return self._estimate(
+            name, [row], list, more, (least, 1 if share else math.inf)
+        )
+
+    def less(self, name: str, one: str, other: str) -> "Estimate | None":
+        """One row less the other, seed by seed or question by question."""
+        share = scale(name) == 100
+        # One question more to each side, both in all (Agresti and Min 2005).
+        more = (math.sqrt(0.5), -math.sqrt(0.5)) if share else ()
+        bounds = (-1, 1) if share else (-math.inf, math.inf)
+        return self._estimate(
+            name, [one, other], lambda *two: list(map(sub, *two)), more, bounds
+        )
+
+    def closed(self, name: str) -> "Estimate | None":
+        """How far federation goes from local to centralised: (f - l) / (c - l)."""
+
+        def share(local, federated, pooled):
+            return linear(map(sub, federated, local), map(sub, pooled, local))
+
+        return self._estimate(name, ["local", "federated", "centralized"], share)
+
+    def _estimate(
+        self,
+        name: str,
+        rows: list[str],
+        combine: Callable[..., list[float]],
+        more: tuple[float, ...] = (),
+        bounds: tuple[float, float] = (-math.inf, math.inf),
+    ) -> "Estimate | None":
+        """What `combine` makes of these rows, each a list of values, and its interval.
+
+        Over the seeds that all rows have; where there is one, or they all say the same, over
+        the test questions, and `more` values that keep few questions from being certain.
+        """
+        known = self.scores.get(name, {})
+        seeds = sorted(set.intersection(*(set(known.get(row, {})) for row in rows)))
+        if not seeds:
+            return None
+        mean, half = interval(
+            combine(*([known[row][s] for s in seeds] for row in rows))
+        )
+        centre, unit = mean, f"{len(seeds)} seeds"
+        if half is None:
+            lists = [self._by_question(name, row, seeds) for row in rows]
+            if all(lists) and len(set(map(len, lists))) == 1:
+                centre, half = interval([*combine(*lists), *more])
+                unit = f"{len(lists[0])} questions"
+        if half is None:
+            return Estimate(mean)
+        low, high = (max(bounds[0], centre - half), min(bounds[1], centre + half))
+        return Estimate(mean, low, high, unit)
+
+    def _by_question(self, name: str, row: str, seeds: list[int]) -> list[float] | None:
+        """For each test question, the mean over these seeds."""
+        whose = "base" if row == "base" else "tuned"
+        runs = [
+            r for r in self.runs if row in ("base", r.cfg.mode) and r.cfg.seed in seeds
+        ]
+        lists = [run.by_question(whose, name) for run in runs]
+        tokens = [run.questions.get(whose, {}).get("tokens") for run in self.runs]
+        tokens = [each for each in tokens if each]
+        same = all(each == tokens[0] for each in tokens)  # the same questions, that is
+        if not lists or not same or not all(lists) or len(set(map(len, lists))) > 1:
+            return None
+        return list(map(fmean, zip(*lists, strict=True)))
+
+    def basis(self, name: str) -> str:
+        """What a score rests on: so many test questions or records."""
+        runs = self.of("federated") or self.runs
+        if name.startswith("eval"):
+            held = runs[0].held().values()
+            return f"{sum(held)} records that {len(held)} clients held back"
+        counts = sorted({run.asked() for run in runs})
+        return f"{counts[-1] or 'an unknown number of'} test questions"
 
 
 def sections(runs: list[Run]) -> list[Section]:
@@ -232,7 +420,7 @@ def sections(runs: list[Run]) -> list[Section]:
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         words = [
-            f"{value} partitions" if key == "partitioner" else f"{key}={value}"
+            f"{value} partitions" if key == "partitioner" else public(f"{key}={value}")
             for key in varied_keys(runs)
             if key not in ("mode", "seed") and (value := run.overrides.get(key))
         ]
@@ -241,37 +429,59 @@ def sections(runs: list[Run]) -> list[Section]:
 
 
 def varied_keys(runs: list[Run]) -> list[str]:
-    keys = dict.fromkeys(key for run in runs for key in run.overrides)
-    return [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    return varied([run.overrides for run in runs])
 
 
 # --- statistics -------------------------------------------------------------------------------
+
+
+@dataclass
+class Estimate:
+    """A figure and its 95 % confidence interval; without, its uncertainty is not known."""
+
+    value: float
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""  # what the interval is over
+
+    @property
+    def known(self) -> bool:
+        return bool(self.unit)
+
+    def apart(self) -> bool:
+        """Whether the interval leaves out zero. What has none is not told apart."""
+        return self.low > 0 or self.high < 0
 
 
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
     """The mean, and half the width of its 95 % confidence interval: t s / sqrt(n).
 
     t is the 0.975 quantile of Student's distribution (Student 1908) with n - 1 degrees of
-    freedom, s the standard deviation of the sample. Of one value there is no interval.
+    freedom, s the standard deviation of the sample. Of one value, or values that are all the
+    same, the uncertainty is not known: None.
     """
     from scipy.stats import t
 
     values = list(values)
-    if (count := len(values)) < 2:
+    finite = all(map(math.isfinite, values))
+    spread = stdev(values) if finite and len(values) > 1 else 0.0
+    if not finite or spread <= 1e-12 * max(map(abs, values)):
         return fmean(values), None
-    quantile = float(t.ppf(0.975, count - 1))
-    return fmean(values), quantile * stdev(values) / math.sqrt(count)
+    quantile = float(t.ppf(0.975, len(values) - 1))
+    return fmean(values), quantile * spread / math.sqrt(len(values))
 
 
-def differences(rows: dict[str, PerSeed], one: str, other: str) -> list[float]:
-    """One row less the other, for each seed that both have."""
-    return [rows[one][s] - rows[other][s] for s in rows[one] if s in rows[other]]
+def linear(above: Iterable[float], below: Iterable[float]) -> list[float]:
+    """Values whose mean is sum(above) / sum(below), and whose spread is that ratio's.
 
-
-def told_apart(values: list[float]) -> bool:
-    """Whether the interval of these differences leaves out zero. A single one is believed."""
-    mean, half = interval(values)
-    return abs(mean) > (half or 0)
+    To the first order: the ratio, and what is above it in each pair (Cochran 1977, 6.3).
+    """
+    above, below = list(above), list(below)
+    total = sum(below)
+    if not total:
+        return []
+    ratio, size = sum(above) / total, total / len(below)
+    return [ratio + (a - ratio * b) / size for a, b in zip(above, below, strict=True)]
 
 
 def lower_is_better(name: str) -> bool:
@@ -282,17 +492,17 @@ def scale(name: str) -> int:
     return 100 if SCORES[name].endswith("%") else 1
 
 
-def show(name: str, values: Iterable[float], sign: str = "") -> str:
-    """Mean and interval as `97.9 ± 1.2`: shares in percent, as `SCORES` says."""
-    if not (values := [value * scale(name) for value in values]):
+def show(name: str, found: Estimate | None, sign: str = "") -> str:
+    """Figure and interval as `97.9 [96.7, 99.1]`: shares in percent, as `SCORES` says."""
+    if found is None:
         return "-"
-    mean, half = interval(values)
-    size = abs(mean)
+    value, low, high = (x * scale(name) for x in (found.value, found.low, found.high))
+    size = abs(value)
     form = (
         ".2e" if size >= 1e5 else ".1f" if size >= 100 or scale(name) == 100 else ".3f"
     )
-    text = f"{mean:{sign}{form}}"
-    return text if half is None else f"{text} ± {half:{form}}"
+    text = f"{value:{sign}{form}}"
+    return f"{text} [{low:{sign}{form}}, {high:{sign}{form}}]" if found.known else text
 
 
 # --- in words ---------------------------------------------------------------------------------
@@ -304,9 +514,12 @@ def answer(section: Section) -> str:
     if not rows.get("federated"):
         return "There is no score of a federated run, so nothing can be compared."
     percent, points = (" %", " points") if scale(name) == 100 else ("", "")
-    said = {row: show(name, rows[row].values()) + percent for row in ROWS if rows[row]}
-    title = SCORES[name].removesuffix(", %")
-    title += " on the test questions" * (not name.startswith("eval"))
+    said = {
+        row: show(name, section.score(name, row)) + percent for row in ROWS if rows[row]
+    }
+    seeds = len(rows["federated"])
+    title = SCORES[name].removesuffix(", %").removesuffix(", on own records")
+    title += f"; {section.basis(name)}, {seeds} seed{'s' * (seeds > 1)}"
     title += "; lower is better" * lower_is_better(name)
     text = f"The federated adapter scores {said['federated']} ({title})."
     others = {
@@ -318,34 +531,55 @@ def answer(section: Section) -> str:
     beside = [words.format(said[row]) for row, words in others.items() if row in said]
     text += f" Beside it: {', '.join(beside)}." if beside else ""
     for row, whom in (("local", "a client alone"), ("centralized", "pooled data")):
-        if gains := differences(rows, "federated", row):
-            wins = (fmean(gains) < 0) == lower_is_better(name)
-            verdict = "better than" if wins else "worse than"
-            verdict = verdict if told_apart(gains) else "not told apart from"
-            text += f" It is {verdict} {whom} ({show(name, gains, '+')}{points})."
-    text += closed(name, rows) + on_own_records(section)
-    return text + " One seed has no interval." * (len(rows["federated"]) == 1)
+        if gain := section.less(name, "federated", row):
+            text += (
+                f" {verdict(name, gain, whom, seeds)} ({show(name, gain, '+')}{points}"
+            )
+            text += f", over {gain.unit})." if gain.known else ")."
+    text += closed(section) + on_own_records(section)
+    if seeds == 1:
+        text += (
+            " With one seed, an interval is over the test questions: it tells of these "
+            "adapters, not of what another seed would give."
+        )
+    return text
 
 
-def closed(name: str, rows: dict[str, PerSeed]) -> str:
-    """How far federation goes from local to centralised: (f - l) / (c - l) of the means."""
-    order = ("local", "federated", "centralized")
-    seeds = set.intersection(*(set(rows[row]) for row in order))
-    if not seeds:
+def verdict(name: str, gain: Estimate, whom: str, seeds: int) -> str:
+    """Better, worse, or neither, as far as the interval of this difference allows."""
+    if not gain.known:
+        why = "All seeds agree" if seeds > 1 else "One run of each"
+        return (
+            f"{why}, without scores of single questions: whether it is better or worse than "
+            f"{whom} cannot be told"
+        )
+    if not gain.apart():
+        return f"It is not told apart from {whom}"
+    wins = (gain.value < 0) == lower_is_better(name)
+    return f"It is {'better' if wins else 'worse'} than {whom}"
+
+
+def closed(section: Section) -> str:
+    """How much of the gap between local and centralised is closed, if there is a gap."""
+    name = section.headline
+    gap, share = section.less(name, "centralized", "local"), section.closed(name)
+    if gap is None or share is None or not gap.known:
         return ""
-    local, federated, pooled = (fmean(rows[row][s] for s in seeds) for row in order)
-    gap = differences(rows, "centralized", "local")
-    if not told_apart(gap) or (pooled < local) != lower_is_better(name):
+    if not gap.apart() or (gap.value < 0) != lower_is_better(name):
         return " Pooling is not measurably better than a client alone: no gap to close."
-    share = (federated - local) / (pooled - local)
-    return f" Federation closes {share:.0%} of the gap between alone and pooled."
+    if not share.known:
+        return ""
+    return (
+        f" Federation closes {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] of the "
+        "gap between alone and pooled."
+    )
 
 
 def on_own_records(section: Section) -> str:
-    federated = section.clients("eval_loss", "federated")
+    federated = section.clients("eval_loss", "federated", few=False)
     pairs = [
         (federated[seed][client], loss)
-        for seed, losses in section.clients("eval_loss", "local").items()
+        for seed, losses in section.clients("eval_loss", "local", few=False).items()
         for client, loss in losses.items()
         if client in federated.get(seed, {})
     ]
@@ -356,6 +590,19 @@ def on_own_records(section: Section) -> str:
     return (
         " On the records that each client held back of its own, the federated adapter has "
         f"the lower loss in {wins} of {len(pairs)} cases (each client with each seed){others}."
+        f"{left_out(section)}"
+    )
+
+
+def left_out(section: Section) -> str:
+    """Who held back too little to be compared."""
+    held = [n for run in section.of("local") for n in run.held().values()]
+    few = [n for n in held if n < FEW]
+    if not few:
+        return ""
+    return (
+        f" {len(few)} of {len(held)} are left out of this and of the worst client: they held "
+        f"back fewer than {FEW} records."
     )
 
 
@@ -380,43 +627,43 @@ def budget(section: Section) -> str:
 
 
 INTERVALS = (
-    "± is half of the 95 % confidence interval of the mean over the seeds: t s / sqrt(n), "
-    "with s the standard deviation over n seeds and t the 0.975 quantile of Student's "
-    "distribution with n - 1 degrees of freedom (for 3 seeds, 4.30). Differences are taken "
-    "seed by seed; two methods are told apart where the interval of their differences "
-    "leaves out zero. The interval covers what the seed decides: the first adapter, who "
-    "takes part when, the order of the records, how they are dealt out where that is "
-    "random. It does not cover the choice of the test questions. Local is the mean over "
-    "clients, each with an adapter of its own; the worst client is each seed's worst. Bytes "
-    "and seconds are the simulation's: sites that train alone would send nothing, and "
-    "pooling would send the data."
+    "The brackets hold 95 % confidence intervals of the mean: plus and minus t s / sqrt(n), with "
+    "s the standard deviation over n seeds and t the 0.975 quantile of Student's distribution "
+    "with n - 1 degrees of freedom (for 3 seeds, 4.30). Differences are taken seed by seed; "
+    "two methods are told apart where the interval of their differences leaves out zero. The "
+    "interval covers what the seed decides: the first adapter, who takes part when, the order "
+    "of the records, how they are dealt out where that is random. It does not cover the choice "
+    "of the test questions. Where there is one seed, or all seeds agree to the last digit, the "
+    "same is done over the test questions, pair by pair; that covers their choice, and not "
+    "what another seed would give. Shares of few questions are then given four more of which "
+    "two are right (Agresti and Coull), differences one more to each side (Agresti and Min). "
+    "Intervals end where the score does, at 0 and 100 %. A figure without brackets has no "
+    "known uncertainty, and nothing is concluded from it. Loss is in nats per answer token, "
+    "token accuracy the share of answer tokens that the adapter finds likeliest; exact match, "
+    "F1 and ROUGE-L compare whole answers. Local is the mean over clients, each with an "
+    "adapter of its own; the worst client is each seed's worst, among those that held back at "
+    f"least {FEW} records where it is about those. Bytes and seconds are the simulation's: "
+    "sites that train alone would send nothing, and pooling would send the data."
 )
 
 
 # --- tables -----------------------------------------------------------------------------------
 
 
-def escape(text: str) -> str:
-    """As Markdown that shows this text on one line, whatever it holds."""
-    return re.sub(r"([\\`*_\[\]|<>&~$!#])", r"\\\1", " ".join(text.split()))
-
-
-def table(header: list[str], rows: Iterable[list[str]], numbers: bool = True) -> str:
-    """In Markdown, the columns after the first to the right if they are of numbers."""
-    rules = [" --- ", *[" ---: " if numbers else " --- "] * (len(header) - 1)]
-    lines = [" " + " | ".join(map(escape, cells)) + " " for cells in (header, *rows)]
-    return "\n".join(f"|{line}|" for line in (lines[0], "|".join(rules), *lines[1:]))
-
-
 def score_table(section: Section) -> str:
     body = []
-    for name, rows in section.scores.items():
-        cells = [show(name, rows[row].values()) for row in ROWS]
+    for name in section.scores:
+        cells = [show(name, section.score(name, row)) for row in ROWS]
         for other in ("local", "centralized"):
-            cells.append(show(name, differences(rows, "federated", other), sign="+"))
-        body.append([SCORES[name], *cells])
+            cells.append(show(name, section.less(name, "federated", other), sign="+"))
+        # A narrow page breaks a line before an interval, not in it.
+        cells = [cell.replace(", ", ",\u00a0") for cell in cells]
+        body.append([f"{SCORES[name]} ({section.basis(name)})", *cells])
     less = [f"federated less {MODES[mode]}" for mode in ("local", "centralized")]
-    return table(["", *ROWS.values(), *less], body)
+    counts = ", ".join(
+        f"{title} {len(section.of(mode))}" for mode, title in MODES.items()
+    )
+    return f"{table(['', *ROWS.values(), *less], body)}\n\nRuns: {counts}."
 
 
 def cost_table(section: Section) -> str:
@@ -441,10 +688,11 @@ def run_table(runs: list[Run], name: str | None) -> str:
     keys = varied_keys(runs)
     body = []
     for run in runs:
-        values = [run.score(name)] if name and run.score(name) is not None else []
-        settings = [run.overrides.get(key, "") for key in keys]
+        value = run.score(name) if name else None
+        shown = show(name, None if value is None else Estimate(value)) if name else ""
+        settings = [public(run.overrides.get(key, "")) for key in keys]
         seconds = f"{run.summary['seconds']:.0f}"
-        body.append([run.folder.name, *settings, seconds, show(name, values)])
+        body.append([run.folder.name, *settings, seconds, shown])
     return table(["run", *keys, "seconds", SCORES.get(name, "score")], body)
 
 
@@ -452,17 +700,24 @@ def client_table(section: Section) -> str:
     """Every client with every seed: what the figure of the clients is drawn from."""
     titles: dict[str, None] = {}
     cells: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
+    held: dict[tuple[int, int], int] = {}
+    for run in section.runs:
+        held |= {(run.cfg.seed, client): n for client, n in run.held().items()}
     for name in {section.headline: None, "eval_loss": None}:
         for mode in MODES:
             for seed, scores in section.clients(name, mode).items():
                 titles[title := f"{MODES[mode]}: {SCORES[name]}"] = None
                 for client, value in scores.items():
-                    cells[seed, client][title] = show(name, [value])
+                    cells[seed, client][title] = show(name, Estimate(value))
     body = [
-        [f"seed {seed}, client {client}", *(row.get(title, "-") for title in titles)]
+        [
+            f"seed {seed}, client {client}",
+            str(held.get((seed, client), "-")),
+            *(row.get(title, "-") for title in titles),
+        ]
         for (seed, client), row in sorted(cells.items())
     ]
-    return table(["", *titles], body) if body else ""
+    return table(["", "records held back", *titles], body) if body else ""
 
 
 def samples(section: Section) -> str:
@@ -471,7 +726,7 @@ def samples(section: Section) -> str:
     answers: dict[str, dict[str, str]] = defaultdict(dict)
     for run in section.runs:
         if run.cfg.seed == seed:
-            for record in _load(run.folder / "answers.json", []):
+            for record in run.answers:
                 row = answers[f"{record['instruction']} {record['input']}"]
                 row |= {"expected": record["output"], "base": record["base"]}
                 row[run.cfg.mode] = record["tuned"]
@@ -512,120 +767,164 @@ def short(text: str) -> str:
 # --- figures ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def figure(path: Path, rows: int, columns: int, height: float) -> Iterator[list[Any]]:
-    """The axes of a new figure, which is then saved as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {"text.parse_math": False, "axes.grid": True, "axes.grid.axis": "y"}
-    style |= {"grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
-        drawn, axes = pyplot.subplots(
-            rows, columns, figsize=(7, height), layout="constrained", squeeze=False
-        )
-        yield list(axes.flat)
-        drawn.savefig(path, dpi=120)
-        pyplot.close(drawn)
-
-
 def draw_methods(parts: list[Section], name: str, path: Path) -> None:
-    """A bar for each method and section, with the confidence interval over seeds."""
-    form = "{:.1f}" if scale(name) == 100 else "{:.2f}"
-    with figure(path, 1, 1, 4) as (axes,):
-        for place, (method, colour) in enumerate(COLOURS.items()):
+    """A point for each method and section, with its confidence interval."""
+    form = "{:.1f}" if scale(name) == 100 else "{:.3f}"
+    with figure(path) as (axes,):
+        for place, method in enumerate(COLOURS):
+            label = ROWS[method]
             for x, section in enumerate(parts):
-                values = section.scores.get(name, {}).get(method, {}).values()
-                if values:
-                    mean, half = interval(value * scale(name) for value in values)
-                    at, label = (
-                        x + (place - 1.5) * 0.21,
-                        ROWS[method] if x == 0 else None,
+                if found := section.score(name, method):
+                    value, low, high = (
+                        scale(name) * y for y in (found.value, found.low, found.high)
                     )
-                    style = {"color": colour, "label": label, "capsize": 4}
-                    bars = axes.bar(at, mean, 0.19, yerr=half, **style)
-                    axes.bar_label(bars, fmt=form, padding=3)
-        axes.set_xticks(range(len(parts)), [section.title for section in parts])
-        axes.set_ylabel(SCORES[name])
+                    at = x + (place - 1.5) * 0.22
+                    style = {"color": COLOURS[method], "fmt": MARKERS[method]}
+                    style |= {"capsize": 5, "markersize": 8, "label": label}
+                    error = [[value - low], [high - value]] if found.known else None
+                    axes.errorbar(at, value, yerr=error, **style)
+                    axes.annotate(
+                        form.format(value),
+                        (at, value),
+                        (6, 6),
+                        textcoords="offset points",
+                    )
+                    label = None
+        titles = [
+            "\n".join(
+                filter(
+                    None,
+                    [textwrap.fill(part.title, 40), part.basis(name), _seeds(part)],
+                )
+            )
+            for part in parts
+        ]
+        axes.set_xticks(range(len(parts)), titles)
+        axes.set_xlim(-0.5, len(parts) - 0.5)
+        axes.set_ylabel(SCORES[name] + " (lower is better)" * lower_is_better(name))
         axes.margins(y=0.1)
         axes.figure.legend(loc="outside upper center", ncols=4)
 
 
-def by_rank(name: str, alone: PerClient, shown: PerClient) -> list[list[float]]:
-    """What `shown` says of the weakest client alone, of the next, ...: a value for each seed.
+def _seeds(section: Section) -> str:
+    count = len({run.cfg.seed for run in section.runs})
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def by_rank(
+    name: str, alone: PerClient, shown: PerClient
+) -> list[list[tuple[int, int, float]]]:
+    """What `shown` says of the weakest client alone, of the next, ...: for each seed the
+    seed, the client, and its value.
 
     By rank, because where each seed deals the data out anew, the number of a client means
     another one with every seed.
     """
-    ranks: dict[int, list[float]] = defaultdict(list)
+    ranks: dict[int, list[tuple[int, int, float]]] = defaultdict(list)
     for seed, scores in alone.items():
         order = sorted(scores, key=scores.__getitem__, reverse=lower_is_better(name))
         for rank, client in enumerate(order, start=1):
             if client in shown.get(seed, {}):
-                ranks[rank].append(shown[seed][client] * scale(name))
+                ranks[rank].append((seed, client, shown[seed][client] * scale(name)))
     return [ranks[rank] for rank in sorted(ranks)]
 
 
 def draw_clients(section: Section, path: Path) -> bool:
     """Each client alone, and what it gets from the others. False where nothing is known."""
     names = {section.headline: None, "eval_loss": None}
-    names = [name for name in names if section.clients(name, "local")]
+    names = [name for name in names if section.clients(name, "local", few=False)]
     if not names:
         return False
-    with figure(path, len(names), 1, 3.4 * len(names)) as panels:
+    held = {run.cfg.seed: run.held() for run in section.of("local")}
+    with figure(path, len(names), 1, 3.6 * len(names)) as panels:
         for axes, name in zip(panels, names, strict=True):
-            alone = section.clients(name, "local")
-            modes = [m for m in ("local", "federated") if section.clients(name, m)]
-            width = 0.8 / len(modes)
+            alone = section.clients(name, "local", few=False)
+            modes = [
+                m for m in ("local", "federated") if section.clients(name, m, few=False)
+            ]
             for place, mode in enumerate(modes):
-                ranks = by_rank(name, alone, section.clients(name, mode))
-                means, low, high = (list(map(of, ranks)) for of in (fmean, min, max))
-                at = np.arange(len(means)) + 1 + (place - len(modes) / 2 + 0.5) * width
+                ranks = by_rank(name, alone, section.clients(name, mode, few=False))
+                values = [[value for *_, value in rank] for rank in ranks]
+                means, low, high = (list(map(of, values)) for of in (fmean, min, max))
+                at = [
+                    x + 0.2 * (place - (len(modes) - 1) / 2) for x in range(len(ranks))
+                ]
                 whose = "its own adapter" if mode == "local" else MODES[mode]
-                axes.bar(at, means, width * 0.9, color=COLOURS[mode], label=whose)
-                axes.vlines(at, low, high, color="black", alpha=0.6, linewidth=1)
+                axes.vlines(at, low, high, color=COLOURS[mode], linewidth=1.5)
+                style = {"color": COLOURS[mode], "label": whose}
+                axes.plot(at, means, ls="", marker=MARKERS[mode], **style)
             # On the test questions, all have the same of these two.
             for mode in ("federated", "centralized") if len(modes) == 1 else ():
-                if values := section.scores[name][mode].values():
-                    mean, half = interval(value * scale(name) for value in values)
-                    low, high = mean - (half or 0), mean + (half or 0)
-                    axes.axhspan(
-                        low, high, color=COLOURS[mode], alpha=0.15, linewidth=0
+                if found := section.score(name, mode):
+                    value, low, high = (
+                        scale(name) * y for y in (found.value, found.low, found.high)
                     )
-                    axes.axhline(mean, color=COLOURS[mode], label=MODES[mode])
-            axes.set_xlabel("clients, from the weakest alone to the strongest")
-            axes.set_ylabel(SCORES[name] + " (lower is better)" * lower_is_better(name))
-            axes.xaxis.get_major_locator().set_params(integer=True)
+                    if found.known:
+                        axes.axhspan(low, high, color=COLOURS[mode], alpha=0.15, lw=0)
+                    style = {"color": COLOURS[mode], "label": MODES[mode], "zorder": 1}
+                    axes.axhline(value, marker="", ls="-", **style)
+            ranks = by_rank(name, alone, alone)
+            if len(alone) == 1 and len(ranks) <= 20:  # one seed: they have numbers
+                counts = [
+                    (client, held[seed].get(client)) for [(seed, client, _)] in ranks
+                ]
+                ticks = [
+                    f"{client}\nn={n}" if n else f"{client}" for client, n in counts
+                ]
+                axes.set_xticks(range(len(ranks)), ticks)
+                label = "client (n: records held back), the weakest alone first"
+            else:
+                axes.set_xticks([])
+                label = f"{len(ranks)} clients, from the weakest alone to the strongest"
+            axes.set_xlabel(label)
+            axes.set_xlim(-0.6, len(ranks) - 0.4)
+            unit = SCORES[name].replace(", on own", ",\non own")
+            axes.set_ylabel(unit + "\n(lower is better)" * lower_is_better(name))
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return True
 
 
 def draw_losses(section: Section, path: Path) -> None:
     """Losses over the rounds: the mean over seeds, in a band from the lowest to the highest."""
+    titles = {
+        "train_loss": "training",
+        "test_loss": f"{section.basis('test_loss')}",
+        "eval_loss": "records held back by clients",
+    }
     entries = [entry for run in section.runs for entry in run.rounds]
-    titles = {"train_loss": "training loss", "test_loss": "loss on the test questions"}
     names = [name for name in titles if any(name in entry for entry in entries)]
-    with figure(path, 1, len(names), 3.4) as panels:
+    with figure(path, 1, len(names), 3.6) as panels:
         for axes, name in zip(panels, names, strict=True):
-            for mode, colour in COLOURS.items():
+            for mode in MODES:
                 curve: dict[int, list[float]] = defaultdict(list)
                 for run in section.of(mode):
                     for entry in run.rounds:
                         if name in entry:
                             curve[entry["round"]].append(entry[name])
                 if curve:
-                    values = list(curve.values())
-                    means, low, high = (list(map(f, values)) for f in (fmean, min, max))
-                    axes.plot(list(curve), means, color=colour, label=MODES[mode])
-                    axes.fill_between(list(curve), low, high, color=colour, alpha=0.2)
-            axes.set_xlabel("round")
-            axes.set_ylabel(titles[name])
-            axes.set_ylim(bottom=0)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        panels[0].legend()
+                    style = {"color": COLOURS[mode], "label": MODES[mode], "ls": "-"}
+                    means = {n: fmean(values) for n, values in curve.items()}
+                    few = {"marker": MARKERS[mode]} if len(curve) <= 30 else {}
+                    utils.draw_over_rounds(axes, means, **style, **few)
+                    low, high = (list(map(of, curve.values())) for of in (min, max))
+                    axes.fill_between(
+                        list(curve), low, high, color=COLOURS[mode], alpha=0.2, lw=0
+                    )
+            base = [b for run in section.runs if (b := run.before(name)) is not None]
+            if base:
+                style = {"color": GREY, "marker": MARKERS["base"], "ls": ""}
+                axes.plot([0], [fmean(base)], label="base", **style)
+                axes.axhline(fmean(base), color=GREY, ls=":", lw=1, marker="")
+            utils.count_rounds(axes)
+            axes.set_title(titles[name], fontsize="medium")
+        panels[0].set_ylabel(LOSS)
+        named = {
+            label: handle
+            for axes in panels
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        legend = {"loc": "outside upper center", "ncols": 4}
+        panels[0].figure.legend(named.values(), named.keys(), **legend)
 
 
 # --- the whole --------------------------------------------------------------------------------
@@ -639,17 +938,21 @@ def content(
     def picture(name: str, caption: str) -> str:
         return f"![{caption}]({name}.png)\n\n{caption}."
 
+    about = _load(folder / "environment.json", dict, {})
     parts, cfg = sections(runs), runs[0].cfg
-    data = cfg.dataset.path or cfg.dataset.name
-    seeds = ", ".join(map(str, sorted({run.cfg.seed for run in runs})))
+    data = cfg.dataset.get("path") or cfg.dataset.get("name")
+    seeds = sorted({run.cfg.seed for run in runs})
+    finished = f"{len(runs)} finished run{'s' * (len(runs) > 1)}"
     blocks = [
         "# Federated, alone or pooled?",
         "Is the federated model better than what each site could do alone, and how far is it "
-        f"from pooling the data? {len(runs)} finished runs of {escape(str(cfg.model.name))} on "
-        f"{escape(str(data))}, seeds {seeds}.",
+        f"from pooling the data? {finished} of {escape(public(cfg.model.name))} on "
+        f"{escape(public(str(data)))}, seed{'s' * (len(seeds) > 1)} "
+        f"{', '.join(map(str, seeds))}.",
     ]
     if absent:
-        blocks.append(f"**{len(absent)} runs are missing from every figure here:**")
+        many = "runs are" if len(absent) > 1 else "run is"
+        blocks.append(f"**{len(absent)} {many} missing from every figure here:**")
         blocks.append("\n".join(f"- {escape(line)}" for line in absent))
     blocks.append("## The answer")
     for section in parts:
@@ -657,9 +960,7 @@ def content(
         blocks.append(title + answer(section))
     if headline := parts[0].headline:
         draw_methods(parts, headline, target / "methods.png")
-        caption = (
-            f"{SCORES[headline]}: mean over seeds, and its 95 % confidence interval"
-        )
+        caption = f"{SCORES[headline]}: mean, and its 95 % confidence interval"
         blocks.append(picture("methods", caption))
     more = {"Every run": run_table(runs, headline)}
     for number, section in enumerate(parts, start=1):
@@ -669,28 +970,43 @@ def content(
         if draw_clients(section, target / f"{name}.png"):
             caption = (
                 "Each client by itself, and what it gets from the others: mean over seeds, "
-                "the thin lines from the lowest seed to the highest"
+                "the lines from the lowest seed to the highest"
             )
-            blocks.append(picture(name, caption))
+            blocks.append(picture(name, caption) + left_out(section))
             title = f"Every client, {section.title}".removesuffix(", ")
             more[title] = client_table(section)
         name = f"losses_{number}"
         draw_losses(section, target / f"{name}.png")
         caption = (
-            "Loss over the rounds: mean over seeds, from the lowest to the highest"
+            "Loss over the rounds: mean over seeds, from the lowest to the highest; the base "
+            "without training as round 0"
         )
         blocks += [picture(name, caption), cost_table(section)]
         blocks += [samples(section)]
     blocks += ["## How to read it", INTERVALS, *dict.fromkeys(map(budget, parts))]
-    about = _load(folder / "environment.json", None) or environment()
     blocks += [
         "## How to get the same",
         table(["setting", "value"], settings(runs), numbers=False),
-        table(["made with", ""], map(list, about.items()), numbers=False),
     ]
+    title = "made with" if about else "not known what it was made with; this report by"
+    about = about or {k: v for k, v in environment().items() if k != "command"}
+    rows = [[key, public(str(value))] for key, value in about.items()]
+    blocks.append(table([title, ""], rows, numbers=False))
+    more["The command of every run"] = commands(runs)
     name = f"The whole configuration of run {runs[0].folder.name}"
-    more[name] = textwrap.indent(OmegaConf.to_yaml(cfg), "    ")
+    whole = utils.public_values(OmegaConf.to_container(cfg))
+    more[name] = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(whole)), "    ")
     return "\n\n".join(filter(None, blocks)), more
+
+
+def commands(runs: list[Run]) -> str:
+    """What to type for each run again, by itself."""
+    lines = [
+        shlex.join(["python", "main.py", *(public(f"{k}={v}") for k, v in each)])
+        for each in (run.overrides.items() for run in runs)
+    ]
+    note = "Of paths outside of the project the last part is told."
+    return f"{note}\n\n{code('bash', *lines)}"
 
 
 def settings(runs: list[Run]) -> list[list[str]]:
@@ -700,9 +1016,15 @@ def settings(runs: list[Run]) -> list[list[str]]:
         values = [
             run.overrides.get(key, OmegaConf.select(run.cfg, key)) for run in runs
         ]
-        texts = dict.fromkeys(str(value) for value in values if value is not None)
+        texts = [public(str(value)) for value in values if value is not None]
         if texts:
-            body.append([key, ", ".join(texts)])
+            body.append([key, ", ".join(dict.fromkeys(texts))])
+    asked = dict.fromkeys(str(run.asked()) for run in runs if run.asked())
+    body.append(["test questions", ", ".join(asked) or "none, or not known"])
+    trained = dict.fromkeys(utils.trained_records(run.rounds) for run in runs)
+    body.append(
+        ["records to train on", ", ".join(filter(None, trained)) or "not known"]
+    )
     return body
 
 
@@ -765,7 +1087,6 @@ body { font: 1rem/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; pad
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #8888; }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.8rem;
   font-variant-numeric: tabular-nums; margin: 1.5rem 0; }
-td[style] { white-space: nowrap; }
 td:first-child { min-width: 8rem; }
 th, td { padding: 0.3rem 0.45rem; border-bottom: 1px solid #8886; text-align: left;
   vertical-align: top; }

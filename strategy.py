@@ -57,6 +57,7 @@ from utils import (
     mix_seed,
     one_line,
     say,
+    telling,
     write_json,
 )
 
@@ -297,7 +298,8 @@ def conclude(
     state: model.State,
     folder: Path,
 ) -> dict[str, Any]:
-    """Examine the final adapter; write `answers.json` and return what the summary tells.
+    """Examine the final adapter; write `answers.json` and `test_scores.json` (the scores of
+    each question, of base and adapter) and return what the summary tells.
 
     Where each client has an adapter of its own the scores are their means, and the answers
     those of the client in the middle.
@@ -310,6 +312,11 @@ def conclude(
         "test_questions": len(examination.records),
         "test_left_out": examination.left_out,
     }
+    questions = {
+        "base": before[0].questions,
+        "tuned": mean([scores.questions for scores in each]),
+    }
+    write_json(folder / "test_scores.json", questions)
     if cfg["mode"] == "local":
         clients = [{"partition": i, **scores} for i, scores in enumerate(each)]
         told["clients"] = clients
@@ -322,9 +329,12 @@ def conclude(
     return told
 
 
-def mean(scores: list[dict[str, float]]) -> dict[str, float]:
-    """Of each score, the mean over all."""
-    return {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
+def mean(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each score, or of each place in a list of scores, the mean over all."""
+    return {
+        name: np.mean([each[name] for each in scores], axis=0).tolist()
+        for name in scores[0]
+    }
 
 
 def go_on(folder: Path, done: int) -> str:
@@ -567,7 +577,7 @@ class Server:
         """Let a share of the clients measure the new adapter on records held back.
 
         The means are weighted by examples; worst and spread (the standard deviation) are
-        over clients.
+        over the clients with enough records for that (`utils.telling`), if there are any.
         """
         if not self.cfg["strategy"]["fraction_evaluate"]:
             return {}
@@ -589,10 +599,10 @@ class Server:
             for name in ("eval_loss", "eval_accuracy"):
                 values = [client[name] for client in clients]
                 result[name] = float(np.average(values, weights=weights))
-            losses = [client["eval_loss"] for client in clients]
             result["eval_perplexity"] = float(np.exp(min(result["eval_loss"], 700)))
-            result["eval_loss_worst"] = max(losses)
-            result["eval_loss_spread"] = float(np.std(losses))
+            if losses := [client["eval_loss"] for client in telling(clients)]:
+                result["eval_loss_worst"] = max(losses)
+                result["eval_loss_spread"] = float(np.std(losses))
             result["eval_clients"] = clients
         return result
 

@@ -42,6 +42,24 @@ PROJECT = Path(__file__).resolve().parent
 # owner/name. Libraries take names of one word for something else that they know.
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
+FEW = 10  # records: what fewer say of a client is left out of "worst" and "spread"
+
+# A reference to another key of a configuration, which calls nothing.
+REFERENCE = re.compile(r"\$\{[\w.]+\}")
+# An absolute path, or one that leads upwards, in a text: up to a blank, quote or bracket; or
+# in quotes; or in a URL without a host (sqlite:////home/...).
+PATH = re.compile(
+    r"""(?<=['"])(?:~\w*|\.\.)?/[^'"\n]+(?=['"])"""
+    r"""|(?<=:)/{3,}[^\s'"]+"""
+    r"""|(?<![\w.~/:-])(?:~\w*|\.\.)?/[^\s'",;=(){}\[\]]+"""
+)
+# Told apart by the colour-blind (Okabe and Ito 2008); their black is for axes.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")
+GREY = "#7f7f7f"
+LOSS = "loss, nats per answer token"
+LEGEND = 24  # runs that a sweep's legend names
+# What a terminal or a page would act on: control characters, and those that turn text around.
+CONTROLS = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 
 # Read by the libraries when they are imported, in the worker processes as well.
 for _name, _value in {
@@ -202,8 +220,10 @@ def local_path(name: str) -> Path | None:
 
     A relative path is looked up in the working directory, then in the project's folder.
     """
-    for path in (Path(str(name)).expanduser(), PROJECT / str(name)):
-        with suppress(OSError):  # too long for a path, or not to be looked at
+    for folder in (Path(), PROJECT):
+        # Too long for a path, not to be looked at, or of an unknown user's home.
+        with suppress(OSError, RuntimeError):
+            path = folder / Path(str(name)).expanduser()
             if path.exists():
                 return path.resolve()
     return None
@@ -380,7 +400,13 @@ def read_yaml(path: Path, kind: type) -> Any:
         if any(isinstance(token, AliasToken) for token in scan(text)):
             raise ValueError("it holds aliases")
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except (ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+    except (
+        OSError,  # what is neither dict, list nor text, by OmegaConf
+        ValueError,
+        RecursionError,
+        YAMLError,
+        OmegaConfBaseException,
+    ) as error:
         told = " ".join(str(error).split())  # where, in lines of its own
         raise UserError(f"{path} is broken ({type(error).__name__}: {told}).") from None
     if not isinstance(content, kind):
@@ -402,6 +428,74 @@ def read_text(path: Path, most: int = 2**30) -> str:
         raise UserError(
             f"{path} is broken ({type(error).__name__}: {error})."
         ) from None
+
+
+def read_config(run: Path) -> DictConfig:
+    """A run's `.hydra/config.yaml`, of which only references inside of it are resolved.
+
+    What asks for more (`${oc.env:...}`) is read as text: the folder may be a stranger's. Raises
+    `UserError` where the file is missing or broken.
+    """
+    path = run / ".hydra/config.yaml"
+    cfg = OmegaConf.create(_literal(read_yaml(path, dict)))
+    try:
+        OmegaConf.resolve(cfg)
+    except (OmegaConfBaseException, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is broken ({type(error).__name__}: {line}).") from None
+    return cfg
+
+
+def read_overrides(run: Path) -> dict[str, str]:
+    """The overrides of a run by their keys, from `.hydra/overrides.yaml`. Raises `UserError`."""
+    path = run / ".hydra/overrides.yaml"
+    return by_key(fit(read_yaml(path, list), [str], path))
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """Hydra overrides by their keys, without a `+` or `~`; `resume` is not told."""
+    pairs = (text.lstrip("+~").partition("=")[::2] for text in overrides)
+    return {key: value for key, value in pairs if key != "resume"}
+
+
+def varied(runs: list[dict[str, str]]) -> list[str]:
+    """The keys whose values differ between runs, given the overrides of each."""
+    keys = dict.fromkeys(key for run in runs for key in run)
+    return [key for key in keys if len({run.get(key) for run in runs}) > 1]
+
+
+def fit(value: Any, shape: Any, path: Path, at: str = "it") -> Any:
+    """`value`, which was read from `path`, if it has the shape; else raises `UserError`.
+
+    `shape`: a type; `[shape]`, a list of such; or a dict of shapes by key, where a key that
+    ends with `?` may be missing. A number that is to be a float may be whole.
+    """
+    wanted = {dict: dict, list: list}.get(type(shape), shape)
+    kinds = (int, float) if wanted is float else wanted
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"{path} is broken: {at} is no {wanted.__name__}.")
+    if isinstance(shape, list):
+        for place, item in enumerate(value):
+            fit(item, shape[0], path, f"{at}[{place}]")
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if name in value:
+                fit(value[name], inner, path, name if at == "it" else f"{at}.{name}")
+            elif name == key:
+                raise UserError(f"{path} is broken: {at} has no {name}.")
+    return value
+
+
+def _literal(node: Any) -> Any:
+    """A configuration in which a string holds a reference to another key, or no `${`."""
+    if isinstance(node, dict):
+        return {key: _literal(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return list(map(_literal, node))
+    if isinstance(node, str) and "${" in node and not REFERENCE.fullmatch(node):
+        return node.replace("${", "$ {")  # not to be asked for
+    return node
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -514,30 +608,112 @@ def smooth(values: list[float], weight: float = 0.8) -> list[float]:
     return smoothed
 
 
-def plot_losses(curves: dict[str, list[float]], path: Path, smoothed: bool) -> None:
-    """Draw training loss over rounds into a PNG, one line for each named curve."""
+@contextmanager
+def figure(
+    path: Path, rows: int = 1, columns: int = 1, height: float = 4.2, **more: Any
+) -> Iterator[list[Any]]:
+    """The axes of a new figure, 8 inches wide, which is then saved as a PNG.
+
+    Text is text, whatever it holds; letters are 12 pixels high where it is 800 wide.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, losses in curves.items():
-        rounds = range(1, len(losses) + 1)
-        if smoothed:
-            (line,) = axes.plot(rounds, smooth(losses), label=name)
-            axes.plot(rounds, losses, color=line.get_color(), alpha=0.2)
-        else:
-            axes.plot(rounds, losses, marker="." if len(losses) < 50 else None)
+    lines = cycler(linestyle=["-", "--", ":", "-."], marker=["o", "s", "^", "D"])
+    lines *= cycler(color=COLOURS[:6])
+    style = {"text.parse_math": False, "axes.grid": True, "axes.grid.axis": "y"}
+    style |= {"grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    style |= {"axes.prop_cycle": lines, "font.size": 9.5, "lines.markersize": 5}
+    with pyplot.rc_context(style):
+        drawn, axes = pyplot.subplots(
+            rows,
+            columns,
+            figsize=(8, height),
+            layout="constrained",
+            squeeze=False,
+            **more,
+        )
+        yield list(axes.flat)
+        with writing(path):
+            drawn.savefig(path, dpi=120)
+        pyplot.close(drawn)
+
+
+def draw_over_rounds(axes: Any, curve: dict[int, float], **style: Any) -> Any:
+    """Draw values by their rounds, as points too where they are few; returns the line."""
+    few = {} if len(curve) <= 30 else {"marker": ""}
+    (line,) = axes.plot(list(curve), list(curve.values()), **few | style)
+    return line
+
+
+def count_rounds(axes: Any) -> None:
+    """Let the axes of what is drawn over rounds count whole ones."""
     axes.set_xlabel("round")
-    axes.set_ylabel("training loss" + (" (smoothed)" if smoothed else ""))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    if smoothed:
+    first, last = axes.dataLim.intervalx
+    if first == last:  # matplotlib would count in fractions
+        axes.set_xticks([first])
+
+
+def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
+    """Draw the losses of one run over its rounds, in nats per answer token, into a PNG.
+
+    `history`: of `history.json`. Training, the test questions, and what clients hold back of
+    their own; as far as they were measured, the last two of the base as well, as round 0.
+    """
+    rounds = history["rounds"]
+    entries = [history["before"], *rounds] if history.get("before") else rounds
+    held = [c["num-examples"] for c in rounds[-1].get("eval_clients", [])]
+    names = {
+        "train_loss": "training, mean of the round's clients",
+        "test_loss": "test questions",
+        "eval_loss": f"held back by the clients: {sum(held):g} records",
+    }
+    with figure(path) as (axes,):
+        each = [(e["round"], c["train_loss"]) for e in rounds for c in e["clients"]]
+        if len(each) > len(rounds):  # who was asked moves the mean as well
+            style = {
+                "color": COLOURS[0],
+                "alpha": 0.3,
+                "label": "training, each client",
+            }
+            axes.plot(*zip(*each, strict=True), ".", **style)
+        for (name, label), colour in zip(names.items(), COLOURS, strict=False):
+            curve = {e["round"]: e[name] for e in entries if name in e}
+            if curve:
+                draw_over_rounds(axes, curve, color=colour, label=label)
+        count_rounds(axes)
+        axes.set_ylabel(LOSS)
+        axes.set_title(title, loc="left", fontsize="medium", wrap=True)
         axes.legend()
-    with writing(path):
-        figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+
+
+def plot_sweep(curves: dict[str, dict[int, float]], path: Path) -> None:
+    """Draw the smoothed training loss of several runs, by round, and the values in pale."""
+    columns = 1 if max(map(len, curves)) > 40 else 2 if len(curves) < 9 else 3
+    height = 4 + 0.2 * min(len(curves), LEGEND) / columns
+    with figure(path, height=height) as (axes,):
+        for place, (name, losses) in enumerate(curves.items()):
+            smoothed = dict(zip(losses, smooth(list(losses.values())), strict=True))
+            label = name if place < LEGEND else None
+            line = draw_over_rounds(axes, smoothed, label=label)
+            style = {"ls": "-", "alpha": 0.2, "marker": ""}
+            draw_over_rounds(axes, losses, color=line.get_color(), **style)
+        count_rounds(axes)
+        axes.set_ylabel(LOSS)
+        axes.set_title(
+            "training, smoothed; in pale as it was", loc="left", fontsize="medium"
+        )
+        more = len(curves) - LEGEND
+        axes.figure.legend(
+            loc="outside lower center",
+            ncols=columns,
+            title=f"and {more} more, in losses.md" if more > 0 else None,
+        )
 
 
 def on_interrupt(stop: Callable[[], None] | None = None) -> None:
@@ -651,35 +827,119 @@ def _or_exit() -> Iterator[None]:
 def summarise_sweep(folder: Path) -> None:
     """Write `losses.png`, `losses.csv` and `losses.md` over all runs of a multirun.
 
-    A run that left no history stands in the tables with an empty loss.
+    Runs are named by what differs between them. One that left no history stands in the tables
+    with an empty loss.
     """
-    curves: dict[str, list[float]] = {}
-    table = []
     jobs = [job for job in folder.iterdir() if (job / ".hydra/overrides.yaml").exists()]
-    for job in sorted(jobs, key=lambda job: (len(job.name), job.name)):
-        overrides = OmegaConf.load(job / ".hydra/overrides.yaml")
-        history = job / "history.json"
-        rounds = json.loads(history.read_text())["rounds"] if history.exists() else []
-        losses = [entry["train_loss"] for entry in rounds]
-        last = f"{smooth(losses)[-1]:.4f}" if losses else ""
-        table.append([job.name, *overrides, len(losses), last])
-        if losses:
-            varied = [text for text in overrides if not text.startswith("experiment=")]
-            curves[", ".join(varied) or job.name] = losses
-    if not table:
+    jobs.sort(key=lambda job: (len(job.name), job.name))
+    if not jobs:
         return
-    # A setting that all runs share tells them apart no better than none.
-    names = [text.split("=", 1)[0] for text in overrides]
-    header = ["run", *names, "rounds", "last smoothed loss"]
-    rows = [
-        [text.split("=", 1)[-1] if isinstance(text, str) else text for text in row]
-        for row in table
-    ]
+    overrides = [read_overrides(job) for job in jobs]
+    keys = varied(overrides)
+    curves: dict[str, dict[int, float]] = {}
+    rows = []
+    for job, settings in zip(jobs, overrides, strict=True):
+        losses = _train_losses(job / "history.json")
+        last = f"{smooth(list(losses.values()))[-1]:.4f}" if losses else ""
+        rows.append([job.name, *(settings.get(k, "") for k in keys), len(losses), last])
+        if losses:
+            curves[_label(job.name, {key: settings.get(key, "") for key in keys})] = (
+                losses
+            )
+    header = ["run", *keys, "rounds", "last smoothed loss"]
     with (folder / "losses.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    lines = [header, ["---"] * len(header), *rows]
-    (folder / "losses.md").write_text(
-        "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-    )
+    short = [[_cut(public(str(cell)), 60) for cell in row] for row in rows]
+    (folder / "losses.md").write_text(table(header, short) + "\n")
     if curves:
-        plot_losses(curves, folder / "losses.png", smoothed=True)
+        plot_sweep(curves, folder / "losses.png")
+
+
+def _train_losses(path: Path) -> dict[int, float]:
+    if not path.exists():
+        return {}
+    shape = {"rounds": [{"round": int, "train_loss": float}]}
+    rounds = fit(read_json(path), shape, path)["rounds"]
+    return {entry["round"]: entry["train_loss"] for entry in rounds}
+
+
+def _label(run: str, settings: dict[str, str]) -> str:
+    """What tells a run of a sweep from the others, short enough for a legend."""
+    last = [key.rpartition(".")[2] for key in settings]
+    parts = [
+        f"{name if last.count(name) == 1 else key}={_cut(public(value), 24)}"
+        for name, (key, value) in zip(last, settings.items(), strict=True)
+    ]
+    return f"{run}: {_cut(', '.join(parts), 72)}" if parts else f"run {run}"
+
+
+def _cut(text: str, most: int) -> str:
+    """The end of a text that is too long: of paths and names, that is what differs."""
+    return text if len(text) <= most else f"...{text[3 - most :]}"
+
+
+# --- what others may read -----------------------------------------------------------------
+
+
+def public(text: str) -> str:
+    """A text in which a path outside of the project is the last part of that path.
+
+    One inside of the project becomes relative to it. How the folders of a machine are called
+    is nobody else's affair.
+    """
+    if text and (local_path(text) or text.startswith(("/", "~"))):
+        return _last(text)
+    return PATH.sub(lambda match: _last(match[0]), text)
+
+
+def public_values(node: Any) -> Any:
+    """The same of every text in nested settings."""
+    if isinstance(node, dict):
+        return {key: public_values(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return list(map(public_values, node))
+    return public(node) if isinstance(node, str) and node else node
+
+
+def _last(name: str) -> str:
+    path = local_path(name) or Path(name)
+    if path.is_relative_to(PROJECT) and ".." not in path.parts:
+        return str(path.relative_to(PROJECT))
+    outside = path.is_absolute() or name.startswith(("~", ".."))
+    return path.name if outside else str(path)
+
+
+def escape(text: Any) -> str:
+    """As Markdown that shows this text on one line, whatever it holds: no tag, link, image."""
+    line = re.sub(" +", " ", re.sub(CONTROLS, " ", str(text))).strip()
+    # GitHub makes links of bare addresses as well. Inside of a word _ means nothing.
+    special = r"([\\`*\[\]|<>&~$!#@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=[wW]{3})\.)"
+    return re.sub(special, r"\\\1", line)
+
+
+def table(header: list[str], rows: Iterable[list[Any]], numbers: bool = True) -> str:
+    """In Markdown, the columns after the first to the right if they are of numbers."""
+    rules = [" --- ", *[" ---: " if numbers else " --- "] * (len(header) - 1)]
+    lines = [" " + " | ".join(map(escape, cells)) + " " for cells in (header, *rows)]
+    return "\n".join(f"|{line}|" for line in (lines[0], "|".join(rules), *lines[1:]))
+
+
+def code(language: str, *lines: str) -> str:
+    """A block of code in Markdown, in a fence that nothing in it can end."""
+    text = "\n".join(lines)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def telling(clients: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The clients whose own figures rest on enough records (`FEW`) to be compared by them."""
+    return [client for client in clients if client["num-examples"] >= FEW]
+
+
+def trained_records(rounds: list[dict[str, Any]]) -> str:
+    """How many records the clients of these rounds train from, in words; "" if not known."""
+    clients = [client for entry in rounds for client in entry.get("clients", [])]
+    held = {c["partition"]: c["records"] for c in clients if "records" in c}
+    return (
+        f"{sum(held.values()):g} of {len(held)} clients that took part" if held else ""
+    )

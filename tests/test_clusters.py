@@ -121,6 +121,28 @@ def test_a_column_may_hold_anything_or_nothing():
     assert len(set(names["cluster"])) == 1
 
 
+def test_a_name_tells_a_cluster_from_the_others():
+    draw = random.Random(0)
+    # The instruction is the same in all records, and each word of a topic has three forms.
+    ask = "Answer this medical question truthfully, please"
+    rows = [
+        " ".join(
+            draw.choice(word) + end
+            for word in [words.split()]
+            for end in ("", "s", "ed")
+        )
+        for words in TOPICS.values()
+        for _ in range(50)
+    ]
+    found = cluster([ask] * len(rows), rows, num_clusters=4, seed=0)["cluster"]
+    assert len(set(found)) == 4
+    for name in set(found):
+        number, *words = name.replace(":", "").split()
+        assert number.isdigit()
+        assert not set(words) & set(ask.lower().replace(",", "").split())
+        assert len({word[:4] for word in words}) == len(words) == 3
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

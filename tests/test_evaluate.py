@@ -402,18 +402,35 @@ def test_a_preset_is_shown_by_its_parts_their_average_and_flowertunes(net, task)
     assert harness.sources(titles, tasks) == ["a paper"]
 
 
-def test_a_table_has_the_columns_that_are_filled(command):
+def test_a_table_has_the_columns_that_are_filled_and_their_units(command):
     row = {"task": "a", "metric": "acc", "questions": 7, "value": 0.5}
     row |= {"stderr": 0.1, "flowertune": None}
     assert command.table([row]).splitlines() == [
-        "| task | metric | questions | tuned |",
-        "| --- | --- | --- | --- |",
-        "| a | acc | 7 | 0.5000 ± 0.1000 |",
+        "| task | metric | unit | questions | tuned |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | acc | % | 7 | 50.00 ± 10.00 |",
     ]
     rows = [row | {"base": 0.25, "flowertune": 0.2, "stderr": "N/A"}]
-    assert command.table(rows).splitlines()[2] == (
-        "| a | acc | 7 | 0.2500 | 0.5000 | 0.2000 |"
-    )
+    rows += [row | {"metric": "bleu", "value": 31.4159, "stderr": 1.5}]
+    rows += [row | {"metric": "word_perplexity", "value": 12.3456, "stderr": "N/A"}]
+    assert command.table(rows).splitlines()[2:] == [
+        "| a | acc | % | 7 | 25.00 | 50.00 | 20.00 |",
+        "| a | bleu | of 100 | 7 |  | 31.42 ± 1.50 |  |",
+        "| a | word_perplexity |  | 7 |  | 12.35 |  |",
+    ]
+
+
+def test_what_lm_eval_calls_a_share_is_one(command):
+    """By what its own aggregations make of right and wrong answers."""
+    from lm_eval.api.registry import AGGREGATION_REGISTRY as aggregations
+    from lm_eval.api.registry import METRIC_REGISTRY as metrics
+
+    assert command.SHARES & metrics.keys() >= {"acc", "acc_norm", "exact_match", "f1"}
+    assert metrics.keys() >= command.OF_100
+    pairs = [("the cat sat on the mat", "the cat sat on the mat")] * 4
+    assert aggregations["bleu"](pairs) == pytest.approx(100)
+    assert aggregations["chrf"](pairs) == pytest.approx(100)
+    assert aggregations["f1"]([(1, 1), (0, 0)]) == 1
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -445,7 +462,8 @@ def test_the_command_finds_what_the_run_found(quickstart, tmp_path):
     assert asked["base"] == pytest.approx(summary["exact_match_before"], abs=0.01)
     assert 0.9 < asked["value"] < 1
     assert chosen["value"] > chosen["base"]
-    assert f"| tiny_qa | exact_match | 335 | {asked['base']:.4f} |" in done.stdout
+    wanted = f"| tiny_qa | exact_match | % | 335 | {100 * asked['base']:.2f} |"
+    assert wanted in done.stdout
 
 
 @pytest.mark.slow

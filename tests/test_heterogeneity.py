@@ -182,7 +182,9 @@ def test_a_dataset_in_the_cache_is_here(monkeypatch, tmp_path):
     assert heterogeneity._is_here("lucas/CodeAlpaca-20k")
 
 
-@pytest.mark.parametrize(("clients", "categories"), [(1, 1), (20, 30), (100, 5)])
+@pytest.mark.parametrize(
+    ("clients", "categories"), [(1, 1), (5, 1), (20, 30), (100, 5)]
+)
 def test_a_picture_of_any_number_of_clients(clients, categories, tmp_path):
     draw = np.random.default_rng(0)
     data = {

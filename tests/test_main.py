@@ -128,8 +128,10 @@ def test_a_multirun_leaves_a_figure_and_a_table_even_where_runs_fail(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
     with (tmp_path / "losses.csv").open() as file:
         header, *rows = csv.reader(file)
-    assert header[0] == "run"
-    settings = [(row[2], row[3]) for row in rows]
+    # Of the settings those that differ.
+    varied = ["model.quantization", "strategy.fraction_fit"]
+    assert header == ["run", *varied, "rounds", "last smoothed loss"]
+    settings = [(row[1], row[2]) for row in rows]
     assert settings == [("8", "7"), ("8", "0.1"), ("4", "7"), ("4", "0.1")]
     for failed, finished in (rows[:2], rows[2:]):
         assert failed[-2:] == ["0", ""]

@@ -563,6 +563,27 @@ def test_clients_evaluate_the_new_adapter(configure, loopback, tmp_path):
         assert entry["evaluate_failures"] == []
 
 
+def test_a_client_with_few_records_is_neither_worst_nor_spread(
+    configure, loopback, tmp_path
+):
+    cfg = configure("strategy.fraction_evaluate=1", "evaluate.holdout=0.02")
+
+    def shrink(partition: int, reply: Message) -> Message:
+        """Client 0's loss is of three records, and the worst."""
+        metrics = reply.content.metric_records.get("metrics", {})
+        if partition == 0 and "eval_loss" in metrics:
+            metrics.update({"num-examples": 3, "eval_loss": 50.0})
+        return reply
+
+    strategy.run(cfg, loopback(cfg, shrink), tmp_path)
+    for entry in json.loads((tmp_path / "history.json").read_text())["rounds"]:
+        losses = [c["eval_loss"] for c in entry["eval_clients"][1:]]
+        assert entry["eval_clients"][0]["eval_loss"] == 50
+        assert entry["eval_loss_worst"] == max(losses)
+        assert entry["eval_loss_spread"] == pytest.approx(np.std(losses))
+        assert entry["eval_loss"] > max(losses)  # in the mean it has its weight
+
+
 def test_the_best_round_is_marked_and_its_adapter_kept(
     configure, loopback, tmp_path, monkeypatch
 ):
@@ -638,6 +659,13 @@ def test_alone_each_client_trains_an_adapter_that_nobody_else_gets(
     each = [entry["test_loss"] for entry in summary["clients"]]
     assert len(set(each)) == 4
     assert summary["test_loss_after"] == pytest.approx(np.mean(each))
+    # The scores of each question are the clients' means as well.
+    told = json.loads((tmp_path / "test_scores.json").read_text())
+    for whose, when in (("base", "before"), ("tuned", "after")):
+        ratio = sum(told[whose]["nats"]) / sum(told[whose]["tokens"])
+        assert summary[f"test_loss_{when}"] == pytest.approx(ratio)
+        share = np.mean(told[whose]["f1"])
+        assert summary[f"f1_{when}"] == pytest.approx(share)
     [_, last] = json.loads((tmp_path / "history.json").read_text())["rounds"]
     own = client.evaluate(cfg, state, partition=3)
     assert last["eval_clients"][3]["eval_loss"] == own["eval_loss"]
