@@ -15,7 +15,7 @@ import dataset
 import examine
 import model
 from loss import answer_loss
-from utils import cosine, mix_seed
+from utils import learning_rate, mix_seed
 
 State = dict[str, torch.Tensor]
 Metrics = dict[str, float]
@@ -207,17 +207,8 @@ def training_arguments(
 
     Raises `TypeError` or `ValueError` for what `TrainingArguments` does not take.
     """
-    train = cfg["train"]
-    settings = dict(train["training_arguments"])
-    settings.setdefault(
-        "learning_rate",
-        cosine(
-            server_round,
-            cfg["num_rounds"],
-            train["learning_rate_max"],
-            train["learning_rate_min"],
-        ),
-    )
+    settings = dict(cfg["train"]["training_arguments"])
+    settings["learning_rate"] = learning_rate(cfg, server_round)
     settings["report_to"] = settings.get("report_to") or "none"
     # `draw` has made the passes over the data already.
     settings["num_train_epochs"] = 1

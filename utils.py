@@ -146,12 +146,26 @@ def mix_seed(*parts: int | str) -> int:
 
 
 def cosine(step: int, steps: int, maximum: float, minimum: float) -> float:
-    """Cosine annealing from `maximum` at step 1 to `minimum` at step `steps`.
+    """Cosine annealing from `maximum` at step 1 to `minimum` one step after the last.
 
-    Loshchilov and Hutter, SGDR (arXiv 1608.03983), without restarts.
+    Loshchilov and Hutter, SGDR (arXiv 1608.03983), without restarts. The minimum itself is
+    never used: at it, the last of a few rounds would train on nearly nothing.
     """
-    progress = (step - 1) / max(1, steps - 1)
+    progress = (step - 1) / steps
     return minimum + (maximum - minimum) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rate(cfg: dict[str, Any], server_round: int) -> float:
+    """What clients train with in a round, by the resolved configuration.
+
+    `train.training_arguments.learning_rate`, or the cosine over `num_rounds`.
+    """
+    train = cfg["train"]
+    constant = train["training_arguments"].get("learning_rate")
+    if constant is not None:
+        return constant
+    low, high = train["learning_rate_min"], train["learning_rate_max"]
+    return cosine(server_round, cfg["num_rounds"], high, low)
 
 
 # --- what a run shows and leaves behind ---------------------------------------------------

@@ -201,9 +201,9 @@ def test_default_is_the_published_one():
 
 def test_default_learning_rate_falls_from_maximum_to_minimum():
     cfg = plain("")
-    rates = [client.training_arguments(cfg, r, 0).learning_rate for r in (1, 50, 100)]
+    rates = [client.training_arguments(cfg, r, 0).learning_rate for r in (1, 51, 100)]
     assert rates[0] == 5e-5
-    assert rates[1] == pytest.approx(2.6e-5, abs=1e-6)
+    assert rates[1] == pytest.approx(2.55e-5)  # half-way
     assert rates[2] == pytest.approx(1e-6, abs=2e-8)
 
 
