@@ -6,6 +6,7 @@ No Flower type comes in here. `cfg` is the resolved configuration as a plain dic
 import resource
 import tempfile
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -144,8 +145,10 @@ class Clock:
         return {**self.laps, "seconds": self.last - self.started}
 
 
-def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
-    """How the adapter does on the records held back here.
+def evaluate(
+    cfg: dict[str, Any], state: State, partition: int, base: bool = False
+) -> Metrics:
+    """How the adapter does on the records held back here; or, with `base`, the base alone.
 
     The metrics: `num-examples`, `eval_loss` (nats per answer token), `eval_accuracy` (share
     of answer tokens, in [0, 1]). Raises `ValueError` where none of them can be used.
@@ -159,7 +162,9 @@ def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
         rows, lambda row: _encode(cfg, row, tokenizer), cfg["seed"]
     )
     size = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
-    scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
+    # A fresh adapter changes nothing with LoRA, but does with prompts of its own.
+    with net.disable_adapter() if base else nullcontext():
+        scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
     loss, accuracy = examine.loss_and_accuracy(scores)
     return {"num-examples": len(examples), "eval_loss": loss, "eval_accuracy": accuracy}
 

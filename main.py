@@ -47,6 +47,8 @@ def main(config: DictConfig) -> None:
     from strategy import Stopped
 
     utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
+    if note := journal.quantised_on_cpu(cfg):
+        utils.say(f"Note: {note}.")
     if cfg["resume"]:
         utils.record(config, overrides, folder)
     try:
@@ -54,7 +56,7 @@ def main(config: DictConfig) -> None:
     except Stopped as error:
         utils.say(str(error))
         raise SystemExit(utils.INTERRUPTED) from error
-    journal.report(folder)
+    journal.report(cfg, folder)
 
 
 def simulate(cfg: dict[str, Any], folder: Path) -> None:

@@ -256,21 +256,40 @@ class Progress:
             desc="round",
         )
 
+    def begin(self, before: dict[str, Any]) -> None:
+        """The rounds begin, and the time until they are done. `before`: the base's scores."""
+        self.started = time.monotonic()
+        if losses := self._losses(before):
+            say(f"base without training  {losses}")
+
     def advance(self, entry: dict[str, Any]) -> None:
         """Show a finished round, given its entry of `history.json`."""
-        loss = f"loss {entry['train_loss']:.4f}"
+        losses = self._losses(entry)
         if not self.bar.disable:
-            self.bar.set_postfix_str(loss, refresh=False)
+            self.bar.set_postfix_str(losses, refresh=False)
             self.bar.update()
             return
         done = entry["round"]
+        speed = ""
+        if "tokens_per_second" in entry:
+            speed = f"{entry['tokens_per_second']:,.0f} tokens/s  "
         pace = (time.monotonic() - self.started) / (done - self.first)
         left = pace * (self.num_rounds - done)
         print(
-            f"round {done}/{self.num_rounds}  {loss}  {entry['seconds']:.1f} s  "
+            f"round {done}/{self.num_rounds}  {losses}  {speed}{entry['seconds']:.1f} s  "
             f"{entry['replied']} of {entry['sampled']} clients  "
             f"{self.bar.format_interval(left)} left",
             flush=True,
+        )
+
+    @staticmethod
+    def _losses(entry: dict[str, Any]) -> str:
+        """Those of training, on the test questions, and on clients' own records."""
+        names = {"train_loss": "loss", "test_loss": "test", "eval_loss": "own records"}
+        return "  ".join(
+            f"{label} {entry[name]:.4f}"
+            for name, label in names.items()
+            if name in entry
         )
 
     def close(self) -> None:

@@ -104,3 +104,18 @@ def test_choices_that_are_none_are_named(exam, value):
     path.write_text(json.dumps({"q": "?", "a": "two", "c": value}))
     with pytest.raises(UserError, match=r"evaluate.choices=c: a list of answers is"):
         dataset.load_test(cfg)
+
+
+def test_the_server_examines_with_all_cores_and_gives_them_back(exam, monkeypatch):
+    _, exam, _ = exam
+    monkeypatch.setattr(model, "CORES", 3)
+    seen = []
+    score = examine.score
+    monkeypatch.setattr(
+        examine, "score", lambda *a: seen.append(torch.get_num_threads()) or score(*a)
+    )
+    before = torch.get_num_threads()
+    state = model.adapter_state(exam.net)
+    exam.base(), exam.measure(state), exam.tuned(state, exam.measure(state))
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before != 3
