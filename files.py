@@ -68,6 +68,18 @@ def find(path: str, key: str) -> list[Path]:
     return files
 
 
+def names(path: str, key: str) -> list[str]:
+    """The columns that any record of a file or folder has. Raises `UserError` as `load`."""
+    found: dict[str, None] = {}
+    for file in find(path, key):
+        try:
+            for _, row in READERS[file.suffix](file):
+                found |= dict.fromkeys(row)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text ({error.reason}).") from error
+    return list(found)
+
+
 def read(
     files: tuple[Path, ...], columns: tuple[str, ...], lists: str | None, stamps: Any
 ) -> Iterator[Row]:
