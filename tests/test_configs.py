@@ -12,9 +12,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from peft import PeftConfig
 
+import checks
 import client
+import journal
 import strategy
-from utils import PROJECT, compose, construct
+from utils import PROJECT, UserError, compose, construct
 
 CONF = PROJECT / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.glob("**/*.yaml"))
@@ -239,6 +241,37 @@ def test_flowertune_sweep_expands_to_the_eight_published_settings():
         for bits in (4, 8)
         for share in (0.1, 0.2)
     ]
+
+
+def test_a_laptop_trains_a_model_and_records_of_ones_own(loopback, tmp_path, capsys):
+    path = PROJECT / "assets/tiny_qa/train.jsonl"
+    overrides = (
+        f"experiment=laptop model.name=assets/tiny_llama dataset.path={path} "
+        "num_rounds=1 train.training_arguments.max_steps=1"
+    )
+    cfg = checks.check(compose(overrides))
+    assert cfg["model"]["quantization"] is None
+    assert cfg["client_resources"] == {"num_cpus": 1, "num_gpus": 0}
+    assert journal.quantised_on_cpu(cfg) is None
+    strategy.run(cfg, loopback(cfg), tmp_path)
+    journal.report(cfg, tmp_path)
+    said = capsys.readouterr().out
+    assert "records of 4 clients" in said  # what they hold back, before and after
+    assert "Nothing but the training loss" not in said
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model.name", "model.name=None: text is needed"),
+        ("dataset.path", "dataset.path must be given"),
+    ],
+)
+def test_a_laptop_s_own_must_be_named(missing, message):
+    given = {"model.name": "assets/tiny_llama", "dataset.path": "assets/tiny_qa"}
+    words = [f"{key}={value}" for key, value in given.items() if key != missing]
+    with pytest.raises(UserError, match=message):
+        checks.check(compose(" ".join(["experiment=laptop", *words])))
 
 
 # --- requirements --------------------------------------------------------------------------
