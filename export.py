@@ -11,7 +11,6 @@ import argparse
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -251,7 +250,7 @@ class Card:
         yield "rounds", self.about["round"]
         if self.cfg:
             yield "strategy", _class(self.cfg["strategy"])
-        if commit := _commit():
+        if commit := utils.git_commit():
             yield "commit of llm-flowertune", commit
         yield (
             "exported with",
@@ -404,16 +403,6 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise utils.UserError(f"{path} is broken: {error}") from error
-
-
-def _commit() -> str | None:
-    """The commit of this project, in a git checkout."""
-    command = ["git", "-C", str(utils.PROJECT), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _class(settings: dict[str, Any]) -> str:

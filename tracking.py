@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
-from utils import UserError, construct, flat, say
+from utils import UserError, construct, flat, git_commit, say
 
 
 class Tracking:
@@ -28,6 +28,7 @@ class Tracking:
         self.folder = folder
         self.finished = False
         self.tracker: Tracker | None = make(cfg["tracking"])
+        cfg = {**cfg, "git_commit": git_commit()}  # among the settings
         last = rounds[-1]["round"] if rounds else -1
         known = self._tell("start", cfg, folder, last)
         self.known = -1 if known is None else known

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -166,6 +167,16 @@ def learning_rate(cfg: dict[str, Any], server_round: int) -> float:
         return constant
     low, high = train["learning_rate_min"], train["learning_rate_max"]
     return cosine(server_round, cfg["num_rounds"], high, low)
+
+
+def git_commit() -> str | None:
+    """The commit of this project, in a git checkout."""
+    command = ["git", "-C", str(PROJECT), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 # --- what a run shows and leaves behind ---------------------------------------------------

@@ -14,7 +14,7 @@ import launch
 import node
 import strategy
 import tracking
-from utils import PROJECT, UserError, compose
+from utils import PROJECT, UserError, compose, git_commit
 
 NAMES = sorted(path.stem for path in (PROJECT / "conf/tracking").glob("*.yaml"))
 
@@ -163,6 +163,7 @@ def test_mlflow_keeps_the_history_the_settings_the_plot_and_the_adapter(
     assert run.info.status == "FINISHED"
     assert run.data.params["model.lora.peft_lora_r"] == "16"
     assert run.data.params["num_clients"] == "4"
+    assert run.data.params["git_commit"] == str(git_commit())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert run.data.metrics["summary/seconds"] == summary["seconds"]
     kept = Path(download_artifacts(run_id=run.info.run_id))
