@@ -785,6 +785,21 @@ COMMANDS = [
     ("an endless heat", "test.py --peft-path=x --temperature=inf", "must be 0 or more"),
     ("no device", "test.py --peft-path=x --device=meta", "must be cpu, cuda or cuda:1"),
     (
+        "an input alone",
+        "test.py --peft-path=x --input=y",
+        "--input goes with --question",
+    ),
+    (
+        "a file and a question",
+        "test.py --peft-path=x --file=y --question=z",
+        "--file takes neither --question nor --temperature",
+    ),
+    (
+        "columns of no file",
+        "test.py --peft-path=x --columns=instruction=y",
+        "--columns, --choices and --out go with --file",
+    ),
+    (
         "pickled weights",
         "test.py --peft-path={tmp}/pickled --question=x",
         "adapter_model.safetensors is missing",
