@@ -177,8 +177,12 @@ def read_rounds(folder: Path, done: int) -> list[dict[str, Any]]:
 def read_before(folder: Path) -> dict[str, Any]:
     """What the base scored, by a run's `history.json`; nothing in those without it."""
     before = json.loads((folder / "history.json").read_text()).get("before", {})
-    if before and not (isinstance(before, dict) and before.get("round") == 0):
-        raise UserError(f"{folder}/history.json: its entry `before` is not of round 0.")
+    fits = isinstance(before, dict) and before.get("round", 0) == 0
+    if not fits or any(type(before.get(name, 0.0)) is not float for name in OWN):
+        raise UserError(
+            f"{folder}/history.json: its entry `before` is not what the base scored in "
+            "round 0. Take it out, or put a copy of the file into its place."
+        )
     return before
 
 

@@ -690,6 +690,14 @@ RUNS = [
     ),
     ("a list for it", put("history.json", "[]"), "history.json does not fit the run"),
     (
+        "a base of no round",
+        put(
+            "history.json",
+            '{"before": {"round": 2}, "rounds": [{"round": 1}, {"round": 2}]}',
+        ),
+        "its entry `before` is not what the base scored",
+    ),
+    (
         "two halves of a checkpoint",
         both(
             halve(f"{NEWEST}/adapter.safetensors"),
