@@ -16,7 +16,7 @@ import heterogeneity
 import model
 from journal import quantised_on_cpu
 from memory import allocated, at_peak, estimate_vram, occupied
-from strategy import AVERAGING, cohort_size
+from strategy import AVERAGING, cohort_size, due
 from utils import UserError, learning_rate
 
 Rows = list[tuple[str, str]]  # label and value
@@ -223,7 +223,10 @@ def _traffic(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     ]
     if cfg["strategy"]["fraction_evaluate"]:
         down = _cohort(cfg, "fraction_evaluate") * adapter
-        text = f"{_bytes(down)} down a round, {_bytes(rounds * down)} in all"
+        times = 1 + sum(
+            due(cfg, n, default=1) for n in range(1, rounds + 1)
+        )  # the base
+        text = f"{_bytes(down)} down each time, {_bytes(times * down)} in all"
         rows.append(("evaluation", text))
     return rows
 

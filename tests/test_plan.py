@@ -114,6 +114,18 @@ def test_plan_of_the_quickstart():
     assert "evaluation" not in rows
 
 
+def test_the_plan_counts_the_evaluation_before_round_1():
+    few = "num_rounds=5 evaluate.every_round=2 strategy.fraction_evaluate=0.05"
+    cfg = configuration(few)
+    net = model.skeleton(cfg["model"], cfg["peft"])
+    down = plan.wire_bytes(
+        net, "float16"
+    )  # to one client; before, and after 2, 4 and 5
+    assert dict(plan.plan(cfg))["evaluation"] == (
+        f"{down / 2**10:.1f} KiB down each time, {4 * down / MIB:.1f} MiB in all"
+    )
+
+
 @pytest.mark.parametrize("dtype", comm.DTYPES)
 def test_wire_bytes_are_those_that_are_packed(dtype):
     cfg = configuration("peft=dora")  # matrices and vectors
