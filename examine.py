@@ -16,7 +16,9 @@ import dataset
 import model
 from loss import answer_scores
 
-BATCH = 64
+# Prompts that are answered side by side. With 64 on a CPU a base of 135M (1.1 GiB) took 0.3
+# GiB more for its answers, with 16 0.1, for about the same time.
+BATCH, BATCH_ON_CPU = 64, 16
 Scores = dict[str, float]
 
 
@@ -63,8 +65,9 @@ def answer(
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     collate = dataset.Collator(tokenizer.pad_token_id, padding_side="left")
-    for start in range(0, len(prompts), BATCH):
-        chosen = by_length[start : start + BATCH]
+    size = BATCH_ON_CPU if net.device.type == "cpu" else BATCH
+    for start in range(0, len(prompts), size):
+        chosen = by_length[start : start + size]
         batch = collate(
             [{"input_ids": prompts[i], "labels": prompts[i]} for i in chosen]
         )

@@ -166,7 +166,7 @@ def test_what_cannot_be_dealt_out_leaves_the_plan(overrides, why, configure, tmp
     rows = rows_of(configure(f"dry_run=true {overrides}"), tmp_path)
     assert rows["clients"].startswith("not shown: ")
     assert why in rows["clients"]
-    assert "VRAM a client" in rows
+    assert "memory a client" in rows
     assert not (tmp_path / "clients.png").exists()
 
 
