@@ -109,7 +109,7 @@ def federation_server() -> ServerApp:
             # A run that goes on was begun with other overrides than it is gone on with.
             told = {"overrides": shlex.join(chosen), "run": run_name(folder)}
             strategy.run(cfg, grid, folder, told)
-            journal.report(folder)
+            journal.report(cfg, folder)
 
     return app
 
@@ -221,12 +221,13 @@ def train(
 def evaluate(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
-    """The metrics of the adapter that came in."""
+    """The metrics of the adapter that came in; of the base before round 1."""
     import comm
     import launch
 
     received = comm.unpack(message.content["arrays"].to_torch_state_dict())
-    metrics = launch.evaluate(cfg, received, partition=partition)
+    base = message.content["config"]["server-round"] == 0
+    metrics = launch.evaluate(cfg, received, partition=partition, base=base)
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 

@@ -712,6 +712,7 @@ def check_progress(cfg: dict[str, Any], folder: Path) -> None:
         return
     state, done = checkpoint.read(newest)[:2]
     journal.read_rounds(folder, done)
+    journal.read_before(folder)
     frame = model.skeleton(cfg["model"], cfg["peft"])
     expected = {n: p for n, p in frame.named_parameters() if p.requires_grad}
     for adapter in journal.adapters(cfg, state).values():

@@ -6,6 +6,7 @@ No Flower type comes in here. `cfg` is the resolved configuration as a plain dic
 import resource
 import tempfile
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import dataset
 import examine
 import model
 from loss import answer_loss
-from utils import cosine, mix_seed
+from utils import learning_rate, mix_seed
 
 State = dict[str, torch.Tensor]
 Metrics = dict[str, float]
@@ -149,8 +150,10 @@ class Clock:
         return {**self.laps, "seconds": self.last - self.started}
 
 
-def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
-    """How the adapter does on the records held back here.
+def evaluate(
+    cfg: dict[str, Any], state: State, partition: int, base: bool = False
+) -> Metrics:
+    """How the adapter does on the records held back here; or, with `base`, the base alone.
 
     The metrics: `num-examples`, `eval_loss` (nats per answer token), `eval_accuracy` (share
     of answer tokens, in [0, 1]), `dropped` and `truncated` as in `train`. Raises `ValueError` where none of them can be used.
@@ -164,7 +167,9 @@ def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
         rows, lambda row: _encode(cfg, row, tokenizer), cfg["seed"]
     )
     size = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
-    scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
+    # A fresh adapter changes nothing with LoRA, but does with prompts of its own.
+    with net.disable_adapter() if base else nullcontext():
+        scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
     loss, accuracy = examine.loss_and_accuracy(scores)
     return {
         "num-examples": len(examples),
@@ -218,18 +223,9 @@ def training_arguments(
 
     Raises `TypeError` or `ValueError` for what `TrainingArguments` does not take.
     """
-    train = cfg["train"]
-    given = train["training_arguments"].items()
+    given = cfg["train"]["training_arguments"].items()
     settings = {name: value for name, value in given if value is not None}
-    settings.setdefault(
-        "learning_rate",
-        cosine(
-            server_round,
-            cfg["num_rounds"],
-            train["learning_rate_max"],
-            train["learning_rate_min"],
-        ),
-    )
+    settings["learning_rate"] = learning_rate(cfg, server_round)
     settings |= {"report_to": "none", "save_strategy": "no"}
     # `draw` has made the passes over the data already.
     settings["num_train_epochs"] = 1

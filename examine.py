@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 import dataset
@@ -17,7 +18,9 @@ import model
 from loss import answer_scores
 from utils import look_for_stop
 
-BATCH = 64
+# Prompts that are answered side by side. With 64 on a CPU a base of 135M (1.1 GiB) took 0.3
+# GiB more for its answers, with 16 0.1, for about the same time.
+BATCH, BATCH_ON_CPU = 64, 16
 
 
 class Scores(dict[str, float]):
@@ -81,9 +84,10 @@ def answer(
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     collate = dataset.Collator(tokenizer.pad_token_id, padding_side="left")
-    for start in range(0, len(prompts), BATCH):
+    size = BATCH_ON_CPU if net.device.type == "cpu" else BATCH
+    for start in range(0, len(prompts), size):
         look_for_stop()
-        chosen = by_length[start : start + BATCH]
+        chosen = by_length[start : start + size]
         batch = collate(
             [{"input_ids": prompts[i], "labels": prompts[i]} for i in chosen]
         )
@@ -154,6 +158,43 @@ def _harmonic(common: int, ours: list[str], theirs: list[str]) -> float:
 
 
 METRICS = {"exact_match": exact_match, "f1": f1, "rouge_l": rouge_l}
+# What people are shown of scores, and how.
+SHOWN = {
+    "loss": ("loss, nats a token", "{:.3f}"),
+    "perplexity": ("perplexity", "{:.4g}"),
+    "accuracy": ("token accuracy", "{:.1%}"),
+    "exact_match": ("exact match", "{:.1%}"),
+    "f1": ("F1 of words", "{:.1%}"),
+    "rouge_l": ("ROUGE-L", "{:.1%}"),
+    "choice_accuracy": ("right choices", "{:.1%}"),
+}
+
+
+def table(title: str, columns: dict[str, Scores]) -> str:
+    """Scores as text, side by side under the names of `columns`; unknown ones are left out."""
+    lines = [f"{title:30}" + "".join(f"{name:>10}" for name in columns)]
+    for name, (label, form) in SHOWN.items():
+        cells = [
+            form.format(scores[key]) if key else "-"
+            for scores in columns.values()
+            for key in [_key(scores, name)]
+        ]
+        if any(cell != "-" for cell in cells):
+            lines.append(f"  {label:28}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _key(scores: Scores, name: str) -> str | None:
+    """Under which name a score is there: that of test questions, or of clients' records."""
+    keys = (name, f"test_{name}", f"eval_{name}")
+    return next((key for key in keys if key in scores), None)
+
+
+def _build(cfg: dict[str, Any]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A run's base with a fresh adapter, and its tokenizer."""
+    name, fast = cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
+    net = model.build(cfg["model"], cfg["peft"], cfg["seed"], model.default_device())
+    return net.eval(), model.load_tokenizer(name, fast)
 
 
 # --- the test questions -------------------------------------------------------------------------
@@ -163,43 +204,63 @@ class Examination:
     """The dataset's test questions, put to the base and to adapters.
 
     All scores are of the same `records`, those that can be scored; `left_out` is the number
-    of the others.
+    of the others. On all cores: the server asks them while no client is at work.
     """
 
-    def __init__(self, cfg: dict[str, Any]) -> None:
-        model.use_cpus(cfg["client_resources"]["num_cpus"])
+    On all cores: the server asks them while no client is at work.
+    """
+
+    @model.all_cores()
+    def __init__(
+        self,
+        cfg: dict[str, Any],
+        opened: tuple[PeftModel, PreTrainedTokenizerBase] | None = None,
+    ) -> None:
+        """`opened`: an adapter on its base that is there already (`model.open_adapter`)."""
         self.settings = cfg["evaluate"]
+        self.answers_known = cfg["dataset"]["columns"]["output"] is not None
         self.template = cfg["dataset"]["template"]
         self.seq_length = cfg["train"]["seq_length"]
         self.batch = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
-        name, fast = cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
-        self.tokenizer = model.load_tokenizer(name, fast)
+        self.net, self.tokenizer = opened or _build(cfg)
         self.collate = dataset.Collator(self.tokenizer.pad_token_id, "left")
-        self.net = model.build(
-            cfg["model"], cfg["peft"], cfg["seed"], model.default_device()
-        ).eval()
-        kept, self.left_out = dataset.scorable(cfg, self.tokenizer)
+        if self.answers_known:
+            kept, self.left_out = dataset.scorable(cfg, self.tokenizer)
+        else:
+            kept = [(record, [], None) for record in dataset.load_test(cfg)[0]]
+            self.left_out = 0
         self.records = [record for record, _, _ in kept]
         self.choices = [choices for _, choices, _ in kept if choices]
-        self.examples = [example for _, _, example in kept]
+        self.examples = [example for _, _, example in kept if example]
 
+    @model.all_cores()
     def measure(self, state: model.State) -> Scores:
         """The adapter's `test_loss`, `test_perplexity` and `test_accuracy` (of tokens)."""
         model.set_adapter_state(self.net, state)
         return self._measure()
 
+    @model.all_cores()
     def base(self) -> tuple[Scores, list[str]]:
         """All scores of the base model without an adapter, and its answers."""
         with self.net.disable_adapter():
             return self._examine()
 
-    def tuned(self, state: model.State) -> tuple[Scores, list[str]]:
-        """All scores with this adapter, and its answers."""
-        model.set_adapter_state(self.net, state)
-        return self._examine()
+    @model.all_cores()
+    def tuned(
+        self, state: model.State | None = None, known: Scores | None = None
+    ) -> tuple[Scores, list[str]]:
+        """All scores with this adapter, or the one that is there, and its answers.
 
-    def _examine(self) -> tuple[Scores, list[str]]:
-        scores, answers = self._measure(), []
+        `known`: what `measure` has found with it already.
+        """
+        if state is not None:
+            model.set_adapter_state(self.net, state)
+        return self._examine(known)
+
+    def _examine(self, known: Scores | None = None) -> tuple[Scores, list[str]]:
+        if not self.answers_known:
+            return {}, self._answers()
+        scores, answers = known or self._measure(), []
         if self.settings["exact_match"]:
             answers = self._answers()
             pairs = [

@@ -13,7 +13,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -308,7 +307,7 @@ class Card:
             yield "records to train on", records
         if "train_loss" in self.entry:
             yield f"train loss, {NATS}", f"{self.entry['train_loss']:.4g}"
-        if commit := _commit():
+        if commit := utils.git_commit():
             yield "commit of llm-flowertune", commit
         yield (
             "exported with",
@@ -500,16 +499,6 @@ def _config(run: Path) -> dict[str, Any]:
 def _read(path: Path, shape: Any) -> dict[str, Any]:
     """A JSON file's content, or nothing where there is none."""
     return utils.fit(utils.read_json(path), shape, path) if path.exists() else {}
-
-
-def _commit() -> str | None:
-    """The commit of this project, in a git checkout."""
-    command = ["git", "-C", str(utils.PROJECT), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _class(settings: dict[str, Any]) -> str:

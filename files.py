@@ -193,6 +193,18 @@ def _words(stem: str) -> list[str]:
     return re.split(r"[^a-z]+", stem.lower())
 
 
+def names(path: str, key: str) -> list[str]:
+    """The columns that any record of a file or folder has. Raises `UserError` as `load`."""
+    found: dict[str, None] = {}
+    for file in find(path, key):
+        try:
+            for *_, columns in READERS[file.suffix.lower()](file, ()):
+                found |= dict.fromkeys(columns)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text ({error.reason}).") from error
+    return list(found)
+
+
 def read(
     files: tuple[Path, ...],
     columns: tuple[str, ...],

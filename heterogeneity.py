@@ -16,7 +16,7 @@ from utils import COLOURS, GREY, UserError, figure, local_path
 
 # Records that are tokenised to tell their lengths: of a client, and of all of them, at most.
 SAMPLE = 200
-SAMPLE_OF_ALL = 10_000
+SAMPLE_OF_ALL = 2_000
 UNCUT = sys.maxsize
 HATCHES = (
     None,

@@ -3,12 +3,15 @@
 import math
 import shlex
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import dataset
+import examine
 import model
 from tracking import Tracking
-from utils import UserError, plot_run, public, read_json, say, write_json
+from utils import UserError, plot_run, public, read_json, say, write_json, writing
 
 SHOWN = 3  # sample questions printed after a run
 # What every round's entry in `history.json` tells, of which the summary is made.
@@ -21,6 +24,8 @@ NUMBERS = (
     "peak_memory_server",
 )
 SCORES = ("test_loss", "eval_loss")  # by which the best round is found, if it is
+# What clients measure on records of their own.
+OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")
 
 
 class Journal:
@@ -32,6 +37,7 @@ class Journal:
         self.cfg = cfg
         self.frame = frame
         self.folder = folder
+        self.before: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
         self.tokenizer = model.load_tokenizer(
             cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
@@ -43,6 +49,7 @@ class Journal:
         What was written of later rounds goes: they will be done again.
         """
         self.rounds = read_rounds(self.folder, done)
+        self.before = read_before(self.folder)
         for adapter in self.folder.glob("peft_*"):
             number = adapter.name.removeprefix("peft_")
             if number.isdigit() and int(number) > done:
@@ -52,10 +59,20 @@ class Journal:
 
     def track(self) -> None:
         """Let the run be followed by what `conf/tracking` names; `close` is the end of it."""
-        self.tracking = Tracking(self.cfg, self.folder, self.rounds)
+        known = [self.before, *self.rounds] if self.before else self.rounds
+        self.tracking = Tracking(self.cfg, self.folder, known)
 
     def close(self) -> None:
         self.tracking.close()
+
+    def write_before(self, scores: dict[str, Any]) -> None:
+        """Take down what the base scores without training, if anything was measured.
+
+        It is on disk with round 1; a run that stops before that begins anew.
+        """
+        if scores:
+            self.before = {"round": 0, **scores}
+            self.tracking.log(self.before)
 
     def write_round(self, entry: dict[str, Any], state: model.State) -> None:
         """Append to `history.json`; save the adapter when it is due or the best so far.
@@ -64,17 +81,19 @@ class Journal:
         clients hold back, where either is measured.
         """
         name = SCORES[0] if self.cfg["evaluate"]["every_round"] else SCORES[1]
-        before = self.best()
+        best = self.best()
         if name in entry:
             # Before the run was gone on with it may have been measured otherwise.
-            least = before.get(name, math.inf) if before else math.inf
+            least = best.get(name, math.inf) if best else math.inf
             entry["best"] = entry[name] < least
+        report_lost(entry, self.rounds, self.cfg["train"]["seq_length"])
         self.rounds.append(entry)
-        write_json(self.folder / "history.json", {"rounds": self.rounds})
+        before = {"before": self.before} if self.before else {}
+        write_json(self.folder / "history.json", {**before, "rounds": self.rounds})
         if self._due(entry["round"]) or entry.get("best"):
             self.save_last(state)
-        if entry.get("best") and before and not self._due(before["round"]):
-            shutil.rmtree(self.folder / f"peft_{before['round']}", ignore_errors=True)
+        if entry.get("best") and best and not self._due(best["round"]):
+            shutil.rmtree(self.folder / f"peft_{best['round']}", ignore_errors=True)
         self.tracking.log(entry)
 
     def best(self) -> dict[str, Any] | None:
@@ -93,10 +112,16 @@ class Journal:
             return
         settings = dict(self.cfg["model"])
         settings["name"] = model.portable_name(settings["name"])
+        train = self.cfg["train"]
         about = {
             "round": done,
             "template": self.cfg["dataset"]["template"],
             "model": settings,
+            # As it is examined, for `test.py --file`.
+            "columns": self.cfg["dataset"]["columns"],
+            "seq_length": train["seq_length"],
+            "batch_size": train["training_arguments"]["per_device_train_batch_size"],
+            "max_new_tokens": self.cfg["evaluate"]["max_new_tokens"],
         }
         for name, adapter in adapters(self.cfg, state).items():
             if not (folder / name).exists():  # the run has saved this one already
@@ -121,6 +146,10 @@ class Journal:
         }
         if best := self.best():
             summary["best_round"] = best["round"]
+        for name in OWN:
+            for when, entry in (("before", self.before), ("after", self.rounds[-1])):
+                if name in entry:
+                    summary[f"{name}_{when}"] = entry[name]
         summary |= more
         write_json(self.folder / "summary.json", summary)
         self.tracking.finish(summary)
@@ -179,6 +208,18 @@ def _check_entry(entry: dict[str, Any]) -> None:
         raise ValueError(f"round {entry['round']} is the best by no measure")
 
 
+def read_before(folder: Path) -> dict[str, Any]:
+    """What the base scored, by a run's `history.json`; nothing in those without it."""
+    before = read_json(folder / "history.json").get("before", {})
+    fits = isinstance(before, dict) and before.get("round", 0) == 0
+    if not fits or any(type(before.get(name, 0.0)) is not float for name in OWN):
+        raise UserError(
+            f"{folder}/history.json: its entry `before` is not what the base scored in "
+            "round 0. Take it out, or put a copy of the file into its place."
+        )
+    return before
+
+
 def report_failures(server_round: int, failures: list[dict[str, Any]]) -> None:
     """Name each cause once, with the clients that it cost."""
     causes: dict[str, list[int]] = {}
@@ -198,6 +239,24 @@ def report_memory(server_round: int, clients: list[dict[str, Any]], size: int) -
             )
 
 
+def report_lost(
+    entry: dict[str, Any], earlier: list[dict[str, Any]], seq_length: int
+) -> None:
+    """Say once, when it first happens, what of the clients' records is not trained on."""
+    for name, what in (
+        (
+            "truncated",
+            f"were cut at train.seq_length={seq_length}: they lose their end",
+        ),
+        ("dropped", "were left out: no answer, or none left by train.seq_length"),
+    ):
+        if entry.get(name) and not any(other.get(name) for other in earlier):
+            drawn = sum(client["num-examples"] for client in entry["clients"])
+            if name == "dropped":
+                drawn += entry[name]
+            say(f"round {entry['round']}: {entry[name]:,} of {drawn:g} records {what}")
+
+
 def describe(cfg: dict) -> str:
     """One line on what is about to run."""
     strategy = cfg["strategy"]["_target_"].rpartition(".")[2]
@@ -211,31 +270,86 @@ def describe(cfg: dict) -> str:
     )
 
 
-def report(folder: Path) -> None:
+def quantised_on_cpu(cfg: dict[str, Any]) -> str | None:
+    """What 4 or 8 bits cost where no GPU computes on them, in a line; None elsewhere."""
+    bits = cfg["model"]["quantization"]
+    if cfg["client_resources"]["num_gpus"] or not bits:
+        return None
+    return (
+        f"on a CPU {bits} bits save neither memory nor time, and cost accuracy: "
+        "model.quantization=null is better"
+    )
+
+
+def report(cfg: dict[str, Any], folder: Path) -> None:
     """Print a finished run's last word: losses, scores, sample answers, what to do next."""
     summary = read_json(folder / "summary.json")
+    last = read_rounds(folder, summary["rounds"])[-1]
     say(
         f"\nTraining loss {summary['train_loss_first']:.3f} -> "
         f"{summary['train_loss_last']:.3f} in {summary['rounds']} rounds, "
         f"{summary['seconds']:.0f} s."
     )
+    asked: list[dict[str, str]] = []
+    if dataset.test_wanted(cfg):
+        asked = dataset.load_test(cfg)[0]
+    if "exact_match_after" in summary:
+        answers = json.loads((folder / "answers.json").read_text())
+        for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
+            say(f"\n  {_line(record['instruction'] + ' ' + record['input'])}")
+            for name in ("base", "tuned"):
+                say(f"    {name + ':':6} {_line(record[name])}")
+    before_after = {
+        when: {
+            name.removesuffix(ending): value
+            for name, value in summary.items()
+            if name.endswith(ending)
+        }
+        for when, ending in (("before", "_before"), ("after", "_after"))
+    }
+    if asked:
+        title = f"On {summary.get('test_questions', len(asked))} test questions"
+        say("\n" + examine.table(title, _of(before_after, own=False)))
+    if clients := last.get("eval_clients"):
+        records = sum(client["num-examples"] for client in clients)
+        title = f"On {records:g} records of {len(clients)} clients"
+        say("\n" + examine.table(title, _of(before_after, own=True)))
+    if not asked and not clients:
+        say(
+            "\nNothing but the training loss was measured. strategy.fraction_evaluate=1 lets "
+            "clients measure on records that they hold back, evaluate.exact_match=true the "
+            "server on test questions (dataset.test_path)."
+        )
+    if summary.get("best_round", summary["rounds"]) != summary["rounds"]:
+        best = folder / f"peft_{summary['best_round']}"
+        say(f"\nRound {summary['best_round']} had the lowest loss; its adapter: {best}")
     # Alone, each client has one of its own.
     [adapter, *_] = sorted(
         (folder / f"peft_{summary['rounds']}").rglob("adapter_config.json")
     )
-    question = "What is the ideal 1-day plan in London?"
-    if "exact_match_after" in summary:
-        answers = read_json(folder / "answers.json")
-        for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
-            say(f"\n  {record['instruction']} {record['input']}".rstrip())
-            for name in ("base", "tuned"):
-                say(f"    {name + ':':6} {' '.join(record[name].split())}")
-        say(
-            f"\nExact match on {len(answers)} held-out questions: "
-            f"{summary['exact_match_before']:.1%} -> {summary['exact_match_after']:.1%}"
-        )
-        question = answers[0]["instruction"]
-    say(
-        f"\nAsk it: python test.py --peft-path={shlex.quote(str(adapter.parent))} "
-        f"--question={shlex.quote(question)}"
-    )
+    command = ["python", "test.py", f"--peft-path={adapter.parent}"]
+    if asked:
+        # The first that fits a line or two; clients' own records are not for showing.
+        record = min(asked, key=lambda r: max(200, len(r["instruction"] + r["input"])))
+        command += [f"--question={record['instruction']}"]
+        command += [f"--input={record['input']}"] * bool(record["input"])
+    say(f"\nAsk it: {' '.join(map(quote, command))}")
+
+
+def _line(text: str) -> str:
+    """A text as a line or two that a terminal can take."""
+    return "".join(filter(str.isprintable, textwrap.shorten(text, 200)))
+
+
+def _of(scores: dict[str, dict[str, Any]], own: bool) -> dict[str, dict[str, Any]]:
+    """Those that clients measured on records of their own, or the others."""
+    return {
+        when: {k: v for k, v in each.items() if k.startswith("eval_") == own}
+        for when, each in scores.items()
+    }
+
+
+def quote(word: str) -> str:
+    """A word of a command for the shell, `--key=` left in front of the quotes."""
+    key, equals, value = word.partition("=")
+    return key + equals + shlex.quote(value) if equals else shlex.quote(word)

@@ -53,9 +53,11 @@ def train(
     return _ask(cfg, "train", state, partition, server_round, proximal_mu)
 
 
-def evaluate(cfg: dict[str, Any], state: State, partition: int) -> Metrics:
+def evaluate(
+    cfg: dict[str, Any], state: State, partition: int, base: bool = False
+) -> Metrics:
     """`client.evaluate`, by `launch.processes` of them; each goes over all records."""
-    return _ask(cfg, "evaluate", state, partition)
+    return _ask(cfg, "evaluate", state, partition, base)
 
 
 def _ask(cfg: dict[str, Any], name: str, *arguments: Any) -> Any:

@@ -59,6 +59,8 @@ def run(config: DictConfig, overrides: list[str], folder: Path) -> None:
     from strategy import Stopped
 
     utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
+    if note := journal.quantised_on_cpu(cfg):
+        utils.say(f"Note: {note}.")
     if cfg["resume"]:
         utils.record(config, overrides, folder)
     try:
@@ -67,7 +69,7 @@ def run(config: DictConfig, overrides: list[str], folder: Path) -> None:
         with suppress(OSError):  # it may have stopped because nobody listens
             print(error, file=sys.stderr)
         raise SystemExit(utils.INTERRUPTED) from error
-    journal.report(folder)
+    journal.report(cfg, folder)
 
 
 def simulate(cfg: dict[str, Any], folder: Path) -> None:

@@ -57,10 +57,18 @@ class Misfit(Refusal, ValueError):
     """A state that is not an adapter of this model."""
 
 
+# What torch begins with: every core that the process may use, or OMP_NUM_THREADS.
+CORES = torch.get_num_threads()
 ABOUT = "flowertune.json"  # what `test.py` needs beside PEFT's own files
-LARGEST_JSON = (
-    2**20
-)  # bytes of a settings file; a list of all of a base's layers is 100 kB
+# Bytes of a settings file; a list of all of a base's layers is 100 kB.
+LARGEST_JSON = 2**20
+# How an adapter is examined, where its folder does not say (it is older than that).
+EXAMINED = {
+    "columns": {"instruction": "instruction", "input": "input", "output": "output"},
+    "seq_length": 512,
+    "batch_size": 16,
+    "max_new_tokens": 32,
+}
 State = dict[str, torch.Tensor]
 
 
@@ -91,6 +99,17 @@ def use_cpus(cpus: float) -> None:
     beside one busy process were seen to take fifty times as long as one.
     """
     torch.set_num_threads(max(1, int(cpus)))
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Let torch have every core, where nobody else of the run is at work."""
+    before = torch.get_num_threads()
+    use_cpus(CORES)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -631,6 +650,16 @@ def read_about(folder: str) -> dict[str, Any]:
             raise ValueError(f"the template {template!r} is unknown")
         if about["model"]["quantization"] not in (4, 8, None):
             raise ValueError("the base is quantised to neither 4 nor 8 bits")
+        for name in EXAMINED.keys() & about.keys():
+            value = about[name]
+            if name == "columns":
+                named = {"instruction", "input", "output"}
+                fits = isinstance(value, dict) and named <= value.keys()
+                fits = fits and all(isinstance(c, str | None) for c in value.values())
+            else:
+                fits = type(value) is int and 1 <= value <= 2**20
+            if not fits:
+                raise ValueError(f"its {name} is {value!r}")
         if ".." in Path(base).parts:
             raise ValueError(f"the base {base} leads out of the project")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

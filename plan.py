@@ -14,13 +14,17 @@ import torch
 import dataset
 import heterogeneity
 import model
+from journal import quantised_on_cpu
 from memory import allocated, at_peak, estimate_vram, occupied
-from strategy import cohort_size
-from utils import UserError
+from strategy import AVERAGING, cohort_size, due
+from utils import UserError, learning_rate
 
 Rows = list[tuple[str, str]]  # label and value
 
 VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+PROCESS = (
+    800 * 2**20
+)  # bytes of a worker without model and examples (the quickstart's: 913)
 SCALE_BYTES = 4  # int8: a float32 for each row
 
 
@@ -41,7 +45,7 @@ def plan(cfg: dict[str, Any]) -> Rows:
         *_parameters(frame),
         *_work(cfg),
         *_traffic(cfg, frame),
-        *_vram(cfg, frame),
+        *_memory(cfg, frame),
     ]
 
 
@@ -183,6 +187,8 @@ def _work(cfg: dict[str, Any]) -> Rows:
             "steps a round",
             f"{most}{clients * steps:,} ({steps:,} a client, {size} x {parts} examples each)",
         ),
+        *_weight(cfg),
+        ("learning rate", _rate(cfg)),
         ("tokens a round", f"at most {tokens:,}"),
         (
             f"steps in {rounds} rounds",
@@ -190,6 +196,29 @@ def _work(cfg: dict[str, Any]) -> Rows:
             "tokens",
         ),
     ]
+
+
+def _weight(cfg: dict[str, Any]) -> Rows:
+    """What clients weigh in the mean, where there is one of several."""
+    kind = cfg["strategy"]["_target_"].rpartition(".")[2]
+    if cfg["mode"] != "federated" or kind not in {c.__name__ for c in AVERAGING}:
+        return []
+    by_steps = cfg["train"]["training_arguments"]["max_steps"] > 0
+    if cfg["strategy"].get("weighted_by", "examples") == "records":
+        weight = "by its records"
+    elif by_steps:
+        weight = "the same for all, however few its records: all take as many steps"
+    else:
+        weight = "by its records, because it goes over all of them"
+    return [("a client's weight", weight)]
+
+
+def _rate(cfg: dict[str, Any]) -> str:
+    first, last = (learning_rate(cfg, n) for n in (1, cfg["num_rounds"]))
+    rounds = f"{cfg['num_rounds']} rounds"
+    if first == last:
+        return f"{first:.3g} in {rounds}"
+    return f"{first:.3g} -> {last:.3g} over {rounds}"
 
 
 def _traffic(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
@@ -208,8 +237,54 @@ def _traffic(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     ]
     if cfg["strategy"]["fraction_evaluate"]:
         down = _cohort(cfg, "fraction_evaluate") * adapter
-        text = f"{_bytes(down)} down a round, {_bytes(rounds * down)} in all"
+        times = 1 + sum(
+            due(cfg, n, default=1) for n in range(1, rounds + 1)
+        )  # the base
+        text = f"{_bytes(down)} down each time, {_bytes(times * down)} in all"
         rows.append(("evaluation", text))
+    return rows
+
+
+def _memory(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
+    """What a client's step takes of a GPU, or of memory where it has none, and how many fit."""
+    checkpointing = cfg["model"]["gradient_checkpointing"]
+    rows = [
+        (
+            "checkpointing",
+            "on: activations are computed twice instead of kept"
+            if checkpointing
+            else "off: activations are kept",
+        )
+    ]
+    if not cfg["client_resources"]["num_gpus"]:
+        return rows + _ram(cfg, frame)
+    return rows + _vram(cfg, frame)
+
+
+def _ram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
+    # A CPU computes on a 4-bit base unpacked once.
+    bits = cfg["model"]["quantization"]
+    settings = {**cfg["model"], "quantization": None if bits == 4 else bits}
+    terms = _estimate({**cfg, "model": settings}, frame)
+    del terms["CUDA context"]
+    terms["Python and its libraries"] = PROCESS
+    total = sum(at_peak(terms).values())
+    cores, each = os.cpu_count() or 1, cfg["client_resources"]["num_cpus"]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    busy = min(max(1, int(cores / each)), _cohort(cfg, "fraction_fit"))
+    use = f"{busy} side by side, {int(each)} of {cores} cores each"
+    if (free := cores // busy) > each:
+        use += f"; client_resources.num_cpus={free} would use them all"
+    rows = [
+        ("memory a client", f"{_bytes(total)} (estimate)"),
+        *((f"  {name}", _bytes(size)) for name, size in at_peak(terms).items()),
+        (
+            "this machine",
+            f"{_bytes(memory)}: fits {memory // total} clients; runs {use}",
+        ),
+    ]
+    if note := quantised_on_cpu(cfg):
+        rows.append(("quantisation", note))
     return rows
 
 

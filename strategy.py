@@ -42,7 +42,7 @@ import comm
 import dataset
 import model
 from comm import Unusable
-from examine import Examination
+from examine import Examination, Scores
 from journal import Journal, adapters, report_failures, report_memory
 from utils import (
     STOP,
@@ -53,6 +53,7 @@ from utils import (
     UserError,
     command,
     construct,
+    learning_rate,
     look_for_stop,
     mix_seed,
     one_line,
@@ -238,10 +239,11 @@ def run(
     `Stopped` after `STOP.set()`; what the rounds before have left stays.
     """
     started = time.monotonic()
+    forget_peak_memory()
     server = Server(cfg, grid, told)
     journal = Journal(cfg, server.frame, folder)
     examination = Examination(cfg) if dataset.test_wanted(cfg) else None
-    before = examination.base() if examination else None
+    base = examination.base() if examination else ({}, [])
     state: model.State = {}
     done = 0
     if cfg["resume"] and (newest := checkpoint.newest(folder)):
@@ -252,15 +254,19 @@ def run(
     progress = Progress(cfg["num_rounds"], done)
     journal.track()
     try:
+        measured: list[Scores] = []
         if not done:
             state = server.initial_adapter()
+            journal.write_before(base[0] | server.evaluate_round(0, state))
+        progress.begin({} if done else journal.before)
         for server_round in range(done + 1, cfg["num_rounds"] + 1):
             new_state, entry = server.train_round(server_round, state)
             if due(cfg, server_round, default=1):
                 entry |= server.evaluate_round(server_round, new_state)
             if examination and due(cfg, server_round, default=0):
                 each = adapters(cfg, new_state).values()
-                entry |= mean([examination.measure(adapter) for adapter in each])
+                measured = [examination.measure(adapter) for adapter in each]
+                entry |= mean(measured)
             journal.write_round(entry, new_state)
             seconds = time.monotonic() - started
             checkpoint.save(folder, server_round, new_state, server.strategy, seconds)
@@ -268,7 +274,7 @@ def run(
             progress.advance(entry)
         scores = {}
         if examination:
-            scores = conclude(cfg, examination, before, state, folder)
+            scores = conclude(cfg, examination, base, state, measured, folder)
         journal.write_summary(scores | {"seconds": time.monotonic() - started})
     except Unwritable as error:
         raise RunFailed(f"{error} {go_on(folder, done)}") from error
@@ -294,17 +300,23 @@ def due(cfg: dict[str, Any], server_round: int, default: int) -> bool:
 def conclude(
     cfg: dict[str, Any],
     examination: Examination,
-    before: tuple[dict[str, float], list[str]],
+    before: tuple[Scores, list[str]],
     state: model.State,
+    measured: list[Scores],
     folder: Path,
 ) -> dict[str, Any]:
     """Examine the final adapter; write `answers.json` and `test_scores.json` (the scores of
     each question, of base and adapter) and return what the summary tells.
 
-    Where each client has an adapter of its own the scores are their means, and the answers
-    those of the client in the middle.
+    `measured`: what the last round has found of it already, if anything. Where each client
+    has an adapter of its own the scores are their means, and the answers those of the
+    client in the middle.
     """
-    after = [examination.tuned(each) for each in adapters(cfg, state).values()]
+    final = [*adapters(cfg, state).values()]
+    after = [
+        examination.tuned(adapter, known)
+        for adapter, known in zip(final, measured or [None] * len(final), strict=True)
+    ]
     each = [scores for scores, _ in after]
     told = {f"{name}_before": score for name, score in before[0].items()}
     told |= {f"{name}_after": score for name, score in mean(each).items()}
@@ -524,9 +536,12 @@ class Server:
         report_memory(server_round, clients, arguments["per_device_train_batch_size"])
         weights = [self._weight(client) for client in clients]
         losses = [client["train_loss"] for client in clients]
+        seconds = time.monotonic() - began
         return new_state, {
             "round": server_round,
             "train_loss": float(np.average(losses, weights=weights)),
+            "learning_rate": learning_rate(self.cfg, server_round),
+            **totals(clients, seconds),
             "sampled": len(cohort.nodes),
             "replied": len(clients),
             "retries": attempt,
@@ -537,7 +552,7 @@ class Server:
             "peak_memory_server": peak_memory(),
             "clients": clients,
             "seconds_aggregate": seconds_aggregate,
-            "seconds": time.monotonic() - began,
+            "seconds": seconds,
         }
 
     def _check(self, state: model.State) -> None:
@@ -576,12 +591,15 @@ class Server:
     def evaluate_round(self, server_round: int, state: model.State) -> dict[str, Any]:
         """Let a share of the clients measure the new adapter on records held back.
 
-        The means are weighted by examples; worst and spread (the standard deviation) are
-        over the clients with enough records for that (`utils.telling`), if there are any.
+        In round 0 the base without any, by those who will be asked last: before and after
+        are then of the same clients, as long as nobody comes or goes. The means are weighted
+        by examples; worst and spread (the standard deviation) are over the clients with
+        enough records for that (`utils.telling`), if there are any.
         """
         if not self.cfg["strategy"]["fraction_evaluate"]:
             return {}
-        cohort = self._cohort("fraction_evaluate", server_round)
+        asked = server_round or self.cfg["num_rounds"]
+        cohort = self._cohort("fraction_evaluate", asked)
         messages = self.strategy.configure_evaluate(
             server_round, ArrayRecord(state), ConfigRecord(), cohort
         )
@@ -969,6 +987,31 @@ def num_bytes(arrays: ArrayRecord) -> int:
     return sum(len(array.data) for array in arrays.values())
 
 
+def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What clients count, over all of them; left out where one of them does not tell.
+
+    `tokens` trained on, without padding, and how many a second of the round; records that
+    `train.seq_length` has cut (`truncated`) or left no answer (`dropped`).
+    """
+    sums: dict[str, Any] = {
+        name: int(sum(client[name] for client in clients))
+        for name in ("tokens", "truncated", "dropped")
+        if all(name in client for client in clients)
+    }
+    if "tokens" in sums:
+        sums["tokens_per_second"] = sums["tokens"] / seconds
+    return sums
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from now on; in a multirun the process has done other runs.
+
+    Linux only. Elsewhere it stays the most of the process's whole life.
+    """
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes."""
+    """The most memory that this process has held, in bytes, since `forget_peak_memory`."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,13 +1,15 @@
 """Ask a trained adapter questions.
 
 python test.py --peft-path=outputs/.../peft_100 --question="What is the capital of France?"
+python test.py --peft-path=outputs/.../peft_100 --file=questions.jsonl --base
 
-Without --question it is a chat. The base model, its quantisation and the prompt template
-come from the adapter's folder.
+Without --question or --file it is a chat. The base model, its quantisation and the prompt
+template come from the adapter's folder.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 import utils
 
@@ -16,13 +18,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description="Ask a trained adapter questions.",
-        epilog="Without --question it is a chat over several turns; Ctrl-D ends it.",
+        epilog="Without --question or --file it is a chat over several turns; Ctrl-D ends "
+        "it. Where the file has answers, the scores of a run's end are printed as well.",
     )
     parser.add_argument("--peft-path", required=True, help="an adapter: .../peft_100")
     parser.add_argument(
         "--question", action="append", default=[], help="may be given several times"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument(
+        "--input", default="", help="the text that the questions are about, if any"
+    )
+    parser.add_argument(
+        "--file", help="records to ask: json, jsonl, csv or parquet, a file or a folder"
+    )
+    parser.add_argument(
+        "--columns",
+        help="of the file: instruction=question,input=context,output=answer (default: as "
+        "in training)",
+    )
+    parser.add_argument("--choices", help="the file's column of answers to choose from")
+    parser.add_argument("--out", help="write the file's answers and scores here (json)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="(default: 256; with --file as the run had)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) answers greedily"
     )
@@ -33,8 +51,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if any)"
     )
     options = parser.parse_args(arguments)
-    if options.max_new_tokens < 1:
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
         parser.error("--max-new-tokens must be 1 or more")
+    if options.input and not options.question:
+        parser.error("--input goes with --question")
+    if options.file and (options.question or options.temperature):
+        parser.error("--file takes neither --question nor --temperature")
+    if not options.file and (options.columns or options.choices or options.out):
+        parser.error("--columns, --choices and --out go with --file")
     if not 0 <= options.temperature < float("inf"):
         parser.error("--temperature must be 0 or more")
     return options
@@ -50,12 +74,17 @@ def main() -> None:
     try:
         device = model.chosen_device(options.device)
         about = model.read_about(options.peft_path)
+        cfg = file_settings(about, options) if options.file else None
         net, tokenizer = model.open_adapter(options.peft_path, about, device)
-    except (utils.UserError, RuntimeError, ValueError) as error:
+        if cfg:
+            examine_file((net, tokenizer), cfg, options)
+            return
+    except (utils.UserError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
+    options.max_new_tokens = options.max_new_tokens or 256
     for question in options.question:
         print(f"Q: {question}")
-        turn = {"instruction": question, "input": ""}
+        turn = {"instruction": question, "input": options.input}
         ask(net, tokenizer, about["template"], [turn], options)
     if not options.question:
         chat(net, tokenizer, about["template"], options)
@@ -97,6 +126,103 @@ def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
     return tokenizer.decode(added, skip_special_tokens=True).strip()
 
 
+def file_settings(about: dict, options) -> dict:
+    """What `examine.Examination` takes of a configuration: the run's, on the file given.
+
+    Raises `UserError` for a file that cannot be used.
+    """
+    import dataset
+    import model
+
+    if missing := [name for name in model.EXAMINED if name not in about]:
+        print(f"Not in {model.ABOUT}, so taken from the defaults: {', '.join(missing)}")
+    about = model.EXAMINED | about
+    cfg = {
+        "dataset": {
+            "template": about["template"],
+            "test_path": options.file,
+            "columns": columns_of(options, about["columns"]),
+        },
+        "evaluate": {
+            "exact_match": True,
+            "choices": options.choices,
+            "max_new_tokens": options.max_new_tokens or about["max_new_tokens"],
+        },
+        "train": {
+            "seq_length": about["seq_length"],
+            "training_arguments": {"per_device_train_batch_size": about["batch_size"]},
+        },
+    }
+    dataset.load_test(cfg)  # a broken line is named before the base is loaded
+    return cfg
+
+
+def examine_file(opened: tuple, cfg: dict, options) -> None:
+    """Answer a file's records and score the answers that it knows; print it, or `--out`.
+
+    By the code and the settings of the run, whose own figures come out for its test file.
+    """
+    import examine
+
+    examination = examine.Examination(cfg, opened)
+    results = {"base": examination.base()} if options.base else {}
+    results["tuned"] = examination.tuned()
+    answers = [
+        record | dict(zip(results, given, strict=True))
+        for record, *given in zip(
+            examination.records, *(given for _, given in results.values()), strict=True
+        )
+    ]
+    for record in answers if not options.out else ():
+        print(f"Q: {record['instruction']} {record['input']}".rstrip())
+        for name in results:
+            print(f"{name if options.base else 'A'}: {record[name]}")
+    scores = {name: scores for name, (scores, _) in results.items()}
+    told = {"answers": answers}
+    if examination.answers_known:
+        left_out = examination.left_out
+        counted = len(examination.examples)
+        told = {"questions": counted, "left_out": left_out, "scores": scores} | told
+        print(examine.table(f"On {len(answers)} questions", scores))
+        if left_out:
+            print(
+                f"The loss leaves out {left_out}: no answer, or none left by a length of "
+                f"{examination.seq_length} tokens."
+            )
+    if options.out:
+        utils.write_json(Path(options.out), told)
+
+
+def columns_of(options, trained: dict) -> dict:
+    """The file's columns by their names here; None for input or output that it lacks.
+
+    Those of `--columns`, of the run, or instruction, input and output.
+    """
+    import files
+
+    here = files.names(options.file, "--file")
+    plain = {name: name for name in trained}
+    wanted = trained if trained["instruction"] in here else plain
+    if options.columns:
+        pairs = [pair.partition("=")[::2] for pair in options.columns.split(",")]
+        wanted = dict.fromkeys(trained) | dict(pairs)
+        odd = [name for name in wanted if name not in trained]
+        odd += [column for column in wanted.values() if column and column not in here]
+        if odd:
+            raise utils.UserError(
+                f"--columns={options.columns}: {odd[0]!r} is unknown. Give "
+                f"instruction=...,input=...,output=... and columns of {options.file}: "
+                f"{', '.join(here)}."
+            )
+    columns = {n: c if c in here else None for n, c in wanted.items()}
+    if columns["instruction"] is None:
+        raise utils.UserError(
+            f"--file={options.file}: which column is the question? It has: "
+            f"{', '.join(here)}. Say it: --columns=instruction=...,output=..."
+        )
+    return columns
+
+
 def chat(net, tokenizer, template: str, options) -> None:
     """Ask and answer until the end of the input; earlier turns stay in the prompt."""
     turns: list[dict] = []
@@ -106,6 +232,8 @@ def chat(net, tokenizer, template: str, options) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        if not sys.stdin.isatty():  # nobody has typed it here
+            print(question)
         if question:
             turns.append({"instruction": question, "input": ""})
             turns[-1]["output"] = ask(net, tokenizer, template, turns, options)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
-from utils import UserError, construct, flat, say
+from utils import UserError, construct, flat, git_commit, say
 
 
 class Tracking:
@@ -28,12 +28,18 @@ class Tracking:
         self.folder = folder
         self.finished = False
         self.tracker: Tracker | None = make(cfg["tracking"])
-        self.known = self._tell("start", cfg, folder, len(rounds)) or 0
+        cfg = {**cfg, "git_commit": git_commit()}  # among the settings
+        last = rounds[-1]["round"] if rounds else -1
+        known = self._tell("start", cfg, folder, last)
+        self.known = -1 if known is None else known
         for entry in rounds:
             self.log(entry)
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Tell a round's figures, if the tracker has none from before the run was stopped."""
+        """Tell a round's figures, if the tracker has none from before the run was stopped.
+
+        Round 0 is the base without training.
+        """
         if entry["round"] > self.known:
             told = {k: v for k, v in figures(entry).items() if k != "round"}
             self._tell("log", entry["round"], told)
@@ -71,12 +77,13 @@ class Tracker:
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name}={value}: text is needed")
 
-    def start(self, cfg: dict[str, Any], folder: Path, done: int) -> int:
-        """Begin, or go on with, the run of `folder`, of which `done` rounds are written down.
+    def start(self, cfg: dict[str, Any], folder: Path, last: int) -> int:
+        """Begin, or go on with, the run of `folder`.
 
-        Returns how many rounds the tracker has already.
+        `last` is the last round that is written down, -1 where none is. Returns the last
+        that the tracker has already, or -1.
         """
-        return done
+        return last
 
     def log(self, step: int, told: dict[str, float]) -> None:
         """The figures of round `step`."""
@@ -95,16 +102,16 @@ class TensorBoard(Tracker):
     library = "tensorboard"
     package = "tensorboard"
 
-    def start(self, cfg: dict[str, Any], folder: Path, done: int) -> int:
+    def start(self, cfg: dict[str, Any], folder: Path, last: int) -> int:
         from torch.utils.tensorboard import SummaryWriter
 
         going_on = any(folder.glob("events.out.tfevents.*"))
-        purge = done + 1 if going_on else None
+        purge = last + 1 if going_on else None
         self.settings = {name: str(value) for name, value in flat(cfg).items()}
         self.writer = SummaryWriter(str(folder), purge_step=purge)
         text = OmegaConf.to_yaml(OmegaConf.create(cfg))
         self.writer.add_text("configuration", f"```yaml\n{text}```")
-        return done if going_on else 0
+        return last if going_on else -1
 
     def log(self, step: int, told: dict[str, float]) -> None:
         for name, value in told.items():
@@ -131,7 +138,7 @@ class MLflow(Tracker):
     experiment: str
     tracking_uri: str | None
 
-    def start(self, cfg: dict[str, Any], folder: Path, done: int) -> int:
+    def start(self, cfg: dict[str, Any], folder: Path, last: int) -> int:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # Its default is to try for minutes, during which a round would wait.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -147,8 +154,9 @@ class MLflow(Tracker):
         settings = {k: str(v) for k, v in flat(cfg).items() if k not in there}
         params = [Param(name, value) for name, value in settings.items()]
         self.client.log_batch(self.run, params=params)
-        losses = self.client.get_metric_history(self.run, "train_loss")
-        return max((metric.step for metric in losses), default=0)
+        names = ("train_loss", "test_loss", "eval_loss")  # before round 1 not all
+        told = [self.client.get_metric_history(self.run, name) for name in names]
+        return max((metric.step for each in told for metric in each), default=-1)
 
     def _run(self, folder: Path, parent: str | None = None) -> str:
         """The id of the run of `folder`, begun if there is none yet."""
@@ -200,7 +208,7 @@ class Wandb(Tracker):
         if self.mode not in ("online", "offline"):
             raise ValueError(f"mode={self.mode}: take online or offline")
 
-    def start(self, cfg: dict[str, Any], folder: Path, done: int) -> int:
+    def start(self, cfg: dict[str, Any], folder: Path, last: int) -> int:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", str(not cfg["verbose"]).lower())
         import wandb
@@ -218,7 +226,7 @@ class Wandb(Tracker):
             config=cfg,
             settings=wandb.Settings(console="off"),
         )
-        return 0  # it drops those steps by itself
+        return -1  # it drops those steps by itself
 
     def log(self, step: int, told: dict[str, float]) -> None:
         self.run.log(told, step=step)

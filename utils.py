@@ -18,6 +18,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -236,12 +237,36 @@ def mix_seed(*parts: int | str) -> int:
 
 
 def cosine(step: int, steps: int, maximum: float, minimum: float) -> float:
-    """Cosine annealing from `maximum` at step 1 to `minimum` at step `steps`.
+    """Cosine annealing from `maximum` at step 1 to `minimum` one step after the last.
 
-    Loshchilov and Hutter, SGDR (arXiv 1608.03983), without restarts.
+    Loshchilov and Hutter, SGDR (arXiv 1608.03983), without restarts. The minimum itself is
+    never used: at it, the last of a few rounds would train on nearly nothing.
     """
-    progress = (step - 1) / max(1, steps - 1)
+    progress = (step - 1) / steps
     return minimum + (maximum - minimum) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rate(cfg: dict[str, Any], server_round: int) -> float:
+    """What clients train with in a round, by the resolved configuration.
+
+    `train.training_arguments.learning_rate`, or the cosine over `num_rounds`.
+    """
+    train = cfg["train"]
+    constant = train["training_arguments"].get("learning_rate")
+    if constant is not None:
+        return constant
+    low, high = train["learning_rate_min"], train["learning_rate_max"]
+    return cosine(server_round, cfg["num_rounds"], high, low)
+
+
+def git_commit() -> str | None:
+    """The commit of this project, in a git checkout."""
+    command = ["git", "-C", str(PROJECT), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 # --- a run's folder ------------------------------------------------------------------------
@@ -560,20 +585,39 @@ class Progress:
             desc="round",
         )
 
+    def begin(self, before: dict[str, Any]) -> None:
+        """The rounds begin, and the time until they are done. `before`: the base's scores."""
+        self.started = time.monotonic()
+        if losses := self._losses(before):
+            say(f"base without training  {losses}")
+
     def advance(self, entry: dict[str, Any]) -> None:
         """Show a finished round, given its entry of `history.json`."""
-        loss = f"loss {entry['train_loss']:.4f}"
+        losses = self._losses(entry)
         if not self.bar.disable:
-            self.bar.set_postfix_str(loss, refresh=False)
+            self.bar.set_postfix_str(losses, refresh=False)
             self.bar.update()
             return
         done = entry["round"]
+        speed = ""
+        if "tokens_per_second" in entry:
+            speed = f"{entry['tokens_per_second']:,.0f} tokens/s  "
         pace = (time.monotonic() - self.started) / (done - self.first)
         left = pace * (self.num_rounds - done)
         say(
-            f"round {done}/{self.num_rounds}  {loss}  {entry['seconds']:.1f} s  "
+            f"round {done}/{self.num_rounds}  {losses}  {speed}{entry['seconds']:.1f} s  "
             f"{entry['replied']} of {entry['sampled']} clients  "
             f"{self.bar.format_interval(left)} left"
+        )
+
+    @staticmethod
+    def _losses(entry: dict[str, Any]) -> str:
+        """Those of training, on the test questions, and on clients' own records."""
+        names = {"train_loss": "loss", "test_loss": "test", "eval_loss": "own records"}
+        return "  ".join(
+            f"{label} {entry[name]:.4f}"
+            for name, label in names.items()
+            if name in entry
         )
 
     def close(self) -> None:

@@ -35,19 +35,25 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+def short(*overrides: str) -> dict[str, Any]:
+    """Compose and check the quickstart's configuration with overrides, made short."""
+    given = (
+        "experiment=quickstart num_clients=4 num_rounds=2 strategy.fraction_fit=0.5 "
+        "evaluate.exact_match=false train.training_arguments.max_steps=2 "
+        "train.training_arguments.per_device_train_batch_size=4"
+    )
+    return checks.check(utils.compose(" ".join([given, *overrides])))
+
+
 @pytest.fixture
 def configure() -> Callable[..., dict[str, Any]]:
-    """Compose and check the quickstart's configuration with overrides, made short."""
+    return short
 
-    def compose(*overrides: str) -> dict[str, Any]:
-        short = (
-            "experiment=quickstart num_clients=4 num_rounds=2 strategy.fraction_fit=0.5 "
-            "evaluate.exact_match=false train.training_arguments.max_steps=2 "
-            "train.training_arguments.per_device_train_batch_size=4"
-        )
-        return checks.check(utils.compose(" ".join([short, *overrides])))
 
-    return compose
+@pytest.fixture(scope="session")
+def configure_once() -> Callable[..., dict[str, Any]]:
+    """Likewise, for what is made once for several tests."""
+    return short
 
 
 @pytest.fixture(scope="session")
@@ -137,4 +143,9 @@ class LoopbackGrid:
 
 @pytest.fixture
 def loopback() -> type[LoopbackGrid]:
+    return LoopbackGrid
+
+
+@pytest.fixture(scope="session")
+def loopback_once() -> type[LoopbackGrid]:
     return LoopbackGrid

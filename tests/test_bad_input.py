@@ -849,6 +849,14 @@ RUNS = [
         "its entry of round 2 lacks a train_loss",
     ),
     (
+        "a base of no round",
+        put(
+            "history.json",
+            '{"before": {"round": 2}, "rounds": [{"round": 1}, {"round": 2}]}',
+        ),
+        "its entry `before` is not what the base scored",
+    ),
+    (
         "two halves of a checkpoint",
         both(
             halve(f"{NEWEST}/adapter.safetensors"),
@@ -980,6 +988,21 @@ COMMANDS = [
     ("a cold adapter", "test.py --peft-path=x --temperature=-1", "must be 0 or more"),
     ("an endless heat", "test.py --peft-path=x --temperature=inf", "must be 0 or more"),
     ("no device", "test.py --peft-path=x --device=meta", "must be cpu, cuda or cuda:1"),
+    (
+        "an input alone",
+        "test.py --peft-path=x --input=y",
+        "--input goes with --question",
+    ),
+    (
+        "a file and a question",
+        "test.py --peft-path=x --file=y --question=z",
+        "--file takes neither --question nor --temperature",
+    ),
+    (
+        "columns of no file",
+        "test.py --peft-path=x --columns=instruction=y",
+        "--columns, --choices and --out go with --file",
+    ),
     (
         "pickled weights",
         "test.py --peft-path={tmp}/pickled --question=x",

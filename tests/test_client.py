@@ -121,10 +121,19 @@ def test_learning_rate_follows_a_cosine_over_the_rounds(configure):
         "num_rounds=5", "train.learning_rate_max=1e-3", "train.learning_rate_min=1e-4"
     )
     rates = [client.training_arguments(cfg, r, 0).learning_rate for r in range(1, 6)]
-    # cos(0), cos(45 degrees), cos(90), cos(135), cos(180)
-    by_hand = [1e-3, 8.68198e-4, 5.5e-4, 2.31802e-4, 1e-4]
+    # cos(0), cos(36 degrees), cos(72), cos(108), cos(144): the sixth would be the minimum
+    by_hand = [1e-3, 9.14058e-4, 6.89058e-4, 4.10942e-4, 1.85942e-4]
     assert rates == pytest.approx(by_hand, rel=1e-5)
     assert client.training_arguments(cfg, 1, 0).lr_scheduler_type == "constant"
+
+
+def test_the_last_round_of_a_short_run_still_learns(configure):
+    cfg = configure("num_rounds=2", "train.learning_rate_max=1e-3")
+    cfg["train"]["learning_rate_min"] = 0
+    rates = [client.training_arguments(cfg, r, 0).learning_rate for r in (1, 2)]
+    assert rates == pytest.approx([1e-3, 5e-4])
+    cfg["num_rounds"] = 1
+    assert client.training_arguments(cfg, 1, 0).learning_rate == 1e-3
 
 
 def test_a_learning_rate_of_ones_own_replaces_the_cosine(configure):

@@ -13,9 +13,11 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from peft import PeftConfig
 
+import checks
 import client
+import journal
 import strategy
-from utils import PROJECT, compose, construct
+from utils import PROJECT, UserError, compose, construct
 
 CONF = PROJECT / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.glob("**/*.yaml"))
@@ -202,9 +204,9 @@ def test_default_is_the_published_one():
 
 def test_default_learning_rate_falls_from_maximum_to_minimum():
     cfg = plain("")
-    rates = [client.training_arguments(cfg, r, 0).learning_rate for r in (1, 50, 100)]
+    rates = [client.training_arguments(cfg, r, 0).learning_rate for r in (1, 51, 100)]
     assert rates[0] == 5e-5
-    assert rates[1] == pytest.approx(2.6e-5, abs=1e-6)
+    assert rates[1] == pytest.approx(2.55e-5)  # half-way
     assert rates[2] == pytest.approx(1e-6, abs=2e-8)
 
 
@@ -248,6 +250,37 @@ def test_flowertune_sweep_expands_to_the_eight_published_settings():
         for bits in (4, 8)
         for share in (0.1, 0.2)
     ]
+
+
+def test_a_laptop_trains_a_model_and_records_of_ones_own(loopback, tmp_path, capsys):
+    path = PROJECT / "assets/tiny_qa/train.jsonl"
+    overrides = (
+        f"experiment=laptop model.name=assets/tiny_llama dataset.path={path} "
+        "num_rounds=1 train.training_arguments.max_steps=1"
+    )
+    cfg = checks.check(compose(overrides))
+    assert cfg["model"]["quantization"] is None
+    assert cfg["client_resources"] == {"num_cpus": 1, "num_gpus": 0}
+    assert journal.quantised_on_cpu(cfg) is None
+    strategy.run(cfg, loopback(cfg), tmp_path)
+    journal.report(cfg, tmp_path)
+    said = capsys.readouterr().out
+    assert "records of 4 clients" in said  # what they hold back, before and after
+    assert "Nothing but the training loss" not in said
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model.name", "model.name=None: text is needed"),
+        ("dataset.path", "dataset.path must be given"),
+    ],
+)
+def test_a_laptop_s_own_must_be_named(missing, message):
+    given = {"model.name": "assets/tiny_llama", "dataset.path": "assets/tiny_qa"}
+    words = [f"{key}={value}" for key, value in given.items() if key != missing]
+    with pytest.raises(UserError, match=message):
+        checks.check(compose(" ".join(["experiment=laptop", *words])))
 
 
 # --- requirements --------------------------------------------------------------------------

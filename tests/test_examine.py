@@ -160,3 +160,18 @@ def test_an_answer_stops_where_the_base_itself_stops(exam):
     answers = examine.answer(net, tokenizer, prompts, 8, ends)
     # The token is no special one, and is no part of the answer all the same.
     assert answers == [tokenizer.decode(whole[:stop]).strip()]
+
+
+def test_the_server_examines_with_all_cores_and_gives_them_back(exam, monkeypatch):
+    _, exam, _ = exam
+    monkeypatch.setattr(model, "CORES", 3)
+    seen = []
+    score = examine.score
+    monkeypatch.setattr(
+        examine, "score", lambda *a: seen.append(torch.get_num_threads()) or score(*a)
+    )
+    before = torch.get_num_threads()
+    state = model.adapter_state(exam.net)
+    exam.base(), exam.measure(state), exam.tuned(state, exam.measure(state))
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before != 3

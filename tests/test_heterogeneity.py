@@ -171,7 +171,7 @@ def test_data_that_is_not_here_leaves_the_plan(configure, tmp_path):
     assert rows["clients"].startswith("not shown: ")
     why = "databricks/databricks-dolly-15k has not been downloaded"
     assert why in rows["clients"]
-    assert "VRAM a client" in rows
+    assert "memory a client" in rows
     assert not (tmp_path / "clients.png").exists()
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -46,7 +47,10 @@ def test_quickstart_learns_to_answer(quickstart):
     assert summary["rounds"] == 20
     assert said.count("base:") == 3
     assert said.count("tuned:") == 3
-    assert "Exact match on 335 held-out questions" in said
+    words = [line.split() for line in said.splitlines()]
+    assert ["On", "335", "test", "questions", "before", "after"] in words
+    both = [f"{summary[f'exact_match_{when}']:.1%}" for when in ("before", "after")]
+    assert ["exact", "match", *both] in words
 
 
 def test_quickstart_console_is_short(quickstart):
@@ -99,6 +103,41 @@ def test_the_base_answers_beside_it(quickstart):
     assert lines[-1] == "tuned: Paris"
     assert lines[1].startswith("base: ")
     assert "Paris" not in lines[1]
+
+
+def test_afterwards_a_file_gives_the_runs_own_figures(quickstart, tmp_path):
+    summary = json.loads((quickstart[0] / "summary.json").read_text())
+    done = run(
+        "test.py",
+        f"--peft-path={quickstart[0] / 'peft_20'}",
+        "--file=assets/tiny_qa/test.jsonl",
+        "--base",
+        f"--out={tmp_path}/out.json",
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out.json").read_text())
+    for when, name in (("before", "base"), ("after", "tuned")):
+        for score, value in told["scores"][name].items():
+            assert value == summary[f"{score}_{when}"]
+    answers = json.loads((quickstart[0] / "answers.json").read_text())
+    assert told["answers"] == answers
+
+
+def test_the_last_command_works_as_it_stands(quickstart):
+    folder, said = quickstart
+    command = said[said.index("Ask it: ") :].removeprefix("Ask it: ")
+    done = run(*shlex.split(command)[1:])
+    assert done.returncode == 0, done.stderr
+    answers = json.loads((folder / "answers.json").read_text())
+    question, answer = done.stdout.splitlines()
+    tuned = {f"Q: {a['instruction']}": f"A: {a['tuned']}" for a in answers}
+    assert tuned[question] == answer
+
+
+def test_what_is_asked_through_a_pipe_is_printed(quickstart):
+    adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
+    done = run("test.py", adapter, stdin="What is the capital of France?\n")
+    assert done.stdout.startswith("Q: What is the capital of France?\nA: Paris\n")
 
 
 def test_chat_keeps_earlier_turns(quickstart):

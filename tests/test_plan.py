@@ -114,6 +114,18 @@ def test_plan_of_the_quickstart():
     assert "evaluation" not in rows
 
 
+def test_the_plan_counts_the_evaluation_before_round_1():
+    few = "num_rounds=5 evaluate.every_round=2 strategy.fraction_evaluate=0.05"
+    cfg = configuration(few)
+    net = model.skeleton(cfg["model"], cfg["peft"])
+    down = plan.wire_bytes(
+        net, "float16"
+    )  # to one client; before, and after 2, 4 and 5
+    assert dict(plan.plan(cfg))["evaluation"] == (
+        f"{down / 2**10:.1f} KiB down each time, {4 * down / MIB:.1f} MiB in all"
+    )
+
+
 @pytest.mark.parametrize("dtype", comm.DTYPES)
 def test_wire_bytes_are_those_that_are_packed(dtype):
     cfg = configuration("peft=dora")  # matrices and vectors
@@ -125,6 +137,61 @@ def test_wire_bytes_are_those_that_are_packed(dtype):
     }
     packed, _ = comm.pack(state, dtype)
     assert plan.wire_bytes(net, dtype) == sum(t.nbytes for t in packed.values())
+
+
+def test_without_a_gpu_the_plan_is_of_memory_and_cores(monkeypatch):
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 8)
+    text = plan.show(configuration())
+    assert "VRAM" not in text
+    assert "CUDA" not in text
+    rows = dict(plan.plan(configuration()))
+    # A 4-bit base is unpacked there: two bytes a weight.
+    null = dict(plan.plan(configuration("model.quantization=null")))
+    assert rows["  linear weights"] == null["  linear weights"]
+    assert "runs 2 side by side, 1 of 8 cores each" in rows["this machine"]
+    assert rows["this machine"].endswith("num_cpus=4 would use them all")
+    four = dict(plan.plan(configuration("client_resources.num_cpus=4")))
+    assert "would use" not in four["this machine"]
+
+
+@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_what_quantisation_costs_is_said_where_nothing_is_gained(bits, gpus):
+    bits_ = "null" if bits is None else bits
+    cfg = configuration(f"model.quantization={bits_} client_resources.num_gpus={gpus}")
+    said = "quantisation" in dict(plan.plan(cfg))
+    assert said == (bits is not None and gpus == 0)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_plan_says_whether_activations_are_kept(checkpointing):
+    on = f"model.gradient_checkpointing={str(checkpointing).lower()}"
+    said = dict(plan.plan(configuration(on)))["checkpointing"]
+    assert said.startswith("on" if checkpointing else "off")
+
+
+def test_the_plan_tells_the_learning_rate():
+    ends = "train.learning_rate_max=1e-3 train.learning_rate_min=0 num_rounds="
+    assert dict(plan.plan(configuration(ends + "2")))["learning rate"] == (
+        "0.001 -> 0.0005 over 2 rounds"
+    )
+    constant = "+train.training_arguments.learning_rate=2e-4"
+    assert dict(plan.plan(configuration(constant)))["learning rate"] == (
+        "0.0002 in 20 rounds"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("", "the same for all"),
+        ("train.training_arguments.max_steps=-1", "by its records"),
+        ("strategy=krum", None),  # takes one adapter, whatever it weighs
+    ],
+)
+def test_the_plan_tells_what_a_client_weighs(overrides, said):
+    row = dict(plan.plan(configuration(overrides))).get("a client's weight")
+    assert (row is None) if said is None else row.startswith(said)
 
 
 def test_plan_by_epochs_takes_the_client_with_most_records():
@@ -144,7 +211,7 @@ def test_every_peft_method_has_a_plan():
         text = plan.show(
             configuration(f"peft={method.stem} strategy.fraction_evaluate=1")
         )
-        assert "VRAM a client" in text
+        assert "memory a client" in text
         assert "evaluation" in text
 
 

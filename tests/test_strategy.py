@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -629,6 +630,16 @@ def test_evaluation_comes_every_so_many_rounds_and_at_the_end(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["test_loss_after"] == last["test_loss"] < summary["test_loss_before"]
     assert not (tmp_path / "answers.json").exists()  # nobody asked for them
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/clear_refs")
+def test_a_run_does_not_inherit_the_peak_memory_of_the_one_before_it():
+    torch.zeros(2**26)  # 256 MiB, of a run that is over
+    before = strategy.peak_memory()
+    strategy.forget_peak_memory()
+    assert strategy.peak_memory() < before - 2**27
+    torch.ones(2**26)
+    assert strategy.peak_memory() > before - 2**27
 
 
 # --- what a federation is compared with -----------------------------------------------------------------

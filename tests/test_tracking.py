@@ -14,9 +14,13 @@ import launch
 import node
 import strategy
 import tracking
-from utils import PROJECT, UserError, compose
+from utils import PROJECT, UserError, compose, git_commit
 
 NAMES = sorted(path.stem for path in (PROJECT / "conf/tracking").glob("*.yaml"))
+
+
+# One client measures on its own records, before and after.
+ONE = "strategy.fraction_evaluate=0.25"
 
 
 class Killed(BaseException):
@@ -39,14 +43,19 @@ def elsewhere(workplace, monkeypatch) -> None:
 
 
 def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "history.json").read_text())["rounds"]
+    """All entries, with that of the base before round 1 if there is one."""
+    read = json.loads((folder / "history.json").read_text())
+    return [read["before"], *read["rounds"]] if "before" in read else read["rounds"]
 
 
-def told(rounds: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """What a tracker has to tell of these rounds: of each figure, the steps and values."""
-    names = [n for n, value in rounds[0].items() if type(value) in (int, float)]
-    names.remove("round")
-    return {n: [(entry["round"], entry[n]) for entry in rounds] for n in names}
+def told(entries: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """What a tracker has to tell of them: of each figure, the steps and values."""
+    figures: dict[str, list[tuple[int, float]]] = {}
+    for entry in entries:
+        for name, value in entry.items():
+            if type(value) in (int, float) and name != "round":
+                figures.setdefault(name, []).append((entry["round"], value))
+    return figures
 
 
 def events(folder: Path):
@@ -109,7 +118,8 @@ def stopped_and_gone_on(cfg: dict, loopback, folder: Path) -> None:
 
     def kill(partition: int, reply):
         seen.append(reply)
-        if len(seen) == 5:  # after the first adapter and round 1, by two clients each
+        # After the first adapter, the base's evaluation, and round 1 with another.
+        if len(seen) == 2 + 1 + 2 + 1 + 1:
             raise Killed
         return reply
 
@@ -122,9 +132,11 @@ def stopped_and_gone_on(cfg: dict, loopback, folder: Path) -> None:
 def test_tensorboard_shows_the_history_the_plot_and_the_configuration(
     configure, loopback, tmp_path
 ):
-    stopped_and_gone_on(configure("tracking=tensorboard"), loopback, tmp_path)
+    stopped_and_gone_on(configure("tracking=tensorboard", ONE), loopback, tmp_path)
     expected = told(history(tmp_path))
     assert {"train_loss", "seconds", "bytes_up", "replied"} <= expected.keys()
+    assert "learning_rate" in expected
+    assert [step for step, _ in expected["eval_loss"]] == [0, 1, 2]
     assert scalars(tmp_path) == {
         name: [(step, float(np.float32(value))) for step, value in values]
         for name, values in expected.items()
@@ -144,13 +156,14 @@ def test_mlflow_keeps_the_history_the_settings_the_plot_and_the_adapter(
 ):
     from mlflow.artifacts import download_artifacts
 
-    stopped_and_gone_on(configure("tracking=mlflow"), loopback, tmp_path)
+    stopped_and_gone_on(configure("tracking=mlflow", ONE), loopback, tmp_path)
     assert metrics(tmp_path) == told(history(tmp_path))
     assert (workplace / "mlflow.db").is_file()  # where `mlflow ui` looks for it
     run = mlflow_run(tmp_path)
     assert run.info.status == "FINISHED"
     assert run.data.params["model.lora.peft_lora_r"] == "16"
     assert run.data.params["num_clients"] == "4"
+    assert run.data.params["git_commit"] == str(git_commit())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert run.data.metrics["summary/seconds"] == summary["seconds"]
     kept = Path(download_artifacts(run_id=run.info.run_id))
@@ -181,19 +194,25 @@ def test_wandb_writes_the_history_into_the_runs_folder(configure, loopback, tmp_
 
 # --- runs that stop, and go on -------------------------------------------------------------
 
-ROUNDS = [{"round": i, "train_loss": 0.5**i} for i in (1, 2, 3)]
+ROUNDS = [
+    {"round": 0, "test_loss": 2.0},
+    *({"round": i, "train_loss": 0.5**i, "test_loss": 0.25**i} for i in (1, 2, 3)),
+]
 
 
+@pytest.mark.parametrize("done", [0, 1])
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
-def test_a_round_that_is_done_again_is_told_once(name, configure, tmp_path):
+def test_a_round_that_is_done_again_is_told_once(name, done, configure, tmp_path):
     cfg = configure(f"tracking={name}")
     first = tracking.Tracking(cfg, tmp_path, [])
-    for entry in ROUNDS[:2]:
+    for entry in ROUNDS[: done + 2]:
         first.log(entry)
     first.close()
     assert name == "tensorboard" or mlflow_run(tmp_path).info.status == "FAILED"
-    second = tracking.Tracking(cfg, tmp_path, ROUNDS[:1])  # the last checkpoint
-    for entry in ROUNDS[1:]:
+    # The last checkpoint is of round `done`; without one there is no history either.
+    known = ROUNDS[: done + 1] if done else []
+    second = tracking.Tracking(cfg, tmp_path, known)
+    for entry in ROUNDS[len(known) :]:
         second.log(entry)
     second.close()
     assert READ[name](tmp_path) == told(ROUNDS)
