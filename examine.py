@@ -207,9 +207,6 @@ class Examination:
     of the others. On all cores: the server asks them while no client is at work.
     """
 
-    On all cores: the server asks them while no client is at work.
-    """
-
     @model.all_cores()
     def __init__(
         self,

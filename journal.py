@@ -294,7 +294,7 @@ def report(cfg: dict[str, Any], folder: Path) -> None:
     if dataset.test_wanted(cfg):
         asked = dataset.load_test(cfg)[0]
     if "exact_match_after" in summary:
-        answers = json.loads((folder / "answers.json").read_text())
+        answers = read_json(folder / "answers.json")
         for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
             say(f"\n  {_line(record['instruction'] + ' ' + record['input'])}")
             for name in ("base", "tuned"):
