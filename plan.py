@@ -266,23 +266,23 @@ def _ram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     bits = cfg["model"]["quantization"]
     settings = {**cfg["model"], "quantization": None if bits == 4 else bits}
     terms = _estimate({**cfg, "model": settings}, frame)
-    del terms["CUDA context"]
-    terms["Python and its libraries"] = PROCESS
-    total = sum(at_peak(terms).values())
     cores, each = os.cpu_count() or 1, cfg["client_resources"]["num_cpus"]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     busy = min(max(1, int(cores / each)), _cohort(cfg, "fraction_fit"))
     use = f"{busy} side by side, {int(each)} of {cores} cores each"
     if (free := cores // busy) > each:
         use += f"; client_resources.num_cpus={free} would use them all"
-    rows = [
-        ("memory a client", f"{_bytes(total)} (estimate)"),
-        *((f"  {name}", _bytes(size)) for name, size in at_peak(terms).items()),
-        (
-            "this machine",
-            f"{_bytes(memory)}: fits {memory // total} clients; runs {use}",
-        ),
-    ]
+    if isinstance(terms, str):
+        rows = [("memory a client", f"not known: {terms}")]
+        fits = ""
+    else:
+        del terms["CUDA context"]
+        terms["Python and its libraries"] = PROCESS
+        total = sum(at_peak(terms).values())
+        rows = [("memory a client", f"{_bytes(total)} (estimate)")]
+        rows += [(f"  {name}", _bytes(size)) for name, size in at_peak(terms).items()]
+        fits = f"fits {memory // total} clients; "
+    rows.append(("this machine", f"{_bytes(memory)}: {fits}runs {use}"))
     if note := quantised_on_cpu(cfg):
         rows.append(("quantisation", note))
     return rows

@@ -4,12 +4,22 @@
 with random weights, large enough (standard deviation 0.08) for attention and head to matter.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import cpu
 
 NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 2048  # that of the shipped tokenizer
@@ -188,3 +198,13 @@ def shrink(kind: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
             sub = type(getattr(usual, name))
             settings[name] = shrink(sub, **MORE.get(sub.model_type, {}))
     return kind(**(settings | more))
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """transformers' own "sdpa" in the place of ours."""
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", cpu.blocked_attention)

@@ -5,8 +5,6 @@ what plain transformers gives. A few architectures that differ are tried always,
 with `-m slow`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ import peft
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoModelForCausalLM
 
 import architectures
 import cpu
@@ -72,16 +69,6 @@ def exact(monkeypatch):
     """In float32 on every processor, and in more than one block."""
     monkeypatch.setattr(model, "compute_dtype", lambda device: torch.float32)
     monkeypatch.setattr(cpu, "BLOCK", 5)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """transformers' own "sdpa" in the place of ours."""
-    AttentionInterface.register("sdpa", sdpa_attention_forward)
-    try:
-        yield
-    finally:
-        AttentionInterface.register("sdpa", cpu.blocked_attention)
 
 
 def make_batch() -> dict[str, torch.Tensor]:
@@ -142,7 +129,7 @@ def test_training_and_evaluation_are_those_of_transformers(name, tmp_path):
     # As transformers computes it, from all logits of all positions.
     base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     reference = adapted(base.requires_grad_(False), name).train()
-    with plain_attention():
+    with architectures.plain_attention():
         reference(**inputs, use_cache=False)  # Big Bird rebuilds itself for short texts
         torch.manual_seed(0)  # for dropout
         result = reference(**inputs, use_cache=False)
@@ -170,7 +157,7 @@ def test_training_and_evaluation_are_those_of_transformers(name, tmp_path):
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
 
-    with torch.no_grad(), plain_attention():
+    with torch.no_grad(), architectures.plain_attention():
         logits = reference.eval()(**inputs, use_cache=False).logits
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1][kept], labels[kept], reduction="sum"
@@ -260,4 +247,4 @@ def test_what_is_not_known_is_said_in_the_plan(tmp_path):
     model_cfg, peft_cfg = settings("mamba", tmp_path)
     cfg = OmegaConf.to_container(compose("experiment=quickstart"), resolve=True)
     cfg = {**cfg, "model": cfg["model"] | model_cfg, "peft": peft_cfg}
-    assert dict(plan.plan(cfg))["VRAM a client"].startswith("not known: ")
+    assert dict(plan.plan(cfg))["memory a client"].startswith("not known: ")

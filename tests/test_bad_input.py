@@ -850,10 +850,7 @@ RUNS = [
     ),
     (
         "a base of no round",
-        put(
-            "history.json",
-            '{"before": {"round": 2}, "rounds": [{"round": 1}, {"round": 2}]}',
-        ),
+        put("history.json", json.dumps({"before": {"round": 2}} | TOLD)),
         "its entry `before` is not what the base scored",
     ),
     (

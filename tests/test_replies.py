@@ -1111,7 +1111,7 @@ def test_a_stop_is_heard_between_two_batches_and_two_tokens(stop, configure):
     hook = net.get_base_model().register_forward_pre_hook(forward)
     try:
         with pytest.raises(utils.Stopped):
-            examine.answer(net, tokenizer, [[5, 6, 7]], max_new_tokens=20)
+            examine.answer(net, tokenizer, [[5, 6, 7]], 20, [])
         assert len(seen) == 2
         example = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
         with pytest.raises(utils.Stopped):

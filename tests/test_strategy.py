@@ -590,7 +590,11 @@ def test_the_best_round_is_marked_and_its_adapter_kept(
 ):
     losses = iter([5.0, 3.0, 4.0, 2.5, 9.0, 8.0])
     monkeypatch.setattr(
-        strategy.Examination, "measure", lambda *_: {"test_loss": next(losses)}
+        strategy.Examination,
+        "measure",
+        lambda *_: examine.Scores(
+            {"test_loss": next(losses)}, questions={"nats": [0.0]}
+        ),
     )
     cfg = configure(
         "num_rounds=6", "evaluate.every_round=1", "train.save_every_round=3"

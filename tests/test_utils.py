@@ -221,8 +221,8 @@ WRITERS = {
     "configuration": lambda cfg, frame, state, folder: utils.record(
         OmegaConf.create(cfg), [], folder
     ),
-    "picture": lambda cfg, frame, state, folder: utils.plot_losses(
-        {"": [3.0, 2.0]}, folder / "train_loss.png", smoothed=False
+    "picture": lambda cfg, frame, state, folder: utils.plot_sweep(
+        {"one": {1: 3.0, 2: 2.0}}, folder / "losses.png"
     ),
     "owner": lambda cfg, frame, state, folder: own(folder).close(),
 }

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import architectures
 import memory
 from loss import answer_loss
 from utils import PROJECT
@@ -72,6 +73,13 @@ def step(net, batch) -> tuple[int, int, torch.Tensor]:
         loss.backward()
     gradients = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
     return held, live.most, torch.cat(gradients)
+
+
+@pytest.fixture(autouse=True)
+def attention_of_a_gpu():
+    """The estimate is of a GPU's step, whose attention holds no products."""
+    with architectures.plain_attention():
+        yield
 
 
 @pytest.mark.parametrize("bits", [4, 8])
