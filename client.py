@@ -26,11 +26,11 @@ def initial_adapter(cfg: dict[str, Any]) -> State:
     """The adapter that everybody starts from; `cfg.seed` decides it.
 
     Made where the base is: some methods (DoRA) take their start from its weights, and the
-    server need not hold it.
+    server need not hold it. The first round finds the base loaded.
     """
+    model.use_cpus(cfg["client_resources"]["num_cpus"])
     device = model.default_device()
-    fresh = model.build(cfg["model"], cfg["peft"], cfg["seed"], device)
-    return model.adapter_state(fresh)
+    return model.first_state(cfg["model"], cfg["peft"], cfg["seed"], device)
 
 
 def train(

@@ -249,11 +249,11 @@ def build(model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device) -> Pef
 
 
 @lru_cache(maxsize=1)
-def _build_once(key: str, device: torch.device) -> PeftModel:
+def _build_once(key: str, device: torch.device) -> tuple[PeftModel, State]:
     model = build(*json.loads(key), device)
     # Each new Trainer collects garbage, 0.3 s of looking at what lives for good anyway.
     gc.freeze()
-    return model
+    return model, adapter_state(model)
 
 
 def build_once(
@@ -263,7 +263,16 @@ def build_once(
 
     Whoever takes it must set the adapter's state before use.
     """
-    return _build_once(json.dumps([model_cfg, peft_cfg, seed], sort_keys=True), device)
+    key = json.dumps([model_cfg, peft_cfg, seed], sort_keys=True)
+    return _build_once(key, device)[0]
+
+
+def first_state(
+    model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device
+) -> State:
+    """The adapter that `build_once` made, as it was before any training."""
+    key = json.dumps([model_cfg, peft_cfg, seed], sort_keys=True)
+    return dict(_build_once(key, device)[1])
 
 
 def skeleton(model_cfg: Any, peft_cfg: Any) -> PeftModel:

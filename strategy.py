@@ -57,6 +57,7 @@ from utils import (
     look_for_stop,
     mix_seed,
     one_line,
+    override,
     say,
     telling,
     write_json,
@@ -277,11 +278,11 @@ def run(
             scores = conclude(cfg, examination, base, state, measured, folder)
         journal.write_summary(scores | {"seconds": time.monotonic() - started})
     except Unwritable as error:
-        raise RunFailed(f"{error} {go_on(folder, done)}") from error
+        raise RunFailed(f"{error} {go_on(folder, done, bool(told))}") from error
     except (RunFailed, Stopped) as error:
         with suppress(Unwritable):  # the checkpoint has it
             journal.save_last(state)
-        raise type(error)(f"{error} {go_on(folder, done)}") from error
+        raise type(error)(f"{error} {go_on(folder, done, bool(told))}") from error
     finally:
         progress.close()
         journal.close()
@@ -349,11 +350,14 @@ def mean(scores: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def go_on(folder: Path, done: int) -> str:
+def go_on(folder: Path, done: int, federated: bool = False) -> str:
     """How to take up a run that has stopped."""
     if not done:
         return "No round was finished."
-    return f"Go on after round {done} with: {command('main.py', resume=folder)}"
+    how = command("main.py", resume=folder)
+    if federated:
+        how = f"flwr run with {override('resume', str(folder))} in its overrides"
+    return f"Go on after round {done} with: {how}"
 
 
 class Server:
