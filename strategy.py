@@ -674,8 +674,7 @@ def most_used(
         return math.inf
     if kind == MessageType.EVALUATE:
         rows = dataset.load_partition(cfg, partition)
-        _, held = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
-        return len(held)
+        return len(dataset.split(cfg, rows)[1])
     rows = len(dataset.training_rows(cfg, partition))
     passes = arguments["num_train_epochs"] if name == "num-examples" else 1
     return math.ceil(passes * rows)

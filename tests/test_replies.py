@@ -31,6 +31,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 import checks
 import client
 import comm
+import dataset
 import examine
 import model
 import strategy
@@ -732,6 +733,23 @@ def test_no_reply_ends_an_evaluation_or_decides_it(serve, capsys):
         server.grid.tamper = tamper
         result = server.evaluate_round(1, START)
         assert (len(result["eval_clients"]) == 4) is usable
+
+
+def test_a_client_of_few_questions_may_have_held_back_all_that_it_has(
+    configure, tmp_path
+):
+    # Of two questions, asked five times each, one is held back whole: more than a tenth.
+    rows = [
+        {"instruction": f"q{i % 2}", "input": "", "output": str(i)} for i in range(10)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = configure(
+        f"dataset=local dataset.path={tmp_path}/data.jsonl num_clients=1",
+        "strategy.fraction_evaluate=1 strategy.fraction_fit=1",
+    )
+    held = dataset.split(cfg, dataset.load_partition(cfg, 0))[1]
+    assert len(held) == 5
+    assert strategy.most_used(cfg, "evaluate", "num-examples", 0, False) == 5
 
 
 # --- what a client weighs ------------------------------------------------------------------------
