@@ -30,10 +30,11 @@ if TYPE_CHECKING:  # half a second, which a node with data of its own need not s
 MULTIPLE = 8
 Record = dict[str, str]  # instruction, input (may be empty), output
 # A record by which it is found out what a chat template does with one.
+# Of more lines than one and with what HTML and JSON write otherwise, as templates may.
 PROBE = {
-    "instruction": "What is 2 + 3?",
-    "input": "In words.",
-    "output": "It is five.",
+    "instruction": 'What is 2 + 3?\nIs it < 6 & "odd"?',
+    "input": "In words.\nIn two.",
+    "output": 'It\'s five.\nIt is < 6 & "odd".',
 }
 Example = dict[str, list[int]]  # input_ids and labels, equally long
 
@@ -379,8 +380,9 @@ def _choices(row: dict[str, Any], column: str, record: Record) -> list[str]:
     value = row.get(column)
     try:
         choices = json.loads(value) if isinstance(value, str) else value
-        choices = [files.text(choice) for choice in choices]
-    except (TypeError, ValueError, RecursionError):
+        # The letters of a text or the keys of an object are no choices.
+        choices = list(map(files.text, choices if isinstance(choices, list) else ()))
+    except (ValueError, RecursionError):
         choices = []
     if record["output"] not in choices:
         raise UserError(
@@ -505,12 +507,13 @@ def hold_out(
 ) -> tuple[Dataset, Dataset]:
     """Split a partition into records to train on and records to evaluate on.
 
-    Records that are alike in all of `columns` stay together, unless all of them are.
+    Records that are alike in all of `columns`, but for case and spaces, stay together,
+    unless all of them are.
     """
     order = np.random.default_rng(seed).permutation(len(rows))
     kept = max(1, math.floor(share * len(rows)))  # `check` leaves no client with one
     alike: dict[Any, list[int]] = {}
-    texts = list(zip(*(rows[column] for column in columns), strict=True))
+    texts = _questions(rows, columns)
     for place in order:
         alike.setdefault(texts[place] if texts else place, []).append(place)
     held: list[int] = []
@@ -521,6 +524,12 @@ def hold_out(
         held = min(alike.values(), key=len) if len(alike) > 1 else list(order[:kept])
     back = set(held)
     return rows.select([i for i in order if i not in back]), rows.select(held)
+
+
+def _questions(rows: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """What each record asks in `columns`, to be compared."""
+    texts = ([files.plain(files.text(value)) for value in rows[c]] for c in columns)
+    return list(zip(*texts, strict=True))
 
 
 def draw(
@@ -658,7 +667,14 @@ def check(cfg: dict[str, Any]) -> list[str]:
             f"{kind} of {where}: client {str(unfit[:10])[1:-1]}{more} {fault}. Take fewer "
             "clients, or another partitioner."
         )
-    return _check_questions(cfg, rows) if test_wanted(cfg) else []
+    notes = _check_questions(cfg, rows) if test_wanted(cfg) else []
+    label = settings.get("partition_by")
+    if bare := sum(not files.text(v).strip() for v in rows[label]) if label else 0:
+        notes.append(
+            f"{bare} of {len(rows)} records have nothing in {label!r}: they count as a label "
+            "of their own."
+        )
+    return notes
 
 
 def _unloadable(where: str, error: Exception) -> str:
@@ -722,16 +738,14 @@ def _check_apart(path: str, test_path: str) -> None:
 
 
 def _check_questions(cfg: dict[str, Any], rows: Dataset) -> list[str]:
-    """That the test questions are not those of the training data."""
+    """That the test questions are not those of the training data, in case and spaces either."""
     columns = cfg["dataset"]["columns"]
     names = [columns[name] for name in ("instruction", "input") if columns[name]]
-    known = {
-        tuple(map(files.text, texts))
-        for texts in zip(*(rows[name] for name in names), strict=True)
-    }
+    known = set(_questions(rows, names))
     records, _ = load_test(cfg)
+    asked = ("instruction", "input") if columns["input"] else ("instruction",)
     shared = sum(
-        tuple(text for name, text in question(record).items() if columns[name]) in known
+        tuple(files.plain(record[name]) for name in asked) in known
         for record in records
     )
     if shared == len(records):

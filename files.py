@@ -227,7 +227,8 @@ def read(
                 if missing and missing != [optional]:
                     raise UserError(f"{where}: {lacks(missing, names, row)}")
                 if lists and not isinstance(row[lists], str):
-                    row[lists] = json.dumps(row[lists], ensure_ascii=False)
+                    # A decimal or a date as `text` has it, the right answer being one.
+                    row[lists] = json.dumps(row[lists], ensure_ascii=False, default=str)
                 empty = False
                 yield {column: _checked(row.get(column), column) for column in columns}
             where = str(file)
@@ -306,6 +307,11 @@ def _checked(value: Any, column: str) -> str:
     return checked
 
 
+def plain(words: str) -> str:
+    """A text without what two writings of one question may differ in: case and spaces."""
+    return " ".join(words.split()).casefold()
+
+
 def text(value: Any) -> str:
     """A value as the text that a prompt shows: "" for None, and for NaN, pandas' missing."""
     # NaN and NaT, of whichever library, are what does not equal itself.
@@ -359,11 +365,16 @@ def _json(file: Path, columns: tuple[str, ...]) -> Iterator[Found]:
             yield from _array(content, place + 1, file)
             return
         line = 1 + content.count("\n", 0, place)
-        _, end = _parse(content, place, f"{file}, line {line}")
+        one, end = _parse(content, place, f"{file}, line {line}")
         if _skip(content, end) == len(content):
-            raise UserError(
-                f"{file}: an array of objects is needed, or one object a line."
-            )
+            values = one.values() if isinstance(one, dict) else [[]]
+            if any(isinstance(value, (dict, list)) for value in values):
+                raise UserError(
+                    f"{file}: an array of objects is needed, or one object a line. (A "
+                    "single record that holds lists takes brackets: [{...}].)"
+                )
+            yield "record 1", one, one
+            return
     except json.JSONDecodeError as error:
         if content.startswith("[", place):
             raise UserError(

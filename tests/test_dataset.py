@@ -6,6 +6,7 @@ import math
 import re
 import tempfile
 from collections import Counter
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
@@ -271,6 +272,14 @@ def test_hold_out_keeps_equal_questions_on_one_side(asked, seed):
         assert (train["id"][:], held["id"][:]) == (plain[0]["id"][:], plain[1]["id"][:])
 
 
+def test_hold_out_takes_another_writing_of_a_question_for_the_same():
+    texts = [text for i in range(6) for text in (f"Is it {i}?", f"is  it {i}? ")]
+    train, held = dataset.hold_out(Dataset.from_dict({"q": texts}), 0.4, 0, ["q"])
+    plain = [{files.plain(text) for text in part["q"]} for part in (train, held)]
+    assert plain[0].isdisjoint(plain[1])
+    assert len(held) == 4
+
+
 def test_hold_out_is_disjoint_complete_and_deterministic():
     train, held = dataset.hold_out(rows(30), 0.1, seed=0)
     assert (len(train), len(held)) == (27, 3)
@@ -380,6 +389,15 @@ def test_text_stays_as_it_was_written(answers, name, configure, tmp_path):
     write(stored, tmp_path / name)
     found = read(tmp_path / name, configure, {"input": "null"})
     assert [record["output"] for record in found] == answers
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_record_is_a_record(indent, tmp_path):
+    record = {"instruction": "a", "input": None, "output": 2}
+    (tmp_path / "one.json").write_text(json.dumps(record, indent=indent))
+    names = list(record)
+    found = files.load(str(tmp_path / "one.json"), "dataset.path", names)
+    assert list(found) == [{"instruction": "a", "input": "", "output": "2"}]
 
 
 MISSING = [None, math.nan, np.float64("nan"), np.float32("nan"), pandas.NaT]
@@ -609,6 +627,75 @@ def test_test_records_come_from_test_path(group, configure, tmp_path):
     paths = f"dataset.path={train} dataset.test_path={test}"
     cfg = configure(f"dataset={group}", paths)
     assert dataset.load_test(cfg) == (stored[6:], [])
+
+
+def asked(configure, tmp_path, train, test, *overrides):
+    """A configuration of these records, in parquet for its types, not yet checked."""
+    for name, stored in (("train", train), ("test", test)):
+        table = pyarrow.Table.from_pylist([{"input": None, **row} for row in stored])
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    cfg = configure("num_clients=1", *overrides)
+    cfg["dataset"] |= {
+        "path": f"{tmp_path}/train.parquet",
+        "test_path": f"{tmp_path}/test.parquet",
+    }
+    cfg["evaluate"]["exact_match"] = True
+    dataset._partitioner_once.cache_clear()
+    return cfg
+
+
+TRAIN = [{"instruction": f"What is {i}?", "output": "x", "category": "a"} for i in "ab"]
+
+
+@pytest.mark.parametrize("written", ["what is a?", "What  is\na? ", "WHAT IS A?"])
+def test_a_test_question_written_otherwise_is_still_one_of_the_training(
+    written, configure, tmp_path
+):
+    test = [{"instruction": text, "output": "x"} for text in (written, "What is c?")]
+    cfg = asked(configure, tmp_path, TRAIN, test)
+    assert dataset.check(cfg) == [
+        "1 of 2 test questions also stand in the training data."
+    ]
+    cfg = asked(configure, tmp_path, TRAIN, test[:1])
+    with pytest.raises(UserError, match="All 1 test questions also stand"):
+        dataset.check(cfg)
+
+
+def test_records_without_a_label_are_told(configure, tmp_path):
+    train = [*TRAIN, TRAIN[0] | {"category": None}]
+    cfg = asked(configure, tmp_path, train, [{"instruction": "c", "output": "x"}])
+    cfg["num_clients"] = 2
+    cfg["partitioner"] = {
+        "_target_": "flwr_datasets.partitioner.NaturalIdPartitioner",
+        "partition_by": "category",
+    }
+    [note] = dataset.check(cfg)
+    assert note.startswith("1 of 3 records have nothing in 'category'")
+
+
+@pytest.mark.parametrize(
+    ("offered", "right", "choices"),
+    [
+        ([Decimal("1.50"), Decimal("2.00")], Decimal("1.50"), ["1.50", "2.00"]),
+        ([date(2020, 1, 31)], date(2020, 1, 31), ["2020-01-31"]),
+        ([True, False], True, ["True", "False"]),
+        ([1.5, None], 1.5, ["1.5", ""]),
+        ('["a", "b"]', "a", ["a", "b"]),
+        ('"yes"', "y", None),  # its letters are no choices
+        ({"a": "x", "b": "y"}, "a", None),  # nor are its keys
+    ],
+)
+def test_choices_are_a_list_of_whatever_an_answer_may_be(
+    offered, right, choices, configure, tmp_path
+):
+    test = [{"instruction": "c", "output": right, "offered": offered}]
+    cfg = asked(configure, tmp_path, TRAIN, test)
+    cfg["evaluate"]["choices"] = "offered"
+    if choices:
+        assert dataset.load_test(cfg)[1] == [choices]
+    else:
+        with pytest.raises(UserError, match="a list of answers is needed"):
+            dataset.load_test(cfg)
 
 
 # --- partitioners ----------------------------------------------------------------------

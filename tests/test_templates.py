@@ -390,6 +390,18 @@ UNFIT = {
         "{% for m in messages %}{{ m['content'][:8] }}{% endfor %}",
         "loses the question or the answer",
     ),
+    "as HTML": (
+        "{% for m in messages %}{{ m['content'] | e }}{% endfor %}",
+        "loses the question or the answer",
+    ),
+    "as JSON": (
+        "{% for m in messages %}{{ m['content'] | tojson }}{% endfor %}",
+        "loses the question or the answer",
+    ),
+    "in one line": (
+        "{% for m in messages %}{{ m['content'].split() | join(' ') }}{% endfor %}",
+        "loses the question or the answer",
+    ),
     "in capitals": (
         "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
         "loses the question or the answer",
