@@ -73,6 +73,10 @@ def main() -> None:
 
     try:
         device = model.chosen_device(options.device)
+        if options.out and (out := Path(options.out)).is_dir() | (
+            not out.parent.is_dir()
+        ):
+            raise utils.UserError(f"--out={out}: a file in a folder that is there.")
         about = model.read_about(options.peft_path)
         cfg = file_settings(about, options) if options.file else None
         net, tokenizer = model.open_adapter(options.peft_path, about, device)
@@ -186,8 +190,8 @@ def examine_file(opened: tuple, cfg: dict, options) -> None:
         print(examine.table(f"On {len(answers)} questions", scores))
         if left_out:
             print(
-                f"The loss leaves out {left_out}: no answer, or none left by a length of "
-                f"{examination.seq_length} tokens."
+                f"Left out of all of this, {left_out} of {left_out + counted} records: no "
+                f"answer, or none left by a length of {examination.seq_length} tokens."
             )
     if options.out:
         utils.write_json(Path(options.out), told)
@@ -201,16 +205,20 @@ def columns_of(options, trained: dict) -> dict:
     import files
 
     here = files.names(options.file, "--file")
+    if not here:
+        raise utils.UserError(f"--file={options.file}: no records here.")
     plain = {name: name for name in trained}
     wanted = trained if trained["instruction"] in here else plain
     if options.columns:
         pairs = [pair.partition("=")[::2] for pair in options.columns.split(",")]
+        pairs = [(name.strip(), column) for name, column in pairs]
+        names = [name for name, _ in pairs]
         wanted = dict.fromkeys(trained) | dict(pairs)
-        odd = [name for name in wanted if name not in trained]
+        odd = [name for name in names if name not in trained or names.count(name) > 1]
         odd += [column for column in wanted.values() if column and column not in here]
         if odd:
             raise utils.UserError(
-                f"--columns={options.columns}: {odd[0]!r} is unknown. Give "
+                f"--columns={options.columns}: {odd[0]!r} is unknown, or there twice. Give "
                 f"instruction=...,input=...,output=... and columns of {options.file}: "
                 f"{', '.join(here)}."
             )

@@ -358,7 +358,18 @@ def test_a_file_of_any_kind_with_columns_of_any_name(suffix, ask, tmp_path):
         ),
         ([{"q": "?"}], ["--columns=instruction=z"], "'z' is unknown"),
         ([{"q": "?"}], ["--columns=colour=q"], "'colour' is unknown"),
-        ([], [], "which column is the question"),
+        (
+            [{"q": "?"}],
+            ["--columns=instruction=q, instruction=q"],
+            "'instruction' is unknown, or there twice",
+        ),
+        (
+            [{"q": "?"}],
+            ["--out=/no/folder/out.json"],
+            "--out=/no/folder/out.json: a file",
+        ),
+        ([{"q": "?"}], ["--out=/"], "--out=/: a file in a folder that is there"),
+        ([], [], "asked.jsonl: no records here"),
         (None, [], "there is no such file"),
     ],
 )
@@ -368,6 +379,17 @@ def test_a_file_that_cannot_be_asked_is_named(rows, options, message, ask, tmp_p
         path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SystemExit, match=message.replace("?", ".")):
         ask(f"--file={path}", *options)
+
+
+def test_what_cannot_be_scored_is_told_as_missing_from_all(ask, tmp_path):
+    rows = [{"q": "?", "a": "Paris"}, {"q": "?", "a": ""}, {"q": "? " * 900, "a": "x"}]
+    path = tmp_path / "asked.json"
+    path.write_text(json.dumps(rows))
+    options = ["--columns=instruction=q, output=a", f"--out={tmp_path}/out.json"]
+    said, told = ask(f"--file={path}", *options)
+    assert (told["questions"], told["left_out"], len(told["answers"])) == (1, 2, 1)
+    assert "On 1 questions" in said
+    assert "Left out of all of this, 2 of 3 records" in said
 
 
 def test_a_question_with_its_input_is_the_record_that_was_trained_on(
