@@ -377,14 +377,16 @@ class Section:
         seeds = sorted(set.intersection(*(set(known.get(row, {})) for row in rows)))
         if not seeds:
             return None
-        mean, half = interval(
-            combine(*([known[row][s] for s in seeds] for row in rows))
-        )
+        values = combine(*([known[row][s] for s in seeds] for row in rows))
+        if not values:  # a share of nothing
+            return None
+        mean, half = interval(values)
         centre, unit = mean, f"{len(seeds)} seeds"
         if half is None:
             lists = [self._by_question(name, row, seeds) for row in rows]
             if all(lists) and len(set(map(len, lists))) == 1:
-                centre, half = interval([*combine(*lists), *more])
+                if values := combine(*lists):
+                    centre, half = interval([*values, *more])
                 unit = f"{len(lists[0])} questions"
         if half is None:
             return Estimate(mean)
@@ -769,7 +771,6 @@ def short(text: str) -> str:
 
 def draw_methods(parts: list[Section], name: str, path: Path) -> None:
     """A point for each method and section, with its confidence interval."""
-    form = "{:.1f}" if scale(name) == 100 else "{:.3f}"
     with figure(path) as (axes,):
         for place, method in enumerate(COLOURS):
             label = ROWS[method]
@@ -784,7 +785,7 @@ def draw_methods(parts: list[Section], name: str, path: Path) -> None:
                     error = [[value - low], [high - value]] if found.known else None
                     axes.errorbar(at, value, yerr=error, **style)
                     axes.annotate(
-                        form.format(value),
+                        show(name, Estimate(found.value)),
                         (at, value),
                         (6, 6),
                         textcoords="offset points",

@@ -436,6 +436,16 @@ def test_loss_is_better_when_it_is_lower():
     assert "no gap to close" in report.closed(section)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_where_all_score_the_same_there_is_no_gap_to_close(value, seeds):
+    modes = {mode: [value] * 9 for mode in ("federated", "local", "centralized")}
+    section = made(*[modes] * seeds)
+    assert section.closed("exact_match") is None
+    assert "It is not told apart from pooled data" in report.answer(section)
+    assert "Federation closes" not in report.answer(section)
+
+
 def test_clients_are_ranked_within_their_seed(sweep):
     section = of(sweep)["natural partitions"]
     alone = section.clients("exact_match", "local")
