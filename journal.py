@@ -26,6 +26,7 @@ NUMBERS = (
 SCORES = ("test_loss", "eval_loss")  # by which the best round is found, if it is
 # What clients measure on records of their own.
 OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")
+MEASURED = (*SCORES, *OWN)
 
 
 class Journal:
@@ -198,21 +199,31 @@ def read_rounds(folder: Path, done: int) -> list[dict[str, Any]]:
 
 def _check_entry(entry: dict[str, Any]) -> None:
     """Raise `ValueError` unless a round's entry tells what it has to, in the right kinds."""
-    for name in (*NUMBERS, *(name for name in SCORES if name in entry)):
-        value = entry.get(name)
-        if type(value) not in (int, float) or not math.isfinite(value):
+    for name in (*NUMBERS, *(name for name in MEASURED if name in entry)):
+        if not _is_finite(entry.get(name)):
             raise ValueError(f"its entry of round {entry['round']} lacks a {name}")
+    # Of each client what is drawn and summed up; older entries may not tell of them.
+    for name, needed in (("clients", "train_loss"), ("eval_clients", "num-examples")):
+        told = entry.get(name, [])
+        if not isinstance(told, list) or not all(
+            isinstance(one, dict) and _is_finite(one.get(needed)) for one in told
+        ):
+            raise ValueError(f"its entry of round {entry['round']} lacks its {name}")
     if not isinstance(entry.get("failures"), list):
         raise ValueError(f"its entry of round {entry['round']} lacks its failures")
     if entry.get("best") and not any(name in entry for name in SCORES):
         raise ValueError(f"round {entry['round']} is the best by no measure")
 
 
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def read_before(folder: Path) -> dict[str, Any]:
     """What the base scored, by a run's `history.json`; nothing in those without it."""
     before = read_json(folder / "history.json").get("before", {})
-    fits = isinstance(before, dict) and before.get("round", 0) == 0
-    if not fits or any(type(before.get(name, 0.0)) is not float for name in OWN):
+    fits = isinstance(before, dict) and (not before or before.get("round") == 0)
+    if not fits or not all(_is_finite(before.get(name, 0.0)) for name in MEASURED):
         raise UserError(
             f"{folder}/history.json: its entry `before` is not what the base scored in "
             "round 0. Take it out, or put a copy of the file into its place."

@@ -711,14 +711,19 @@ def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
     """
     rounds = history["rounds"]
     entries = [history["before"], *rounds] if history.get("before") else rounds
-    held = [c["num-examples"] for c in rounds[-1].get("eval_clients", [])]
+    own = [e["eval_clients"] for e in entries if e.get("eval_clients")]
+    held = [client["num-examples"] for client in own[-1]] if own else []
     names = {
         "train_loss": "training, mean of the round's clients",
         "test_loss": "test questions",
         "eval_loss": f"held back by the clients: {sum(held):g} records",
     }
     with figure(path) as (axes,):
-        each = [(e["round"], c["train_loss"]) for e in rounds for c in e["clients"]]
+        each = [
+            (e["round"], client["train_loss"])
+            for e in rounds
+            for client in e.get("clients", [])
+        ]
         if len(each) > len(rounds):  # who was asked moves the mean as well
             style = {
                 "color": COLOURS[0],

@@ -158,7 +158,10 @@ def both(*steps: Made) -> Made:
 
 # --- the table --------------------------------------------------------------------------------
 
-ENTRY = dict.fromkeys(journal.NUMBERS, 1) | {"failures": []}
+ENTRY = dict.fromkeys(journal.NUMBERS, 1) | {
+    "failures": [],
+    "clients": [{"partition": 0, "num-examples": 8, "train_loss": 1}],
+}
 TOLD = {"rounds": [ENTRY, ENTRY | {"round": 2, "train_loss": 2.5}]}
 WEIGHTS, ABOUT = "adapter_model.safetensors", model.ABOUT
 NEWEST, OLDER = "checkpoints/000002", "checkpoints/000001"
@@ -849,6 +852,35 @@ RUNS = [
         "its entry of round 2 lacks a train_loss",
     ),
     (
+        "clients that are none",
+        put(
+            "history.json",
+            json.dumps({"rounds": [ENTRY | {"clients": 3}, ENTRY | {"round": 2}]}),
+        ),
+        "its entry of round 1 lacks its clients",
+    ),
+    (
+        "a client without a loss",
+        put(
+            "history.json",
+            json.dumps({"rounds": [ENTRY | {"clients": [{}]}, ENTRY | {"round": 2}]}),
+        ),
+        "its entry of round 1 lacks its clients",
+    ),
+    (
+        "a base without a round",
+        put("history.json", json.dumps({"before": {"test_loss": 1.0}} | TOLD)),
+        "its entry `before` is not what the base scored",
+    ),
+    (
+        "a word for what the base scores",
+        put(
+            "history.json",
+            json.dumps({"before": {"round": 0, "test_loss": "low"}} | TOLD),
+        ),
+        "its entry `before` is not what the base scored",
+    ),
+    (
         "a base of no round",
         put("history.json", json.dumps({"before": {"round": 2}} | TOLD)),
         "its entry `before` is not what the base scored",
@@ -1222,12 +1254,12 @@ def go_on_in(folder: Path, cfg: dict[str, Any]) -> None:
     told.track()
     server.configure_train(3, ArrayRecord(state), ConfigRecord(), strategy.Cohort([1]))
     mean = strategy.Mean(server, state)
-    mean.add({name: torch.ones_like(value) for name, value in state.items()}, CLIENT)
+    mean.add({name: torch.ones_like(value) for name, value in state.items()}, CLIENT, 1)
     told.write_round(ENTRY | {"round": done + 1}, mean.aggregate(3))
     told.write_summary({})
 
 
-CLIENT = {"num-examples": 1, "partition": 0}
+CLIENT = {"num-examples": 1, "partition": 0, "train_loss": 1.0}
 
 
 @pytest.fixture
