@@ -450,7 +450,12 @@ class Card:
         if not model.mergeable(self.settings["peft_type"]):
             yield f"{method} is for PEFT alone: vLLM and llama.cpp do not take it."
             return
-        if self.method not in ("LoRA", "rsLoRA") or "r" not in self.settings:
+        # vllm/lora/peft_helper.py and lora_model.py take the two matrices of a layer alone.
+        more = self.settings.get("modules_to_save")
+        more = more or self.settings.get("bias", "none") != "none"
+        more = more or self.settings.get("lora_bias")
+        if more or self.method not in ("LoRA", "rsLoRA") or "r" not in self.settings:
+            method += " that trains more than matrices" * bool(more)
             yield f"vLLM and llama.cpp need a merged model for {method}: {merge}"
             return
         rank = next((r for r in RANKS if r >= self.settings["r"]), self.settings["r"])

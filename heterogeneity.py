@@ -236,7 +236,7 @@ def _draw_lengths(axes: Any, clients: list[dict[str, Any]], data: Any) -> None:
     low, median, high = zip(*(tokens for _, tokens in known), strict=True)
     axes.vlines(places, low, high, color=GREY)
     axes.plot(places, median, "o", markersize=4, color=COLOURS[0])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(high))
     axes.set_ylabel("tokens an example\n(10th, 50th, 90th percentile)")
 
 

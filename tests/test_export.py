@@ -232,9 +232,12 @@ def test_an_adapter_folder_is_what_vllm_takes(method, save):
     assert model.read_about(str(folder))["template"] == "alpaca"
 
 
-@pytest.mark.parametrize("method", ["dora", "ia3"])
-def test_a_card_does_not_send_to_vllm_what_it_refuses(method, save):
-    text = (run(save(f"peft={method}")) / "README.md").read_text()
+@pytest.mark.parametrize(
+    "setting",
+    ["peft=dora", "peft=ia3", "+peft.modules_to_save=[lm_head]", "+peft.bias=all"],
+)
+def test_a_card_does_not_send_to_vllm_what_it_refuses(setting, save):
+    text = (run(save(setting)) / "README.md").read_text()
     assert "--lora-modules" not in text
     assert "--merge" in text
 
