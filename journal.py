@@ -11,7 +11,16 @@ import dataset
 import examine
 import model
 from tracking import Tracking
-from utils import UserError, plot_run, public, read_json, say, write_json, writing
+from utils import (
+    UserError,
+    fit,
+    plot_run,
+    public,
+    read_json,
+    say,
+    write_json,
+    writing,
+)
 
 SHOWN = 3  # sample questions printed after a run
 # What every round's entry in `history.json` tells, of which the summary is made.
@@ -26,6 +35,12 @@ NUMBERS = (
 SCORES = ("test_loss", "eval_loss")  # by which the best round is found, if it is
 # What clients measure on records of their own.
 OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")
+# What else the summary and its picture look into.
+LISTS = {
+    "failures": [{"partition": int, "cause": str}],
+    "clients?": [{"partition": int, "train_loss": float, "records?": float}],
+    "eval_clients?": [{"num-examples": float}],
+}
 
 
 class Journal:
@@ -188,7 +203,8 @@ def read_rounds(folder: Path, done: int) -> list[dict[str, Any]]:
             raise ValueError(f"{done} rounds are done, and it tells of {len(rounds)}")
         for entry in rounds:
             _check_entry(entry)
-    except (UserError, ValueError, KeyError, TypeError) as error:
+            fit(entry, LISTS, folder / "history.json", f"round {entry['round']}")
+    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{folder}/history.json does not fit the run: {error}. Put a copy of it into "
             "its place, or begin the run anew."
@@ -202,8 +218,6 @@ def _check_entry(entry: dict[str, Any]) -> None:
         value = entry.get(name)
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"its entry of round {entry['round']} lacks a {name}")
-    if not isinstance(entry.get("failures"), list):
-        raise ValueError(f"its entry of round {entry['round']} lacks its failures")
     if entry.get("best") and not any(name in entry for name in SCORES):
         raise ValueError(f"round {entry['round']} is the best by no measure")
 
@@ -212,7 +226,9 @@ def read_before(folder: Path) -> dict[str, Any]:
     """What the base scored, by a run's `history.json`; nothing in those without it."""
     before = read_json(folder / "history.json").get("before", {})
     fits = isinstance(before, dict) and before.get("round", 0) == 0
-    if not fits or any(type(before.get(name, 0.0)) is not float for name in OWN):
+    if not fits or any(
+        type(before.get(name, 0.0)) is not float for name in (*OWN, *SCORES)
+    ):
         raise UserError(
             f"{folder}/history.json: its entry `before` is not what the base scored in "
             "round 0. Take it out, or put a copy of the file into its place."
