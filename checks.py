@@ -160,6 +160,7 @@ TEXTS = (
     "dataset.columns.output",
     "evaluate.choices",
     "partitioner._target_",
+    "partitioner.partition_by",
     "peft._target_",
     "strategy._target_",
     "tracking._target_",
@@ -173,6 +174,8 @@ MAY_BE_NULL = (
     "dataset.columns.input",
     "evaluate.choices",
     "partitioner.num_clusters",
+    "partitioner.num_partitions",
+    "partitioner.partition_by",
     "resume",
     "strategy.clip_norm",
     "strategy.max_weight",
@@ -320,6 +323,7 @@ def check_values(cfg: dict[str, Any]) -> None:
         ("model.lora.peft_lora_alpha", float, 1e-9, ANY),
         ("model.lora.peft_lora_dropout", float, 0, 0.99),
         ("partitioner.num_clusters", whole, 1, 1000),
+        ("partitioner.num_partitions", whole, 1, 1_000_000),  # as num_clients
         ("strategy.fraction_fit", float, 1e-9, 1),
         ("strategy.fraction_evaluate", float, 0, 1),
         ("strategy.min_fit_replies", whole, 1, ANY),
@@ -404,10 +408,11 @@ def _is_number(value: Any) -> bool:
 
 
 def check_kinds(path: str, settings: dict[str, Any], made: type) -> None:
-    """That a number, or true or false, stands where the constructor of `made` defaults to one."""
+    """That a number, or true or false, stands where the constructor of `made` defaults to one
+    and takes no word in its place."""
     for name, parameter in inspect.signature(made).parameters.items():
         value = settings.get(name)
-        if value is None:
+        if value is None or re.search(r"\bstr\b|Literal", str(parameter.annotation)):
             continue
         if isinstance(parameter.default, bool) and not isinstance(value, bool):
             raise UserError(f"{path}.{name}={value}: take true or false.")
@@ -505,6 +510,9 @@ def check_strategy(cfg: dict[str, Any], deployed: bool = False) -> None:
 
     node = cfg["strategy"]
     check_kinds("strategy", node, type(strategy.build(node)))
+    for name, value in node.items():
+        if _is_number(value) and value < 0:
+            raise UserError(f"strategy.{name}={value}: it must be 0 or more.")
     cohort = strategy.cohort_size(cfg["num_clients"], node["fraction_fit"])
     if cohort < node["min_fit_replies"]:
         raise UserError(
@@ -632,6 +640,7 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
     try:
         settle_checkpointing(cfg)
         frame = model.skeleton(cfg["model"], cfg["peft"])
+        check_kinds("peft", cfg["peft"], type(frame.peft_config["default"]))
         model.rehearse(
             cfg["model"], cfg["peft"], cfg["seed"], cfg["train"]["seq_length"]
         )

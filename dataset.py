@@ -654,7 +654,7 @@ def check(cfg: dict[str, Any]) -> list[str]:
             _unfit(cfg, partitioner.load_partition(i), all(whole))
             for i in range(clients)
         ]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{kind} cannot divide {where} among {clients} clients: {error}"
         ) from error

@@ -11,7 +11,16 @@ import dataset
 import examine
 import model
 from tracking import Tracking
-from utils import UserError, plot_run, public, read_json, say, write_json, writing
+from utils import (
+    UserError,
+    fit,
+    plot_run,
+    public,
+    read_json,
+    say,
+    write_json,
+    writing,
+)
 
 SHOWN = 3  # sample questions printed after a run
 # What every round's entry in `history.json` tells, of which the summary is made.
@@ -27,6 +36,12 @@ SCORES = ("test_loss", "eval_loss")  # by which the best round is found, if it i
 # What clients measure on records of their own.
 OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")
 MEASURED = (*SCORES, *OWN)
+# What else the summary and its picture look into.
+LISTS = {
+    "failures": [{"partition": int, "cause": str}],
+    "clients?": [{"partition": int, "train_loss": float, "records?": float}],
+    "eval_clients?": [{"num-examples": float}],
+}
 
 
 class Journal:
@@ -189,7 +204,8 @@ def read_rounds(folder: Path, done: int) -> list[dict[str, Any]]:
             raise ValueError(f"{done} rounds are done, and it tells of {len(rounds)}")
         for entry in rounds:
             _check_entry(entry)
-    except (UserError, ValueError, KeyError, TypeError) as error:
+            fit(entry, LISTS, folder / "history.json", f"round {entry['round']}")
+    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{folder}/history.json does not fit the run: {error}. Put a copy of it into "
             "its place, or begin the run anew."
@@ -202,15 +218,6 @@ def _check_entry(entry: dict[str, Any]) -> None:
     for name in (*NUMBERS, *(name for name in MEASURED if name in entry)):
         if not _is_finite(entry.get(name)):
             raise ValueError(f"its entry of round {entry['round']} lacks a {name}")
-    # Of each client what is drawn and summed up; older entries may not tell of them.
-    for name, needed in (("clients", "train_loss"), ("eval_clients", "num-examples")):
-        told = entry.get(name, [])
-        if not isinstance(told, list) or not all(
-            isinstance(one, dict) and _is_finite(one.get(needed)) for one in told
-        ):
-            raise ValueError(f"its entry of round {entry['round']} lacks its {name}")
-    if not isinstance(entry.get("failures"), list):
-        raise ValueError(f"its entry of round {entry['round']} lacks its failures")
     if entry.get("best") and not any(name in entry for name in SCORES):
         raise ValueError(f"round {entry['round']} is the best by no measure")
 

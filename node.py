@@ -9,6 +9,7 @@ import copy
 import os
 import re
 import shlex
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,10 @@ def settle(
         overrides = parse(str(told["overrides"]))
         cfg = checks.resolve(compose(overrides))
         checks.check_values(cfg)
+        if (
+            cfg["mode"] != "federated"
+        ):  # centralized would read the data num_clients times
+            raise Refusal("mode is a baseline's, which is for simulations")
         partition = choose_partition(cfg, own)
         if not simulated:
             # A relative name means something of the bundle, and nothing of the node's.
@@ -322,10 +327,12 @@ def in_bundle(path: str) -> Path | None:
     """
     if Path(path).is_absolute() or ".." in Path(path).parts:
         return None
-    named = (PROJECT / path).resolve()
-    leads_to = [named, *(file.resolve() for file in named.glob("*"))]
-    inside = all(place.is_relative_to(PROJECT) for place in leads_to)
-    return named if inside and named.exists() else None
+    with suppress(OSError):  # too long for a path
+        named = (PROJECT / path).resolve()
+        leads_to = [named, *(file.resolve() for file in named.glob("*"))]
+        inside = all(place.is_relative_to(PROJECT) for place in leads_to)
+        return named if inside and named.exists() else None
+    return None
 
 
 def settle_resources(cfg: dict[str, Any], own: dict[str, Any], simulated: bool) -> None:

@@ -464,6 +464,11 @@ class Server:
             cause = "its first adapter is not the one that more than half have made"
             report_failures(0, [who | {"cause": cause} for who in others])
         first |= made[0][0]
+        if name := comm.lost(first, dtype := self.cfg["comm"]["dtype"]):
+            raise RunFailed(
+                f"The first adapter cannot be sent as comm.dtype={dtype}: {name} holds "
+                "values that are not finite in it. Set comm.dtype=float32."
+            )
         if self.cfg["mode"] == "local":
             return {
                 f"{partition}/{name}": tensor
@@ -709,7 +714,8 @@ class Exchange:
         self.bytes_down = num_bytes(next(iter(arrays.values())))  # to each client
         for message in messages:
             # The strategy gave all of them one record; each names its own partition.
-            config = message.content.config_records.get("config", ConfigRecord())
+            # Under a name that the strategy may be told (`configrecord_key`).
+            config = next(iter(message.content.config_records.values()), {})
             partition = server.partitions[message.metadata.dst_node_id]
             config = ConfigRecord({**config, **server.told, "partition": partition})
             own = arrays.get(f"client_{partition}") or arrays[""]

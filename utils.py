@@ -212,7 +212,7 @@ def construct(node: Any, package: str, **more: Any) -> Any:
         raise UserError(f"_target_={target} is not a class of {package}.")
     try:
         return made(**arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of any type: each class has its own
         raise UserError(f"{target} refuses its settings: {error}") from error
 
 

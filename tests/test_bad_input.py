@@ -851,6 +851,22 @@ RUNS = [
         put("history.json", json.dumps(TOLD).replace("2.5", "NaN")),
         "its entry of round 2 lacks a train_loss",
     ),
+    *(
+        (
+            f"an odd history: {name}",
+            put(
+                "history.json",
+                json.dumps(TOLD).replace('"round": 2', f'"round": 2, {x}'),
+            ),
+            "history.json does not fit the run",
+        )
+        for name, x in {
+            "clients": '"clients": "x"',
+            "a client": '"clients": [{"partition": 0}]',
+            "evaluated": '"eval_clients": [{"partition": 0}]',
+            "a loss without end": f'"test_loss": 1{400 * "0"}',
+        }.items()
+    ),
     (
         "clients that are none",
         put(

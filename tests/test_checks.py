@@ -32,6 +32,22 @@ SETTINGS = [
     ("strategy.fraction_fit=0", "strategy.fraction_fit=0: it must be above 0"),
     ("strategy.fraction_fit=1.5", "fraction_fit=1.5: it must be above 0 and up to 1"),
     ("strategy.fraction_evaluate=1.5", "fraction_evaluate=1.5: it must be 0 to 1"),
+    # A negative number is taken by Flower, and leads away from the mean or does nothing.
+    (
+        "strategy=fedprox strategy.proximal_mu=-1",
+        "proximal_mu=-1: it must be 0 or more",
+    ),
+    ("strategy=fedavgm strategy.server_learning_rate=-1", "must be 0 or more"),
+    # A word is true to Python.
+    ("peft=dora 'peft.use_dora=\"false\"'", "peft.use_dora=false: take true or false"),
+    # What partitioners answer with errors of their own.
+    ("partitioner.num_partitions=2.5", "num_partitions=2.5: a whole number is needed"),
+    ("partitioner=clusters partitioner.columns=x", "ClusterPartitioner refuses its"),
+    ("partitioner=natural partitioner.partition_by=[output]", "text is needed"),
+    (
+        "partitioner=dirichlet partitioner.min_partition_size=x",
+        "DirichletPartitioner cannot divide",
+    ),
     ("model.quantization=5", "model.quantization=5: take 4, 8 or null"),
     ("model.quantization=4.0", "model.quantization=4.0: take 4, 8 or null"),
     ("train.seq_length=1", "train.seq_length=1: it must be 2 or more"),

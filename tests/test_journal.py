@@ -184,7 +184,13 @@ def test_a_history_from_before_that_was_written_down_is_taken(finished, tmp_path
     history = read(finished[1], "history")
     utils.write_json(tmp_path / "history.json", {"rounds": history["rounds"]})
     assert journal.read_before(tmp_path) == {}
-    for broken in ([1], {"round": 3}, {"round": 0, "eval_loss": "low"}, "none"):
+    for broken in (
+        [1],
+        {"round": 3},
+        {"round": 0, "eval_loss": "low"},
+        {"test_loss": "low"},
+        "none",
+    ):
         utils.write_json(tmp_path / "history.json", history | {"before": broken})
         with pytest.raises(UserError, match="its entry `before` is not"):
             journal.read_before(tmp_path)

@@ -197,6 +197,15 @@ def test_a_plain_value_means_what_it_means_to_hydra(overrides):
         ("train.training_arguments=5", "training_arguments: conf/ has no such setting"),
         ("num_clients=5", "num-partitions do not fit the run's num_clients"),
         ("train.min_records=4000", "it has fewer records than train.min_records"),
+        (f"dataset.path={5000 * 'a'}", "dataset.path is not in the bundle"),
+        (f"model.name={5000 * 'a'}", "model.name is no owner/name"),
+        # Would read the node's data a thousand times, or make a table of 10^9 partitions.
+        ("mode=centralized num_clients=4", "mode is a baseline's"),
+        ("mode=local", "mode is a baseline's"),
+        (
+            "partitioner=size partitioner.num_partitions=1000000000",
+            r"at fault \(partitioner.num_partitions\)",
+        ),
         ("strategy='unclosed", "a quote is open"),
         ("train.seq_length=[1", "the override of train.seq_length cannot be read"),
     ],

@@ -1031,6 +1031,23 @@ def test_what_bfloat16_rounds_is_no_difference(serve, read_from_the_base, capsys
     assert capsys.readouterr().out == ""
 
 
+def test_a_first_adapter_that_would_not_arrive_is_not_sent(serve, read_from_the_base):
+    server = serve(lambda reply: reply)
+    values = {**START, "x.magnitude": torch.full((5,), 1e5)}
+    content = RecordDict({"arrays": ArrayRecord(values)})
+    server.grid.tamper = lambda who, reply: setattr(reply, "content", content) or reply
+    with pytest.raises(strategy.RunFailed, match=r"comm.dtype=float16: x.magnitude"):
+        server.initial_adapter()
+
+
+def test_the_settings_of_a_round_arrive_under_whatever_name(serve):
+    server = serve()
+    server.strategy.configrecord_key = "mine"
+    server.train_round(3, START)
+    configs = [message.content["config"] for message in server.grid.sent]
+    assert [config["server-round"] for config in configs] == [3] * 4
+
+
 def test_where_none_is_made_by_more_than_half_the_run_does_not_begin(
     serve, read_from_the_base
 ):
