@@ -854,17 +854,14 @@ RUNS = [
     *(
         (
             f"an odd history: {name}",
-            put(
-                "history.json",
-                json.dumps(TOLD).replace('"round": 2', f'"round": 2, {x}'),
-            ),
+            put("history.json", json.dumps({"rounds": [ENTRY, ENTRY | odd]})),
             "history.json does not fit the run",
         )
-        for name, x in {
-            "clients": '"clients": "x"',
-            "a client": '"clients": [{"partition": 0}]',
-            "evaluated": '"eval_clients": [{"partition": 0}]',
-            "a loss without end": f'"test_loss": 1{400 * "0"}',
+        for name, odd in {
+            "clients": {"round": 2, "clients": "x"},
+            "a client": {"round": 2, "clients": [{"partition": 0}]},
+            "evaluated": {"round": 2, "eval_clients": [{"partition": 0}]},
+            "a loss without end": {"round": 2, "test_loss": 10**400},
         }.items()
     ),
     (
@@ -873,7 +870,7 @@ RUNS = [
             "history.json",
             json.dumps({"rounds": [ENTRY | {"clients": 3}, ENTRY | {"round": 2}]}),
         ),
-        "its entry of round 1 lacks its clients",
+        "round 1.clients is no list",
     ),
     (
         "a client without a loss",
@@ -881,7 +878,7 @@ RUNS = [
             "history.json",
             json.dumps({"rounds": [ENTRY | {"clients": [{}]}, ENTRY | {"round": 2}]}),
         ),
-        "its entry of round 1 lacks its clients",
+        "round 1.clients[0] has no partition",
     ),
     (
         "a base without a round",

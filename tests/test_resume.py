@@ -307,6 +307,8 @@ class Run:
             stderr=stderr,
             text=True,
             start_new_session=True,
+            # Under nohup the tests' own runs would not hear that a terminal is closed.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self.said = ""
 
