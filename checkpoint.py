@@ -41,7 +41,7 @@ def save(folder: Path, done: int, state: State, strategy: Any, seconds: float) -
             "strategy": kept,
         }
         (temporary / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-    for old in _all(folder)[:-KEPT]:
+    for old in found(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -50,13 +50,13 @@ def newest(folder: Path) -> Path | None:
 
     Raises `UserError` where there are checkpoints, and none of them can be read.
     """
-    found = _all(folder)
-    for checkpoint in reversed(found):
+    checkpoints = found(folder)
+    for checkpoint in reversed(checkpoints):
         if _fault(checkpoint) is None:
             return checkpoint
-    if found:
+    if checkpoints:
         raise UserError(
-            f"No checkpoint of {folder} can be read. {_fault(found[-1])}. Put a copy of "
+            f"No checkpoint of {folder} can be read. {_fault(checkpoints[-1])}. Put a copy of "
             "one into its place, or begin the run anew."
         )
     return None
@@ -108,14 +108,15 @@ def load(checkpoint: Path, strategy: Any) -> tuple[State, int, float]:
                 f"{checkpoint} is of another strategy: it holds {attribute}."
             )
     vars(strategy).update(own)
-    for later in _all(checkpoint.parent.parent):
+    for later in found(checkpoint.parent.parent):
         if later.name > checkpoint.name:
             say(f"{_fault(later)}. The one before it is taken.")
             shutil.rmtree(later, ignore_errors=True)
     return state, done, seconds
 
 
-def _all(folder: Path) -> list[Path]:
+def found(folder: Path) -> list[Path]:
+    """The run's checkpoints by round, unread: each came into being whole."""
     return sorted((folder / "checkpoints").glob("[0-9]" * 6))
 
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import files
 from loss import IGNORED
-from utils import HUB_NAME, UserError, construct, local_path
+from utils import HUB_NAME, Refusal, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
@@ -544,12 +544,12 @@ def draw(
     Either `examples` many, going over the rows as often as that takes, or, with None,
     `passes` times over the rows. Only rows that are drawn are tokenised.
 
-    Raises `ValueError` where no row of a whole pass can be trained on.
+    Raises `Refusal` where no row of a whole pass can be trained on.
     """
     drawn: list[Example] = []
     dropped = 0
     if len(rows) == 0:
-        raise ValueError("this client has no records to train on")
+        raise Refusal("this client has no records to train on")
     limit = math.inf if examples is not None else math.ceil(passes * len(rows))
     for seen, row in enumerate(_shuffled(rows, seed)):
         if seen >= limit or len(drawn) == examples:
@@ -562,7 +562,7 @@ def draw(
         else:
             drawn.append(example)
     if not drawn:
-        raise ValueError(
+        raise Refusal(
             "none of this client's records can be trained on: they have no answer, or "
             "the prompt alone fills train.seq_length"
         )

@@ -106,19 +106,23 @@ def simulate(cfg: dict[str, Any], folder: Path) -> None:
 
 
 def last_word(folder: Path) -> str:
-    """How to go on after the newest checkpoint of a run."""
+    """How to go on after the newest checkpoint of a run.
+
+    It is not read for that, which takes longer than Ray may leave us (see `watched`).
+    """
     import checkpoint
     from strategy import go_on
 
-    newest = checkpoint.newest(folder)
-    return go_on(folder, int(newest.name) if newest else 0)
+    last = checkpoint.found(folder)[-1:]
+    return go_on(folder, int(last[0].name) if last else 0)
 
 
 @contextmanager
 def watched(folder: Path) -> Iterator[None]:
     """End the run with a word on how to go on when a process that Ray is made of is killed.
 
-    Ray would end it half a minute later, from C++ and with a dump of its own log.
+    Ray would end it half a minute later, from C++ and with a dump of its own log. Where the
+    raylet was killed it may do so at its next call to it, before we can say our word.
     """
     import ray
 
@@ -129,7 +133,7 @@ def watched(folder: Path) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(1):
+        while not over.wait(0.05):
             dead, _ = psutil.wait_procs(ours, timeout=0)
             # Not where it was shut down, nor where a scheduler's SIGTERM went to all of us:
             # the run is about to save its last adapter then.

@@ -1172,6 +1172,7 @@ def test_base(made, message, tmp_path):
     assert str(folder) in str(told.value)
 
 
+@pytest.mark.slow
 @table(RUNS)
 def test_run_to_go_on_with(made, message, run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")

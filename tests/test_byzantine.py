@@ -131,6 +131,7 @@ def test_without_an_attack_nothing_is_forged_and_errors_come_through(
     assert failures == [{"partition": broken, "cause": "RuntimeError: broken"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_robust_strategies_stay_among_the_honest_and_a_mean_does_not(attack, attacked):
     for name in ROBUST:

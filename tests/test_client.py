@@ -65,6 +65,7 @@ def test_what_a_client_trained_from_is_counted(configure, tmp_path):
     assert metrics["truncated"] == rows[:].count(long["output"])
 
 
+@pytest.mark.slow
 def test_a_reused_model_carries_nothing_over(configure):
     cfg = configure("model.lora.peft_lora_dropout=0.1")
     start = client.initial_adapter(cfg)

@@ -252,6 +252,7 @@ def test_flowertune_sweep_expands_to_the_eight_published_settings():
     ]
 
 
+@pytest.mark.slow
 def test_a_laptop_trains_a_model_and_records_of_ones_own(loopback, tmp_path, capsys):
     path = PROJECT / "assets/tiny_qa/train.jsonl"
     overrides = (

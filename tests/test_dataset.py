@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 import dataset
 import files
 import model
-from utils import UserError
+from utils import Refusal, UserError
 
 QUESTION = {"instruction": "Name the young of the animal.", "input": "cow"}
 ALONE = {"instruction": "Which city is the capital of France?", "input": ""}
@@ -195,7 +195,7 @@ def test_draw_counts_the_rows_that_fell_out():
 
 @pytest.mark.parametrize("examples", [None, 4])
 def test_draw_refuses_rows_of_which_none_is_usable(examples):
-    with pytest.raises(ValueError, match="can be trained on"):
+    with pytest.raises(Refusal, match="can be trained on"):
         dataset.draw(rows(3), lambda row: None, seed=0, examples=examples)
 
 
@@ -212,7 +212,7 @@ class NoRows:
 
 @pytest.mark.parametrize("examples", [None, 4])
 def test_draw_refuses_a_client_without_rows(examples):
-    with pytest.raises(ValueError, match="no records to train on"):
+    with pytest.raises(Refusal, match="no records to train on"):
         dataset.draw(NoRows(), as_example, seed=0, examples=examples)
 
 
@@ -356,6 +356,7 @@ def read(path, configure, columns):
 FORMATS = ["data.json", "data.jsonl", "data.csv", "data.parquet", "folder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_all_formats_give_the_same_records(name, configure, tmp_path):
     stored = [
@@ -376,6 +377,7 @@ def test_all_formats_give_the_same_records(name, configure, tmp_path):
     assert read(tmp_path / name, configure, columns) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
     "answers",
@@ -673,6 +675,7 @@ def test_records_without_a_label_are_told(configure, tmp_path):
     assert note.startswith("1 of 3 records have nothing in 'category'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("offered", "right", "choices"),
     [

@@ -346,6 +346,7 @@ def test_a_hub_dataset_is_named_and_a_licence_is_not_made_up(save):
     assert "# license:" in path.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "options"),
     [("alpaca", []), ("alpaca", ["--merge"]), ("vicuna", []), ("chat", ["--merge"])],
@@ -531,6 +532,7 @@ def skeleton(code: str) -> tuple[str, list[str]]:
     return ast.dump(tree), found
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     deadline=None,
@@ -592,6 +594,7 @@ def test_a_run_does_not_ask_for_what_is_the_readers(text, tmp_path, monkeypatch)
     assert "MINE" in cfg.other[0].a
 
 
+@pytest.mark.slow
 def test_broken_records_of_a_run_are_named(save):
     source = save()
     for name in ("history.json", "summary.json", "answers.json", ".hydra/config.yaml"):

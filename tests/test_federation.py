@@ -68,9 +68,13 @@ def test_nodes_with_data_of_their_own_train_together(tmp_path):
             settings = node_config(tmp_path, data_path=data, column_input="", **columns)
             federation.supernode(name, settings)
         # By epochs, so that a node trains on as many examples as it has records.
+        epochs = f"{RUN} num_clients=3 train.training_arguments.max_steps=-1 "
+        status, output = federation.run(PROJECT, epochs)
+        assert status == "finished:failed"
+        assert "Say what to believe at most: strategy.max_weight=5000" in output
         status, output = federation.run(
             PROJECT,
-            f"{RUN} num_clients=3 train.training_arguments.max_steps=-1 "
+            f"{epochs} strategy.max_weight=500 "
             "dataset=local dataset.path=/etc/passwd hydra.run.dir=results/first",
         )
         assert status == "finished:completed", output
@@ -80,7 +84,7 @@ def test_nodes_with_data_of_their_own_train_together(tmp_path):
         weighed = sum(c["num-examples"] * c["train_loss"] for c in first["clients"])
         assert first["train_loss"] == pytest.approx(weighed / 217)
         assert second["sampled"] == 2
-        assert output.count("it has 3 records, and train.min_records=10") == 1
+        assert output.count("it has fewer records than train.min_records") == 1
         assert (folder / "peft_2/adapter_model.safetensors").is_file()
         assert (folder / "train_loss.png").is_file()
         assert (
@@ -98,7 +102,7 @@ def test_a_runs_mistake_is_answered_in_a_line(tmp_path):
         assert "num_rounds=none: a whole number is needed." in output
         status, output = federation.run(PROJECT, f"{RUN} +model.lora.alpha=3")
         assert status == "finished:failed"
-        assert "+model.lora.alpha=3 does more than give a plain value" in output
+        assert "the override of model.lora.alpha does more than give a plain" in output
         assert "Traceback" not in output
 
 

@@ -182,6 +182,7 @@ def test_a_dataset_in_the_cache_is_here(monkeypatch, tmp_path):
     assert heterogeneity._is_here("lucas/CodeAlpaca-20k")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clients", "categories"), [(1, 1), (5, 1), (20, 30), (100, 5)]
 )

@@ -137,6 +137,7 @@ def test_nothing_is_measured_twice(finished):
     assert measured == 1 + cfg["num_rounds"]  # the base, and each round's adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [p.stem for p in (PROJECT / "conf/peft").glob("*.yaml")]
 )

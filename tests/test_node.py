@@ -445,14 +445,16 @@ def test_the_app_answers_with_the_update_of_its_own_partition(
         assert all(update[k].equal(expected[k]) for k in update) is same
 
 
-def test_the_server_is_told_the_type_of_an_error_and_no_more(identity, notes):
+def test_records_of_no_use_are_refused_without_a_word_of_them(identity, notes):
     secret = "patient 17"
     Path(notes["data-path"]).write_text(
         "".join(json.dumps({"frage": secret, "antwort": ""}) + "\n" for _ in range(20))
     )
     first = ask("query", SHARE, {}).content["arrays"].to_torch_state_dict()
     reply = ask("train", notes, first)
-    assert reply.error.reason == "ValueError: its own log says more"
+    assert reply.error.code == Refusal.code
+    assert reply.error.reason.startswith("none of this client's records can be")
+    assert secret not in reply.error.reason
 
 
 def test_a_nodes_log_says_what_was_read_and_sent(identity, notes, capfd):

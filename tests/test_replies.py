@@ -387,6 +387,7 @@ def left_out(server: strategy.Server, capsys) -> str:
     return cause
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_a_hostile_reply_costs_itself_and_nothing_else(name, serve, capsys):
     make, word = TABLE[name]
@@ -428,6 +429,7 @@ def test_an_error_is_told_in_one_line(name, serve, capsys):
 ASKED: dict[str, Message] = {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["query", "evaluate", "train", "system", "\x1b[2J"])
 def test_a_reply_is_read_as_what_was_asked_for_whatever_it_says_it_is(kind, serve):
     def tamper(reply: Message) -> Message:
@@ -468,6 +470,7 @@ def test_every_figure_of_a_real_client_is_known(configure):
 # --- where the bytes are many -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["shape", "data", "type"])
 def test_a_refused_array_costs_no_memory_of_its_size(word, serve):
     big = Array(np.zeros(2**25, np.float16))  # 64 MiB
@@ -639,6 +642,7 @@ def odd_contents(draw) -> RecordDict:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "examples"),
     [
@@ -698,6 +702,7 @@ EVAL_NUMBERS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 def test_no_reply_ends_an_evaluation_or_decides_it(serve, capsys):
     server = serve()
 

@@ -24,6 +24,7 @@ QUESTION = {"instruction": "What is the capital of France?", "input": ""}
 METHODS = sorted(path.stem for path in (PROJECT / "conf/peft").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_each_strategy_completes_two_rounds(name, configure, loopback, tmp_path):
     cfg = configure(f"strategy={name}", "num_clients=7", "strategy.fraction_fit=1")
@@ -34,6 +35,7 @@ def test_each_strategy_completes_two_rounds(name, configure, loopback, tmp_path)
     assert (tmp_path / "peft_2/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_each_peft_method_trains_saves_loads_and_answers(
     name, configure, loopback, tmp_path
@@ -92,6 +94,7 @@ def test_fedavg_weighs_by_examples_trained_on(configure, loopback):
     assert [c["partition"] for c in entry["clients"]] == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -256,6 +259,7 @@ def test_clipping_bounds_what_one_client_can_do(configure, loopback):
     assert strategy.clip(short, None) is short
 
 
+@pytest.mark.slow
 def test_a_client_that_is_late_is_left_out_of_its_round_only(configure, loopback):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1", "train.round_timeout=3")
     grid = loopback(cfg)
@@ -564,6 +568,7 @@ def test_clients_evaluate_the_new_adapter(configure, loopback, tmp_path):
         assert entry["evaluate_failures"] == []
 
 
+@pytest.mark.slow
 def test_a_client_with_few_records_is_neither_worst_nor_spread(
     configure, loopback, tmp_path
 ):
@@ -585,6 +590,7 @@ def test_a_client_with_few_records_is_neither_worst_nor_spread(
         assert entry["eval_loss"] > max(losses)  # in the mean it has its weight
 
 
+@pytest.mark.slow
 def test_the_best_round_is_marked_and_its_adapter_kept(
     configure, loopback, tmp_path, monkeypatch
 ):
@@ -615,6 +621,7 @@ def few(tmp_path) -> str:
     return f"dataset.test_path={path}"
 
 
+@pytest.mark.slow
 def test_evaluation_comes_every_so_many_rounds_and_at_the_end(
     few, configure, loopback, tmp_path
 ):
@@ -649,6 +656,7 @@ def test_a_run_does_not_inherit_the_peak_memory_of_the_one_before_it():
 # --- what a federation is compared with -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_alone_each_client_trains_an_adapter_that_nobody_else_gets(
     few, configure, loopback, tmp_path
 ):

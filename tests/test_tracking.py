@@ -129,6 +129,7 @@ def stopped_and_gone_on(cfg: dict, loopback, folder: Path) -> None:
     strategy.run(cfg, loopback(cfg, folder=folder), folder)
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_history_the_plot_and_the_configuration(
     configure, loopback, tmp_path
 ):
@@ -151,6 +152,7 @@ def test_tensorboard_shows_the_history_the_plot_and_the_configuration(
     assert "summary/train_loss_last" in read.Tags()["scalars"]
 
 
+@pytest.mark.slow
 def test_mlflow_keeps_the_history_the_settings_the_plot_and_the_adapter(
     configure, loopback, tmp_path, workplace
 ):

@@ -30,6 +30,8 @@ def vram():
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    for bits in (4, 8):  # the first use of bitsandbytes draws a number and allocates
+        step(module.build(SHAPE, bits, CPU), module.random_batch(1, 8, SHAPE[-1], CPU))
     return module
 
 
@@ -82,6 +84,7 @@ def attention_of_a_gpu():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_estimate_is_what_a_step_allocates(vram, bits, monkeypatch):
     # Without arguments this asks about CUDA; what peft does there is to be measured.
@@ -117,6 +120,7 @@ def test_micro_batches_add_up_to_the_batch(vram):
     assert vram.train_step(net, batch, 1) == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_benchmark_needs_neither_flower_nor_hydra_nor_datasets():
     absent = ["flwr", "flwr_datasets", "datasets", "hydra", "omegaconf"]
     code = (
