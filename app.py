@@ -28,9 +28,10 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from hydra.errors import HydraException
 
-import checks
-import node
 import utils
+from node import permit
+from server import runs
+from settings import compose, preflight
 
 # Seconds, unless train.round_timeout says otherwise. A SuperNode that is started again with
 # the same key is online, and will never answer what its predecessor was asked.
@@ -48,9 +49,9 @@ def make_server_app(cfg: dict[str, Any], folder: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        import strategy
+        from server import rounds
 
-        strategy.run(cfg, grid, folder)
+        rounds.run(cfg, grid, folder)
 
     return app
 
@@ -83,32 +84,31 @@ def federation_server() -> ServerApp:
         log = logging.getLogger("flwr")
         log.addFilter(shorten)
         overrides = str(context.run_config["overrides"])
-        config = node.compose(node.parse(overrides))  # as every node does
-        _, folder, named = utils.compose_run(overrides)
+        config = permit.compose(permit.parse(overrides))  # as every node does
+        _, folder, named = compose.compose_run(overrides)
         chosen = shlex.split(overrides)
         if config.resume:
             folder = Path(config.resume)
-            config, chosen = checks.resumed(config.resume, chosen)
-            node.parse(shlex.join(chosen))
+            config, chosen = compose.resumed(config.resume, chosen)
+            permit.parse(shlex.join(chosen))
         if not config.verbose:
             utils.quiet()
             log.setLevel(logging.WARNING)
         if not utils.local_path(str(config.model.name)):
             utils.offline_if_unreachable()
-        import journal
-        import strategy
+        from server import journal, rounds
 
-        cfg = checks.check(config, deployed=True)
+        cfg = preflight.check(config, deployed=True)
         cfg["train"]["round_timeout"] = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
         if not cfg["resume"]:
-            folder = utils.begin(folder, named)
+            folder = runs.begin(folder, named)
         folder = folder.resolve()
-        with utils.own(folder, without=() if cfg["resume"] else utils.LEFT):
+        with runs.own(folder, without=() if cfg["resume"] else runs.LEFT):
             utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
-            utils.record(config, chosen, folder)
+            compose.record(config, chosen, folder)
             # A run that goes on was begun with other overrides than it is gone on with.
             told = {"overrides": shlex.join(chosen), "run": run_name(folder)}
-            strategy.run(cfg, grid, folder, told)
+            rounds.run(cfg, grid, folder, told)
             journal.report(cfg, folder)
 
     return app
@@ -129,7 +129,7 @@ def federation_client() -> ClientApp:
         ray = sys.modules.get("ray")
         simulated = ray is not None and ray.is_initialized()
         told = message.content["config"]
-        return node.settle(told, context.node_config, simulated)
+        return permit.settle(told, context.node_config, simulated)
 
     return client_app(settle, private=True)
 
@@ -160,7 +160,7 @@ def client_app(settle: Settle, private: bool) -> ClientApp:
                 cfg, partition = settle(message, context)
                 content = handle(cfg, partition, message, context)
                 if private:  # what its operator can hold the node to
-                    line = node.account(message, cfg, content)
+                    line = permit.account(message, cfg, content)
                     print(utils.one_line(line, limit=2000), flush=True)
                 return Message(content, reply_to=message)
             except Exception as error:
@@ -187,21 +187,21 @@ def query(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The first adapter."""
-    import launch
+    from node import processes
 
-    return RecordDict({"arrays": ArrayRecord(launch.initial_adapter(cfg))})
+    return RecordDict({"arrays": ArrayRecord(processes.initial_adapter(cfg))})
 
 
 def train(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    import comm
-    import launch
+    from methods import store, wire
+    from node import processes
 
     config = message.content["config"]
-    received = comm.unpack(message.content["arrays"].to_torch_state_dict())
-    state, metrics = launch.train(
+    received = wire.unpack(message.content["arrays"].to_torch_state_dict())
+    state, metrics = processes.train(
         cfg,
         received,
         partition=partition,
@@ -210,11 +210,11 @@ def train(
     )
     # In files, because Flower's state of a client would not outlive the run's process.
     place = Path(cfg["residuals"]), partition, int(config["server-round"])
-    packed, residual = comm.pack(
-        comm.update(state, received), cfg["comm"]["dtype"], comm.load_residual(*place)
+    packed, residual = wire.pack(
+        wire.update(state, received), cfg["comm"]["dtype"], store.load_residual(*place)
     )
     if residual:
-        comm.save_residual(*place, residual)
+        store.save_residual(*place, residual)
     return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
 
 
@@ -222,12 +222,12 @@ def evaluate(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The metrics of the adapter that came in; of the base before round 1."""
-    import comm
-    import launch
+    from methods import wire
+    from node import processes
 
-    received = comm.unpack(message.content["arrays"].to_torch_state_dict())
+    received = wire.unpack(message.content["arrays"].to_torch_state_dict())
     base = message.content["config"]["server-round"] == 0
-    metrics = launch.evaluate(cfg, received, partition=partition, base=base)
+    metrics = processes.evaluate(cfg, received, partition=partition, base=base)
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 

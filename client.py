@@ -13,12 +13,14 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
 
 import dataset
-import examine
 import model
-from loss import answer_loss
+from compute.loss import answer_loss
+from evaluation import examine
+from records import templates
 from utils import learning_rate, mix_seed
 
 State = dict[str, torch.Tensor]
+
 Metrics = dict[str, float]
 
 
@@ -124,7 +126,7 @@ def smaller(cfg: dict[str, Any]) -> dict[str, Any]:
     return {**cfg, "train": {**cfg["train"], "training_arguments": settings}}
 
 
-def fill(examples: list[dataset.Example], batch: int) -> list[dataset.Example]:
+def fill(examples: list[templates.Example], batch: int) -> list[templates.Example]:
     """Examples that count for nothing put behind, up to a whole number of batches.
 
     Left to accelerate, the last batch would be filled with records from the first.
@@ -301,16 +303,16 @@ def _tokenizer(cfg: dict[str, Any]) -> Any:
 
 def _encode(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> Any:
     record = dataset.to_record(row, cfg["dataset"]["columns"])
-    return dataset.encode(
+    return templates.encode(
         record, cfg["dataset"]["template"], tokenizer, cfg["train"]["seq_length"]
     )
 
 
 def _truncated(
-    cfg: dict[str, Any], examples: list[dataset.Example], tokenizer: Any
+    cfg: dict[str, Any], examples: list[templates.Example], tokenizer: Any
 ) -> int:
     template = cfg["dataset"]["template"]
-    return sum(dataset.is_cut(example, template, tokenizer) for example in examples)
+    return sum(templates.is_cut(example, template, tokenizer) for example in examples)
 
 
 def _collator(cfg: dict[str, Any], tokenizer: Any) -> dataset.Collator:

@@ -23,7 +23,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from checks import check, check_choices, check_nodes, check_values, resolve, resumed
+from server import runs
+from settings import compose
+from settings.compose import check_choices, resolve, resumed
+from settings.preflight import check, check_nodes
+from settings.schema import check_values
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -38,7 +42,7 @@ def main(config: DictConfig) -> None:
         if config.resume:
             folder = Path(config.resume)
             config, overrides = resumed(config.resume, overrides)
-            held.enter_context(utils.own(folder, without=()))
+            held.enter_context(runs.own(folder, without=()))
         run(config, overrides, folder)
 
 
@@ -50,19 +54,19 @@ def run(config: DictConfig, overrides: list[str], folder: Path) -> None:
         utils.offline_if_unreachable()
     cfg = check(config)
     if cfg["dry_run"]:
-        import plan
+        from settings import plan
 
         utils.say(plan.show(cfg, folder))
         return
     # Imported here, so that a mistake is answered without waiting for them.
-    import journal
-    from strategy import Stopped
+    from server import journal
+    from server.rounds import Stopped
 
     utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
     if note := journal.quantised_on_cpu(cfg):
         utils.say(f"Note: {note}.")
     if cfg["resume"]:
-        utils.record(config, overrides, folder)
+        compose.record(config, overrides, folder)
     try:
         simulate(cfg, folder)
     except Stopped as error:
@@ -81,7 +85,7 @@ def simulate(cfg: dict[str, Any], folder: Path) -> None:
     from flwr.simulation import run_simulation
 
     from app import make_client_app, make_server_app
-    from strategy import STOP
+    from server.rounds import STOP
 
     with start_ray(cfg), watched(folder):
         utils.on_interrupt(STOP.set)  # Ray has just put a handler of its own there
@@ -110,8 +114,8 @@ def last_word(folder: Path) -> str:
 
     It is not read for that, which takes longer than Ray may leave us (see `watched`).
     """
-    import checkpoint
-    from strategy import go_on
+    from server import checkpoint
+    from server.rounds import go_on
 
     last = checkpoint.found(folder)[-1:]
     return go_on(folder, int(last[0].name) if last else 0)
@@ -126,7 +130,7 @@ def watched(folder: Path) -> Iterator[None]:
     """
     import ray
 
-    from strategy import STOP
+    from server.rounds import STOP
 
     parts = ("gcs_server", "raylet")
     ours = [child for child in psutil.Process().children() if child.name() in parts]

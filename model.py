@@ -38,9 +38,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-import cpu
-from loss import hidden_states
-from memory import release_inputs
+from compute import cpu
+from compute.loss import hidden_states
+from compute.vram import release_inputs
+from methods.wire import mismatch, misshapen
 from utils import (
     PROJECT,
     Refusal,
@@ -59,9 +60,12 @@ class Misfit(Refusal, ValueError):
 
 # What torch begins with: every core that the process may use, or OMP_NUM_THREADS.
 CORES = torch.get_num_threads()
+
 ABOUT = "flowertune.json"  # what `test.py` needs beside PEFT's own files
+
 # Bytes of a settings file; a list of all of a base's layers is 100 kB.
 LARGEST_JSON = 2**20
+
 # How an adapter is examined, where its folder does not say (it is older than that).
 EXAMINED = {
     "columns": {"instruction": "instruction", "input": "input", "output": "output"},
@@ -69,6 +73,7 @@ EXAMINED = {
     "batch_size": 16,
     "max_new_tokens": 32,
 }
+
 State = dict[str, torch.Tensor]
 
 
@@ -571,33 +576,6 @@ def set_adapter_state(model: PeftModel, state: State) -> None:
             parameter.copy_(state[name])
 
 
-def mismatch(state: State, expected: dict[str, Any]) -> str | None:
-    """What keeps `state` from standing for `expected`, both by name, or None.
-
-    Names and shapes must be equal and all values finite.
-    """
-    if fault := misshapen(state, expected):
-        return fault
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            return f"{name} holds values that are not finite"
-    return None
-
-
-def misshapen(state: State, expected: dict[str, Any]) -> str | None:
-    """Likewise, of names and shapes alone."""
-    if state.keys() != expected.keys():
-        odd = sorted(state.keys() ^ expected.keys())
-        return f"{len(odd)} adapter tensors missing or unknown, {odd[0]} among them"
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != tuple(expected[name].shape):
-            return (
-                f"{name} has shape {tuple(tensor.shape)}, "
-                f"not {tuple(expected[name].shape)}"
-            )
-    return None
-
-
 # --- the adapter, on disk ------------------------------------------------------------------
 
 
@@ -625,7 +603,7 @@ def _write(frame: PeftModel, state: State, base: str, folder: Path) -> None:
     frame.load_state_dict(state, strict=False, assign=True)
     frame.peft_config["default"].base_model_name_or_path = base
     frame.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    # PEFT's own card says where on this machine the base is; `export.py` writes one.
+    # PEFT's own card says where on this machine the base is; `reporting.export` writes one.
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -634,7 +612,7 @@ def read_about(folder: str) -> dict[str, Any]:
 
     Raises `UserError` where `folder` is not a complete adapter folder of this project.
     """
-    from dataset import TEMPLATES
+    from records.templates import TEMPLATES
 
     path = Path(folder)
     if not path.is_dir():
@@ -687,7 +665,7 @@ def open_adapter(
     `UserError` where anything in `folder` is broken, does not fit the base, or names code to
     import. What can be read without the base is read before it.
     """
-    from dataset import check_template
+    from records.templates import check_template
 
     try:
         part = "adapter_config.json"

@@ -2,8 +2,9 @@
 
 python test.py --peft-path=outputs/.../peft_100 --question="What is the capital of France?"
 python test.py --peft-path=outputs/.../peft_100 --file=questions.jsonl --base
+python test.py --peft-path=outputs/.../peft_100 --tasks=medical,gsm8k
 
-Without --question or --file it is a chat. The base model, its quantisation and the prompt
+Without any of them it is a chat. The base model, its quantisation and the prompt
 template come from the adapter's folder.
 """
 
@@ -19,7 +20,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Ask a trained adapter questions.",
         epilog="Without --question or --file it is a chat over several turns; Ctrl-D ends "
-        "it. Where the file has answers, the scores of a run's end are printed as well.",
+        "it. Where the file has answers, the scores of a run's end are printed as well. "
+        "--tasks puts benchmarks to the adapter, and has options of its own: --tasks --help.",
     )
     parser.add_argument("--peft-path", required=True, help="an adapter: .../peft_100")
     parser.add_argument(
@@ -65,6 +67,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    if any(word.startswith("--tasks") for word in sys.argv[1:]):
+        from evaluation import benchmarks
+
+        return benchmarks.main()
     options = parse()
     utils.quiet()
     utils.offline_if_unreachable()
@@ -101,12 +107,14 @@ def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
     import torch
     from transformers import TextStreamer
 
-    import dataset
-    import examine
     import model
+    from evaluation import examine
+    from records import templates
 
-    ids = torch.tensor([dataset.prompt(template, turns, tokenizer)], device=net.device)
-    ends = dataset.ends(template, tokenizer, net.generation_config)
+    ids = torch.tensor(
+        [templates.prompt(template, turns, tokenizer)], device=net.device
+    )
+    ends = templates.ends(template, tokenizer, net.generation_config)
     sampling = {"do_sample": False}
     if options.temperature:
         sampling = {"do_sample": True, "temperature": options.temperature}
@@ -166,7 +174,7 @@ def examine_file(opened: tuple, cfg: dict, options) -> None:
 
     By the code and the settings of the run, whose own figures come out for its test file.
     """
-    import examine
+    from evaluation import examine
 
     examination = examine.Examination(cfg, opened)
     results = {"base": examination.base()} if options.base else {}
@@ -202,7 +210,7 @@ def columns_of(options, trained: dict) -> dict:
 
     Those of `--columns`, of the run, or instruction, input and output.
     """
-    import files
+    from records import files
 
     here = files.names(options.file, "--file")
     if not here:

@@ -3,12 +3,9 @@
 Knows nothing of Flower, of models or of data, and imports none of our modules.
 """
 
-import csv
-import fcntl
 import hashlib
 import importlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -25,28 +22,31 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import CompactHydraException, HydraException
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
+IGNORED = -100  # the label that counts for nothing
+
+
 PROJECT = Path(__file__).resolve().parent
+
 # owner/name. Libraries take names of one word for something else that they know.
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
+
 FEW = 10  # records: what fewer say of a client is left out of "worst" and "spread"
 
 # A reference to another key of a configuration, which calls nothing.
 REFERENCE = re.compile(r"\$\{[\w.]+\}")
+
 # An absolute path, or one that leads upwards, in a text: up to a blank, quote or bracket; or
 # in quotes; or in a URL without a host (sqlite:////home/...).
 PATH = re.compile(
@@ -54,11 +54,7 @@ PATH = re.compile(
     r"""|(?<=:)/{3,}[^\s'"]+"""
     r"""|(?<![\w.~/:-])(?:~\w*|\.\.)?/[^\s'",;=(){}\[\]]+"""
 )
-# Told apart by the colour-blind (Okabe and Ito 2008); their black is for axes.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")
-GREY = "#7f7f7f"
-LOSS = "loss, nats per answer token"
-LEGEND = 24  # runs that a sweep's legend names
+
 # What a terminal or a page would act on: control characters, and those that turn text around.
 CONTROLS = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 
@@ -118,51 +114,6 @@ def one_line(text: Any, limit: int = 200) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-# --- configuration ---------------------------------------------------------------------
-
-
-def compose(overrides: str = "") -> DictConfig:
-    """Compose `conf/` with a string of Hydra overrides, outside `@hydra.main`.
-
-    Raises `hydra.errors.HydraException` for an override that does not fit `conf/`.
-    """
-    return compose_run(overrides)[0]
-
-
-def compose_run(overrides: str) -> tuple[DictConfig, Path, bool]:
-    """Likewise, and the run's folder for `begin`: `hydra.run.dir`, and whether it is named."""
-    GlobalHydra.instance().clear()  # `@hydra.main` may have left one
-    try:
-        words = shlex.split(overrides)
-        for word in words:
-            parse(word)
-        with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-            cfg = hydra.compose("config", overrides=words, return_hydra_config=True)
-        folder, named = Path(cfg.hydra.run.dir), is_named(cfg.hydra)
-        with open_dict(cfg):
-            del cfg.hydra
-        OmegaConf.resolve(cfg)
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{overrides}: {error}") from error
-    return cfg, folder, named
-
-
-def is_named(ours: DictConfig, key: str = "hydra.run.dir") -> bool:
-    """Whether the overrides in Hydra's own configuration name a run's folder."""
-    return any(parse(text).key_or_group == key for text in ours.overrides.hydra)
-
-
-def parse(word: str) -> Override:
-    """An override as Hydra reads it. Raises `UserError` with how to quote it where it cannot."""
-    try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        key, equals, value = word.partition("=")
-        hint = f"Quote it twice: {shlex.quote(override(key, value))}"
-        told = hint if equals else str(error).splitlines()[0]
-        raise UserError(f"{word}: this cannot be read as an override. {told}") from None
-
-
 def override(key: str, value: str) -> str:
     """`key=value`, with the quotes without which Hydra would read another value, or none."""
     with suppress(HydraException):
@@ -183,17 +134,6 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
         return {path: node}
     parts = (flat(value, f"{path}.{key}".lstrip(".")) for key, value in node.items())
     return {key: value for part in parts for key, value in part.items()}
-
-
-def record(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
-    """Write the configuration into a run's folder, as `@hydra.main` would.
-
-    Raises `Unwritable`.
-    """
-    with writing(folder / ".hydra"):
-        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, folder / ".hydra/config.yaml")
-        OmegaConf.save(overrides, folder / ".hydra/overrides.yaml")
 
 
 def construct(node: Any, package: str, **more: Any) -> Any:
@@ -267,74 +207,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-# --- a run's folder ------------------------------------------------------------------------
-
-# What a run leaves in its folder, and no other run may find there.
-LEFT = ("history.json", "summary.json", "checkpoints", "peft_*", "residuals")
-LEFT_BY_SWEEPS = ("multirun.yaml", *(f"*/{name}" for name in LEFT))
-
-
-def begin(folder: Path, named: bool) -> Path:
-    """Make the folder of a new run: `folder`, or unless the user `named` it the first of
-    `folder`, `folder-2`, `folder-3` ... that was not there. Raises `UserError`.
-    """
-    if "${" in str(folder):
-        raise UserError(
-            f"{folder}: Hydra takes ${{ for a reference. Name another folder."
-        )
-    first = folder
-    with writing(folder):
-        for number in itertools.count(2):
-            try:
-                folder.mkdir(parents=True, exist_ok=named)
-                break
-            except FileExistsError:
-                if not folder.is_dir():
-                    raise
-                folder = first.with_name(f"{first.name}-{number}")
-    return folder
-
-
-def own(folder: Path, without: Iterable[str] = LEFT) -> TextIO:
-    """Make this process the only one that writes into a run's folder, until the result is
-    closed or the process ends, however it does: the kernel keeps the lock.
-
-    Raises `UserError` where another process has it, or something `without` which the folder
-    should be is in it; `Unwritable` where the disk does not take what a run begins with.
-    """
-    with writing(folder):
-        lock = (folder / ".lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        with lock:
-            raise UserError(
-                f"{folder}: another run writes into it, process {lock.read(300)}. Wait for "
-                "its end, or end it with kill and that number."
-            ) from None
-    except OSError as error:
-        say(f"{folder} cannot be locked ({error.strerror}): keep other runs out of it.")
-    if found := next((path for name in without for path in folder.glob(name)), None):
-        lock.close()
-        place = found.parent
-        raise UserError(
-            f"{place} holds a multirun already. Name another folder: "
-            "hydra.sweep.dir=/path/to/folder"
-            if found.name == "multirun.yaml"
-            else f"{place} holds a run already ({found.name}). Go on with it: "
-            f"{command('main.py', resume=place)}. Or begin in another folder: "
-            "hydra.run.dir=/path/to/folder (hydra.sweep.dir for a multirun)."
-        )
-    with writing(folder):
-        (probe := folder / ".writable").write_bytes(bytes(2**16))  # as much as .hydra/
-        probe.unlink()
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-    return lock
 
 
 def command(script: str, *words: str, **settings: Any) -> str:
@@ -453,40 +325,6 @@ def read_text(path: Path, most: int = 2**30) -> str:
         raise UserError(
             f"{path} is broken ({type(error).__name__}: {error})."
         ) from None
-
-
-def read_config(run: Path) -> DictConfig:
-    """A run's `.hydra/config.yaml`, of which only references inside of it are resolved.
-
-    What asks for more (`${oc.env:...}`) is read as text: the folder may be a stranger's. Raises
-    `UserError` where the file is missing or broken.
-    """
-    path = run / ".hydra/config.yaml"
-    cfg = OmegaConf.create(_literal(read_yaml(path, dict)))
-    try:
-        OmegaConf.resolve(cfg)
-    except (OmegaConfBaseException, RecursionError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} is broken ({type(error).__name__}: {line}).") from None
-    return cfg
-
-
-def read_overrides(run: Path) -> dict[str, str]:
-    """The overrides of a run by their keys, from `.hydra/overrides.yaml`. Raises `UserError`."""
-    path = run / ".hydra/overrides.yaml"
-    return by_key(fit(read_yaml(path, list), [str], path))
-
-
-def by_key(overrides: Iterable[str]) -> dict[str, str]:
-    """Hydra overrides by their keys, without a `+` or `~`; `resume` is not told."""
-    pairs = (text.lstrip("+~").partition("=")[::2] for text in overrides)
-    return {key: value for key, value in pairs if key != "resume"}
-
-
-def varied(runs: list[dict[str, str]]) -> list[str]:
-    """The keys whose values differ between runs, given the overrides of each."""
-    keys = dict.fromkeys(key for run in runs for key in run)
-    return [key for key in keys if len({run.get(key) for run in runs}) > 1]
 
 
 def fit(value: Any, shape: Any, path: Path, at: str = "it") -> Any:
@@ -640,131 +478,6 @@ def say(text: str = "") -> None:
         os.kill(os.getpid(), signal.SIGHUP)
 
 
-def smooth(values: list[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average whose early values are not drawn to zero.
-
-    The same formula as TensorBoard's smoothing slider.
-    """
-    smoothed, average = [], 0.0
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**count))
-    return smoothed
-
-
-@contextmanager
-def figure(
-    path: Path, rows: int = 1, columns: int = 1, height: float = 4.2, **more: Any
-) -> Iterator[list[Any]]:
-    """The axes of a new figure, 8 inches wide, which is then saved as a PNG.
-
-    Text is text, whatever it holds; letters are 12 pixels high where it is 800 wide.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from cycler import cycler
-    from matplotlib import pyplot
-
-    lines = cycler(linestyle=["-", "--", ":", "-."], marker=["o", "s", "^", "D"])
-    lines *= cycler(color=COLOURS[:6])
-    style = {"text.parse_math": False, "axes.grid": True, "axes.grid.axis": "y"}
-    style |= {"grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    style |= {"axes.prop_cycle": lines, "font.size": 9.5, "lines.markersize": 5}
-    with pyplot.rc_context(style):
-        drawn, axes = pyplot.subplots(
-            rows,
-            columns,
-            figsize=(8, height),
-            layout="constrained",
-            squeeze=False,
-            **more,
-        )
-        yield list(axes.flat)
-        with writing(path):
-            drawn.savefig(path, dpi=120)
-        pyplot.close(drawn)
-
-
-def draw_over_rounds(axes: Any, curve: dict[int, float], **style: Any) -> Any:
-    """Draw values by their rounds, as points too where they are few; returns the line."""
-    few = {} if len(curve) <= 30 else {"marker": ""}
-    (line,) = axes.plot(list(curve), list(curve.values()), **few | style)
-    return line
-
-
-def count_rounds(axes: Any) -> None:
-    """Let the axes of what is drawn over rounds count whole ones."""
-    axes.set_xlabel("round")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    first, last = axes.dataLim.intervalx
-    if first == last:  # matplotlib would count in fractions
-        axes.set_xticks([first])
-
-
-def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
-    """Draw the losses of one run over its rounds, in nats per answer token, into a PNG.
-
-    `history`: of `history.json`. Training, the test questions, and what clients hold back of
-    their own; as far as they were measured, the last two of the base as well, as round 0.
-    """
-    rounds = history["rounds"]
-    entries = [history["before"], *rounds] if history.get("before") else rounds
-    own = [e["eval_clients"] for e in entries if e.get("eval_clients")]
-    held = [client["num-examples"] for client in own[-1]] if own else []
-    names = {
-        "train_loss": "training, mean of the round's clients",
-        "test_loss": "test questions",
-        "eval_loss": f"held back by the clients: {sum(held):g} records",
-    }
-    with figure(path) as (axes,):
-        each = [
-            (e["round"], client["train_loss"])
-            for e in rounds
-            for client in e.get("clients", [])
-        ]
-        if len(each) > len(rounds):  # who was asked moves the mean as well
-            style = {
-                "color": COLOURS[0],
-                "alpha": 0.3,
-                "label": "training, each client",
-            }
-            axes.plot(*zip(*each, strict=True), ".", **style)
-        for (name, label), colour in zip(names.items(), COLOURS, strict=False):
-            curve = {e["round"]: e[name] for e in entries if name in e}
-            if curve:
-                draw_over_rounds(axes, curve, color=colour, label=label)
-        count_rounds(axes)
-        axes.set_ylabel(LOSS)
-        axes.set_title(title, loc="left", fontsize="medium", wrap=True)
-        axes.legend()
-
-
-def plot_sweep(curves: dict[str, dict[int, float]], path: Path) -> None:
-    """Draw the smoothed training loss of several runs, by round, and the values in pale."""
-    columns = 1 if max(map(len, curves)) > 40 else 2 if len(curves) < 9 else 3
-    height = 4 + 0.2 * min(len(curves), LEGEND) / columns
-    with figure(path, height=height) as (axes,):
-        for place, (name, losses) in enumerate(curves.items()):
-            smoothed = dict(zip(losses, smooth(list(losses.values())), strict=True))
-            label = name if place < LEGEND else None
-            line = draw_over_rounds(axes, smoothed, label=label)
-            style = {"ls": "-", "alpha": 0.2, "marker": ""}
-            draw_over_rounds(axes, losses, color=line.get_color(), **style)
-        count_rounds(axes)
-        axes.set_ylabel(LOSS)
-        axes.set_title(
-            "training, smoothed; in pale as it was", loc="left", fontsize="medium"
-        )
-        more = len(curves) - LEGEND
-        axes.figure.legend(
-            loc="outside lower center",
-            ncols=columns,
-            title=f"and {more} more, in losses.md" if more > 0 else None,
-        )
-
-
 def on_interrupt(stop: Callable[[], None] | None = None) -> None:
     """Let Ctrl-C, a scheduler's SIGTERM or a closed terminal (SIGHUP) end the process at once.
 
@@ -805,126 +518,6 @@ def _tell(text: str) -> None:
     """Write a line past Python's own files, which a signal may have come in the middle of."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
-
-
-class Outputs(Callback):
-    """Hydra callback: each run has a folder of its own, and a multirun leaves a summary.
-
-    Hydra turns a callback's exceptions into warnings; only an exit stops it.
-    """
-
-    sweep: Path | None = None
-    lock: TextIO | None = None  # of the run's folder, or the multirun's
-    job: TextIO | None = None  # of the folder of one of its runs
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with _or_exit(), read_write(config.hydra):
-            saved = Path(str(config.get("resume") or ""), ".hydra/config.yaml")
-            if config.get("resume") and saved.is_file() and "${" not in str(saved):
-                # Its log goes on; what it is made of is written when it is known to fit.
-                config.hydra.run.dir = literal(str(config.resume))
-                config.hydra.output_subdir = None
-                return
-            folder = begin(Path(config.hydra.run.dir), is_named(config.hydra))
-            config.hydra.run.dir = literal(str(folder))
-            self.lock = own(folder)
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with _or_exit(), read_write(config.hydra):
-            key = "hydra.sweep.dir"
-            named = is_named(config.hydra, key)
-            self.sweep = begin(Path(config.hydra.sweep.dir), named)
-            config.hydra.sweep.dir = literal(str(self.sweep))
-            # From which each run's configuration is composed again.
-            config.hydra.overrides.hydra.append(override(key, str(self.sweep)))
-            self.lock = own(self.sweep, LEFT_BY_SWEEPS)
-
-    def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        if self.sweep:
-            with _or_exit():
-                self.job = own(Path(config.hydra.runtime.output_dir))
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        if not self.sweep:
-            return
-        if self.job:
-            self.job.close()
-        if job_return.status == JobStatus.FAILED:
-            # Hydra itself tells the first failed run's only, and at the very end.
-            error = str(job_return._return_value).splitlines() or ["?"]
-            print(f"Run {config.hydra.job.num} failed: {error[0]}", file=sys.stderr)
-        # After each one, because a job that failed keeps Hydra from announcing the end.
-        summarise_sweep(self.sweep)
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        say(f"Losses of all runs: {self.sweep}/losses.png, losses.csv, losses.md")
-
-
-@contextmanager
-def _or_exit() -> Iterator[None]:
-    try:
-        yield
-    except Unwritable as error:
-        raise SystemExit(
-            f"{error} Name another folder: hydra.run.dir=/path/to/folder "
-            "(hydra.sweep.dir for a multirun)."
-        ) from error
-    except Exception as error:
-        raise SystemExit(str(error)) from error
-
-
-def summarise_sweep(folder: Path) -> None:
-    """Write `losses.png`, `losses.csv` and `losses.md` over all runs of a multirun.
-
-    Runs are named by what differs between them. One that left no history stands in the tables
-    with an empty loss.
-    """
-    jobs = [job for job in folder.iterdir() if (job / ".hydra/overrides.yaml").exists()]
-    jobs.sort(key=lambda job: (len(job.name), job.name))
-    if not jobs:
-        return
-    overrides = [read_overrides(job) for job in jobs]
-    keys = varied(overrides)
-    curves: dict[str, dict[int, float]] = {}
-    rows = []
-    for job, settings in zip(jobs, overrides, strict=True):
-        losses = _train_losses(job / "history.json")
-        last = f"{smooth(list(losses.values()))[-1]:.4f}" if losses else ""
-        rows.append([job.name, *(settings.get(k, "") for k in keys), len(losses), last])
-        if losses:
-            curves[_label(job.name, {key: settings.get(key, "") for key in keys})] = (
-                losses
-            )
-    header = ["run", *keys, "rounds", "last smoothed loss"]
-    with (folder / "losses.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    short = [[_cut(public(str(cell)), 60) for cell in row] for row in rows]
-    (folder / "losses.md").write_text(table(header, short) + "\n")
-    if curves:
-        plot_sweep(curves, folder / "losses.png")
-
-
-def _train_losses(path: Path) -> dict[int, float]:
-    if not path.exists():
-        return {}
-    shape = {"rounds": [{"round": int, "train_loss": float}]}
-    rounds = fit(read_json(path), shape, path)["rounds"]
-    return {entry["round"]: entry["train_loss"] for entry in rounds}
-
-
-def _label(run: str, settings: dict[str, str]) -> str:
-    """What tells a run of a sweep from the others, short enough for a legend."""
-    last = [key.rpartition(".")[2] for key in settings]
-    parts = [
-        f"{name if last.count(name) == 1 else key}={_cut(public(value), 24)}"
-        for name, (key, value) in zip(last, settings.items(), strict=True)
-    ]
-    return f"{run}: {_cut(', '.join(parts), 72)}" if parts else f"run {run}"
-
-
-def _cut(text: str, most: int) -> str:
-    """The end of a text that is too long: of paths and names, that is what differs."""
-    return text if len(text) <= most else f"...{text[3 - most :]}"
 
 
 # --- what others may read -----------------------------------------------------------------
@@ -978,17 +571,3 @@ def code(language: str, *lines: str) -> str:
     text = "\n".join(lines)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def telling(clients: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The clients whose own figures rest on enough records (`FEW`) to be compared by them."""
-    return [client for client in clients if client["num-examples"] >= FEW]
-
-
-def trained_records(rounds: list[dict[str, Any]]) -> str:
-    """How many records the clients of these rounds train from, in words; "" if not known."""
-    clients = [client for entry in rounds for client in entry.get("clients", [])]
-    held = {c["partition"]: c["records"] for c in clients if "records" in c}
-    return (
-        f"{sum(held.values()):g} of {len(held)} clients that took part" if held else ""
-    )

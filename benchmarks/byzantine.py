@@ -39,15 +39,16 @@ from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 import app
-import comm
-import strategy
 import utils
-from checks import check
 from main import simulate
-from strategy import Stopped
+from methods import wire
+from server import exchange
+from server.rounds import Stopped
+from settings.compose import compose
+from settings.preflight import check
 
 # Beside the figures of every client the server writes this one down.
-strategy.FIGURES["train"]["update_norm"] = strategy.Figure(float, high=1e9)
+exchange.FIGURES["train"]["update_norm"] = exchange.Figure(float, high=1e9)
 NUM_MALICIOUS = 4
 SETTINGS = "experiment=quickstart seed=0 strategy.fraction_fit=1"
 # A mean of twenty bears larger steps on smaller batches than the quickstart's mean of two,
@@ -102,14 +103,14 @@ def byzantine(
         if reply.has_error():
             return reply
         config = message.content["config"]
-        update = comm.unpack(reply.content["arrays"].to_torch_state_dict())
+        update = wire.unpack(reply.content["arrays"].to_torch_state_dict())
         squares = sum(tensor.square().sum() for tensor in update.values())
         reply.content["metrics"]["update_norm"] = squares.sqrt().item()
         if config["partition"] in forgers:
             parts = cfg["seed"], config["partition"], config["server-round"]
             generator = torch.Generator().manual_seed(utils.mix_seed(*parts))
             forged = {k: attack(v, generator) for k, v in update.items()}
-            packed, _ = comm.pack(forged, cfg["comm"]["dtype"])
+            packed, _ = wire.pack(forged, cfg["comm"]["dtype"])
             reply.content["arrays"] = ArrayRecord(packed)
         return reply
 
@@ -118,7 +119,7 @@ def byzantine(
 
 def run(overrides: str, attack: Attack | None) -> dict[str, Any]:
     """One run of the app: its exact match, and the updates' median norm in each round."""
-    cfg = check(utils.compose(overrides))
+    cfg = check(compose(overrides))
     make_client_app = app.make_client_app
 
     def make(cfg: dict[str, Any], folder: Path) -> ClientApp:

@@ -55,10 +55,12 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import cpu  # noqa: F401 (attention in blocks)
 import dataset
 import model
 import utils
+from compute import cpu  # noqa: F401 (attention in blocks)
+from records import templates
+from settings.compose import compose
 
 Batch = dict[str, torch.Tensor]
 
@@ -196,7 +198,7 @@ def draw(cfg: dict[str, Any], partition: int, server_round: int) -> list[Any]:
     def encode(row: dict[str, Any]) -> Any:
         record = dataset.to_record(row, cfg["dataset"]["columns"])
         template, seq_length = cfg["dataset"]["template"], cfg["train"]["seq_length"]
-        return dataset.encode(record, template, tokenizer, seq_length)
+        return templates.encode(record, template, tokenizer, seq_length)
 
     examples, _ = dataset.draw(
         dataset.load_partition(cfg, partition),
@@ -498,7 +500,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         overrides = settings(options, folder)
-        cfg: Any = OmegaConf.to_container(utils.compose(shlex.join(overrides)))
+        cfg: Any = OmegaConf.to_container(compose(shlex.join(overrides)))
         history = run_app(overrides, folder / "run")
         cohorts = [[c["partition"] for c in entry["clients"]] for entry in history]
         entries = {"app": [app_entry(cfg, entry) for entry in history[1:]]}

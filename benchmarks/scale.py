@@ -164,7 +164,7 @@ def run_flower(clients: str) -> None:
 
     @client.query()
     def query(message, context):
-        import client as _  # noqa: F401
+        import client  # noqa: F401
 
         return Message(RecordDict(), reply_to=message)
 
@@ -201,6 +201,7 @@ def run_replies(argument: str) -> None:
     """One round of the real server loop on ready-made replies; prints its memory."""
     name, count = argument.split(":")
     import utils
+    from settings.compose import compose
 
     utils.quiet()
     import torch
@@ -208,11 +209,11 @@ def run_replies(argument: str) -> None:
     from flwr.supercore.task_identity import TaskIdentity
     from omegaconf import OmegaConf
 
-    import strategy
+    from server.rounds import Server
 
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
     cfg = OmegaConf.to_container(
-        utils.compose(
+        compose(
             f"experiment=quickstart strategy={name} num_clients={count} "
             "strategy.fraction_fit=1 comm.dtype=float16"
         )
@@ -239,7 +240,7 @@ def run_replies(argument: str) -> None:
             )
             return [Message(content, reply_to=message)]
 
-    server = strategy.Server(cfg, ReadyMade())
+    server = Server(cfg, ReadyMade())
     state = {"w": torch.zeros(ADAPTER // 1000, 1000)}
     server.expected = state
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

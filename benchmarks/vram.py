@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from loss import IGNORED, answer_loss
-from memory import allocated, estimate_vram, release_inputs
+from compute.loss import answer_loss
+from compute.vram import allocated, estimate_vram, release_inputs
+from utils import IGNORED
 
 # hidden size, layers, attention heads, intermediate size, vocabulary
 SHAPES = {

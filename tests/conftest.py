@@ -19,8 +19,9 @@ from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 
 import app
-import checks
 import utils
+from settings import preflight
+from settings.compose import compose
 
 # One core a client is what the app gives its workers, and results depend on it.
 torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def short(*overrides: str) -> dict[str, Any]:
         "evaluate.exact_match=false train.training_arguments.max_steps=2 "
         "train.training_arguments.per_device_train_batch_size=4"
     )
-    return checks.check(utils.compose(" ".join([given, *overrides])))
+    return preflight.check(compose(" ".join([given, *overrides])))
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 import architectures
-import cpu
-import loss
 import model
-import plan
-from utils import UserError, compose
+import utils
+from compute import cpu, loss
+from settings import plan
+from settings.compose import compose
+from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -75,7 +76,7 @@ def make_batch() -> dict[str, torch.Tensor]:
     """Three examples: whole, padded on the left, padded on the right."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 2000, (3, 12), generator=generator)
-    mask, labels = torch.ones_like(ids), torch.full_like(ids, loss.IGNORED)
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, utils.IGNORED)
     mask[1, :5] = mask[2, 7:] = 0
     for row, answer in enumerate((slice(4, 12), slice(8, 12), slice(3, 7))):
         labels[row, answer] = ids[row, answer]
@@ -134,7 +135,7 @@ def test_training_and_evaluation_are_those_of_transformers(name, tmp_path):
         torch.manual_seed(0)  # for dropout
         result = reference(**inputs, use_cache=False)
         labels = batch["labels"][:, 1:]
-        kept = labels != loss.IGNORED
+        kept = labels != utils.IGNORED
         logits = result.logits[:, :-1][kept]
         expected = torch.nn.functional.cross_entropy(logits, labels[kept])
         expected.backward()

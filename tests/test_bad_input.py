@@ -28,14 +28,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import checks
 import dataset
-import journal
 import model
-import node
-import strategy
-from utils import PROJECT, Refusal, UserError, compose, record, write_json
+from methods import aggregate
+from node import permit
+from server import checkpoint, journal, rounds, runs
+from settings import preflight, schema
+from settings.compose import compose, record, resolve, resumed
+from utils import PROJECT, Refusal, UserError, write_json
 
 QUICK = "experiment=quickstart evaluate.exact_match=false"
 CPU = torch.device("cpu")
@@ -158,7 +158,7 @@ def both(*steps: Made) -> Made:
 
 # --- the table --------------------------------------------------------------------------------
 
-ENTRY = dict.fromkeys(journal.NUMBERS, 1) | {
+ENTRY = dict.fromkeys(runs.NUMBERS, 1) | {
     "failures": [],
     "clients": [{"partition": 0, "num-examples": 8, "train_loss": 1}],
 }
@@ -1080,7 +1080,7 @@ def nothing_runs(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     """A good adapter of random weights."""
-    cfg = checks.check(compose(QUICK))
+    cfg = preflight.check(compose(QUICK))
     frame = model.skeleton(cfg["model"], cfg["peft"])
     about = {"round": 7, "template": "alpaca", "model": cfg["model"]}
     tokenizer = model.load_tokenizer(cfg["model"]["name"])
@@ -1096,9 +1096,9 @@ def run(tmp_path_factory) -> Path:
     config = compose(" ".join(overrides))
     folder = tmp_path_factory.mktemp("run")
     record(config, overrides, folder)
-    cfg = checks.check(config)
+    cfg = preflight.check(config)
     state = random_state(model.skeleton(cfg["model"], cfg["peft"]))
-    server = strategy.build(cfg["strategy"])
+    server = aggregate.build(cfg["strategy"])
     server.v_t = {name: value.numpy() for name, value in state.items()}
     for done in (1, 2):
         checkpoint.save(folder, done, state, server, 1.0)
@@ -1121,15 +1121,13 @@ def test_the_trap_would_be_seen(tmp_path, monkeypatch):
 def test_settings(made, message):
     # Either is printed without a traceback: Hydra's own, or ours, which is a kind of it.
     with pytest.raises(CompactHydraException) as told:
-        checks.check(compose(f"{QUICK} {made}"))
+        preflight.check(compose(f"{QUICK} {made}"))
     assert message in str(told.value)
 
 
 @pytest.fixture(scope="module")
 def local() -> dict[str, Any]:
-    return checks.resolve(
-        compose(f"{QUICK} dataset=local dataset.path=x num_clients=1")
-    )
+    return resolve(compose(f"{QUICK} dataset=local dataset.path=x num_clients=1"))
 
 
 @table(DATA)
@@ -1163,7 +1161,7 @@ def test_base(made, message, tmp_path):
     config = compose(f"{QUICK} model.name={folder}")
 
     def use() -> None:
-        checks.check(config)
+        preflight.check(config)
         model.load_base(str(folder), None, CPU)
 
     with pytest.raises(UserError) as told:
@@ -1180,8 +1178,8 @@ def test_run_to_go_on_with(made, message, run, tmp_path):
     before = content(tmp_path)
 
     def use() -> None:
-        config, _ = checks.resumed(str(folder), overrides.split())
-        checks.check_progress(checks.resolve(config), folder)
+        config, _ = resumed(str(folder), overrides.split())
+        preflight.check_progress(resolve(config), folder)
 
     with pytest.raises(UserError) as told:
         use()
@@ -1196,7 +1194,7 @@ def test_newest_checkpoint(made, message, run, tmp_path, capsys):
     made(folder)
     newest = checkpoint.newest(folder)
     assert newest == folder / OLDER
-    server = strategy.build({"_target_": "flwr.serverapp.strategy.FedAdam"})
+    server = aggregate.build({"_target_": "flwr.serverapp.strategy.FedAdam"})
     state, done, _ = checkpoint.load(newest, server)
     assert done == 1
     assert server.v_t.keys() == good.keys()
@@ -1258,16 +1256,16 @@ def damages(draw: Any, files: list[str]) -> Made:
 
 def go_on_in(folder: Path, cfg: dict[str, Any]) -> None:
     """What becomes of a run's folder when it is gone on with, but for the training."""
-    checks.check_progress(cfg, folder)
-    server = strategy.build(cfg["strategy"])
+    preflight.check_progress(cfg, folder)
+    server = aggregate.build(cfg["strategy"])
     if (newest := checkpoint.newest(folder)) is None:
         return
     state, done, _ = checkpoint.load(newest, server)
     told = journal.Journal(cfg, model.skeleton(cfg["model"], cfg["peft"]), folder)
     told.go_on(done)
     told.track()
-    server.configure_train(3, ArrayRecord(state), ConfigRecord(), strategy.Cohort([1]))
-    mean = strategy.Mean(server, state)
+    server.configure_train(3, ArrayRecord(state), ConfigRecord(), aggregate.Cohort([1]))
+    mean = aggregate.Mean(server, state)
     mean.add({name: torch.ones_like(value) for name, value in state.items()}, CLIENT, 1)
     told.write_round(ENTRY | {"round": done + 1}, mean.aggregate(3))
     told.write_summary({})
@@ -1279,14 +1277,14 @@ CLIENT = {"num-examples": 1, "partition": 0, "train_loss": 1.0}
 @pytest.fixture
 def identity(loopback) -> None:
     """What Flower's runtime sets before Messages may be made."""
-    loopback(checks.resolve(compose(QUICK)))
+    loopback(resolve(compose(QUICK)))
 
 
 @pytest.mark.slow
 @hypothesis.settings(max_examples=30, deadline=None, suppress_health_check=EVERY)
 @given(made=damages(PROGRESS_FILES))
 def test_any_damage_to_progress_is_answered_or_does_no_harm(made, run, identity):
-    cfg = checks.resolve(compose(f"{QUICK} strategy=fedadam"))
+    cfg = resolve(compose(f"{QUICK} strategy=fedadam"))
     with tempfile.TemporaryDirectory() as name:
         folder = shutil.copytree(run, Path(name) / "run")
         made(folder)
@@ -1302,7 +1300,7 @@ def test_any_damage_to_settings_is_answered_or_does_no_harm(made, run):
         folder = shutil.copytree(run, Path(name) / "run")
         made(folder)
         with contextlib.suppress(CompactHydraException):
-            checks.check_values(checks.resolve(checks.resumed(str(folder), [])[0]))
+            schema.check_values(resolve(resumed(str(folder), [])[0]))
 
 
 @table(NODES)
@@ -1311,7 +1309,7 @@ def test_node(made, message, tmp_path, monkeypatch):
     (tmp_path / "notes.jsonl").write_text(LINES)
     own = {"data-path": str(tmp_path / "notes.jsonl"), "cpus": 1} | made
     with pytest.raises(Refusal) as refusal:
-        node.settle({"overrides": QUICK, "run": "first"}, own)
+        permit.settle({"overrides": QUICK, "run": "first"}, own)
     assert message in str(refusal.value.__cause__)  # for the node's log
     # All that the server hears of it.
     told = "its settings or data are at fault: see its log"
@@ -1321,13 +1319,13 @@ def test_node(made, message, tmp_path, monkeypatch):
 def test_a_link_out_of_the_bundle_is_refused(tmp_path, monkeypatch):
     bundle, elsewhere = tmp_path / "bundle", tmp_path / "elsewhere.jsonl"
     put("data/a.jsonl", LINES)(bundle)
-    monkeypatch.setattr(node, "PROJECT", bundle)
-    assert node.in_bundle("data") == bundle / "data"
+    monkeypatch.setattr(permit, "PROJECT", bundle)
+    assert permit.in_bundle("data") == bundle / "data"
     elsewhere.write_text(LINES)
     (bundle / "data/b.jsonl").symlink_to(elsewhere)
     (bundle / "out").symlink_to(tmp_path)
     for path in ("data", "data/b.jsonl", "out", "out/elsewhere.jsonl", "data/../.."):
-        assert node.in_bundle(path) is None
+        assert permit.in_bundle(path) is None
 
 
 def test_links_within_data_of_ones_own_are_followed(local, tmp_path):
@@ -1347,12 +1345,12 @@ def test_a_byte_order_mark_is_no_fault(name, local, tmp_path):
 
 def test_a_run_goes_on_without_its_newest_checkpoint(configure, loopback, tmp_path):
     cfg = configure("strategy=fedadam")
-    strategy.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
     whole = (tmp_path / f"peft_2/{WEIGHTS}").read_bytes()
     halve(f"{NEWEST}/adapter.safetensors")(tmp_path)
     put("peft_best/mine.txt")(tmp_path)  # a folder of the user's is no adapter of ours
     again = cfg | {"resume": str(tmp_path)}
-    strategy.run(again, loopback(again, folder=tmp_path), tmp_path)
+    rounds.run(again, loopback(again, folder=tmp_path), tmp_path)
     assert (tmp_path / f"peft_2/{WEIGHTS}").read_bytes() == whole
     assert checkpoint.newest(tmp_path) == tmp_path / NEWEST
     assert (tmp_path / "peft_best/mine.txt").exists()

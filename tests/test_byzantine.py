@@ -10,9 +10,9 @@ import torch
 from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-import comm
-import strategy
 from benchmarks import byzantine
+from methods import wire
+from server import exchange, rounds
 from utils import PROJECT
 
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "bulyan")
@@ -36,7 +36,7 @@ def train(message: Message, context: Context) -> Message:
     partition = message.content["config"]["partition"]
     if partition == BROKEN:
         return Message(Error(2, "RuntimeError: broken"), reply_to=message)
-    packed, _ = comm.pack({"w": update(partition)}, "float16")
+    packed, _ = wire.pack({"w": update(partition)}, "float16")
     metrics = {"num-examples": 8, "train_loss": 1.0, "peak_memory": 0}
     content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
     return Message(RecordDict(content), reply_to=message)
@@ -56,7 +56,7 @@ class Round:
             HONEST_APP, cfg, byzantine.ATTACKS[attack]
         )
         grid.tamper = self.note
-        server = strategy.Server(cfg, grid)
+        server = rounds.Server(cfg, grid)
         server.expected = start = {"w": torch.ones(SHAPE)}
         state, self.entry = server.train_round(number, start)
         self.moved = state["w"] - start["w"]
@@ -65,7 +65,7 @@ class Round:
 
     def note(self, partition: int, reply: Message) -> Message:
         if not reply.has_error() and "metrics" in reply.content:
-            [self.sent[partition]] = comm.unpack(
+            [self.sent[partition]] = wire.unpack(
                 reply.content["arrays"].to_torch_state_dict()
             ).values()
         return reply
@@ -79,7 +79,7 @@ class Round:
 @pytest.fixture
 def attacked(configure, loopback, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "BROKEN", None)
-    monkeypatch.setattr(strategy, "PULL_INTERVAL", 0)  # all answer at once
+    monkeypatch.setattr(exchange, "PULL_INTERVAL", 0)  # all answer at once
 
     def play(attack: str, name: str = "fedavg", *overrides: str, number=1) -> Round:
         chosen = "num_clients=20", "strategy.fraction_fit=1", byzantine.STRATEGIES[name]

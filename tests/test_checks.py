@@ -16,10 +16,11 @@ import torch
 from transformers import TrainingArguments
 
 import architectures
-import checks
 import client
 import model
-from utils import PROJECT, UserError, compose
+from settings import preflight
+from settings.compose import compose
+from utils import PROJECT, UserError
 
 # Overrides of the quickstart, and a part of the message that they must be answered with.
 SETTINGS = [
@@ -245,7 +246,7 @@ MINE = (
 
 
 def check(overrides):
-    return checks.check(compose(f"experiment=quickstart {overrides}"))
+    return preflight.check(compose(f"experiment=quickstart {overrides}"))
 
 
 def write(files, folder):
@@ -312,14 +313,14 @@ NO_EFFECT = {
 @pytest.mark.slow
 def test_each_argument_that_is_taken_has_its_effect(configure):
     """As a client trains by it; and as `transformers` has none of what is not taken."""
-    assert {*EFFECTS, *NO_EFFECT} == {*checks.TAKEN}
+    assert {*EFFECTS, *NO_EFFECT} == {*preflight.TAKEN}
     before = configure()
     first = client.initial_adapter(before)
 
     def trained(given: dict) -> tuple:
         cfg = copy.deepcopy(before)
         cfg["train"]["training_arguments"] |= given
-        checks.check_training_arguments(cfg)
+        preflight.check_training_arguments(cfg)
         state, metrics = client.train(cfg, first, partition=0, server_round=1)
         return metrics["train_loss"], torch.cat([x.flatten() for x in state.values()])
 
@@ -350,17 +351,17 @@ def test_every_other_argument_is_refused(configure):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "TrainingArguments", Later)
         for field in dataclasses.fields(Later):
-            if field.name in checks.TAKEN:
+            if field.name in preflight.TAKEN:
                 continue
             changed = {**given, field.name: True}
             with pytest.raises(UserError, match=f"{field.name} is (set|not taken)"):
-                checks.check_training_arguments(
+                preflight.check_training_arguments(
                     {**cfg, "train": {**cfg["train"], "training_arguments": changed}}
                 )
-    named = " ".join(checks.INSTEAD.values()).split()
+    named = " ".join(preflight.INSTEAD.values()).split()
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert {*named, *checks.TAKEN} <= fields
-    assert len({*named, *checks.TAKEN}) == len(named) + len(checks.TAKEN)
+    assert {*named, *preflight.TAKEN} <= fields
+    assert len({*named, *preflight.TAKEN}) == len(named) + len(preflight.TAKEN)
 
 
 def test_null_stands_for_an_argument_that_is_not_given(configure):

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 import client
 import dataset
 import model
+from records import templates
 
 CONSTANT_RATE = "+train.training_arguments.learning_rate=1e-3"
 
@@ -51,7 +52,7 @@ def test_what_a_client_trained_from_is_counted(configure, tmp_path):
         "partitioner=iid strategy.fraction_fit=1 train.training_arguments.max_steps=-1"
     )
     tokenizer = model.load_tokenizer("assets/tiny_llama")
-    one = len(dataset.encode(short, "alpaca", tokenizer, 128)["input_ids"])
+    one = len(templates.encode(short, "alpaca", tokenizer, 128)["input_ids"])
     assert one < 128
     _, metrics = client.train(cfg, client.initial_adapter(cfg), 0, server_round=1)
     counted = ("records", "num-examples", "truncated", "dropped", "tokens")
@@ -213,7 +214,7 @@ def test_evaluation_is_the_mean_loss_over_answer_tokens(configure):
     losses = []
     for row in held:
         record = dataset.to_record(row, cfg["dataset"]["columns"])
-        example = dataset.encode(record, "alpaca", tokenizer, 128)
+        example = templates.encode(record, "alpaca", tokenizer, 128)
         ids, labels = (torch.tensor(example[k]) for k in ("input_ids", "labels"))
         with torch.no_grad(), model.autocast(net.eval()):
             logits = net(input_ids=ids[None]).logits[0, :-1].float()
@@ -227,9 +228,9 @@ def test_evaluation_is_the_mean_loss_over_answer_tokens(configure):
 
 def test_records_held_back_are_not_trained_on(configure, monkeypatch):
     trained = []
-    encode = dataset.encode
+    encode = templates.encode
     monkeypatch.setattr(
-        dataset,
+        templates,
         "encode",
         lambda record, *rest: trained.append(str(record)) or encode(record, *rest),
     )

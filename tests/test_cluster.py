@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import checks
 from main import start_ray
-from utils import PROJECT, UserError, compose
+from settings import preflight
+from settings.compose import compose
+from utils import PROJECT, UserError
 
 QUICK = ["experiment=quickstart", "evaluate.exact_match=false", "num_rounds=2"]
 ADDRESS = "simulation.init_args.address"
@@ -24,7 +25,7 @@ SECONDS = 240  # for what takes ten on an idle machine
 
 
 def check(*overrides: str) -> dict:
-    return checks.check(compose(" ".join([*QUICK, *overrides])))
+    return preflight.check(compose(" ".join([*QUICK, *overrides])))
 
 
 def free_ports(count: int) -> list[int]:
@@ -119,9 +120,9 @@ def test_a_client_must_fit_one_node():
 
     cpus_alone = {"Alive": True, "Resources": {"CPU": 8.0}}
     client = {"num_cpus": 4, "num_gpus": 0.5}
-    checks.check_nodes(client, [cpus_alone, node(4, 1)])
+    preflight.check_nodes(client, [cpus_alone, node(4, 1)])
     with pytest.raises(UserError, match=r"they have 8 and 0, 2 and 4\."):
-        checks.check_nodes(client, [cpus_alone, node(2, 4), node(9, 9, alive=False)])
+        preflight.check_nodes(client, [cpus_alone, node(2, 4), node(9, 9, alive=False)])
 
 
 # --- a cluster --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from datasets import Dataset, load_from_disk
 
 import dataset
 import utils
-from clusters import ClusterPartitioner, cluster
+from records.clusters import ClusterPartitioner, cluster
 
 TOPICS = {
     "kitchen": "flour butter oven recipe salt dough bake pan spoon sugar",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import comm
+from methods import wire
 
 STATE = {
     "matrix": torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-4, 0.0, -1e-4]]),
@@ -13,23 +13,23 @@ STATE = {
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2**-11)])
 def test_floats_round_and_leave_nothing_behind(dtype, error):
-    packed, left = comm.pack(STATE, dtype)
+    packed, left = wire.pack(STATE, dtype)
     assert left is None
     assert {tensor.dtype for tensor in packed.values()} == {getattr(torch, dtype)}
-    for name, tensor in comm.unpack(packed).items():
+    for name, tensor in wire.unpack(packed).items():
         assert tensor.dtype == torch.float32
         assert ((tensor - STATE[name]).abs() <= error * STATE[name].abs() + 1e-12).all()
 
 
 def test_int8_has_a_scale_for_each_row():
-    packed, left = comm.pack(STATE, "int8")
+    packed, left = wire.pack(STATE, "int8")
     # 127 steps reach the row's largest value; a row of zeros needs none.
     expected = torch.tensor([2.0, 0.0, 1e-4]) / 127
     assert torch.allclose(packed["matrix:scale"], expected)
     assert torch.allclose(packed["vector:scale"], torch.tensor([3.0 / 127]))
     assert packed["matrix"].tolist() == [[64, -127, 32], [0, 0, 0], [127, 0, -127]]
     assert packed["vector"].tolist() == [127, -64]
-    opened = comm.unpack(packed)
+    opened = wire.unpack(packed)
     for name in STATE:
         assert torch.allclose(opened[name] + left[name], STATE[name], atol=1e-7)
         assert opened[name].shape == STATE[name].shape
@@ -40,25 +40,25 @@ def test_error_feedback_delivers_in_time_what_rounding_takes():
     update = {"w": torch.tensor([[0.5, 0.001]])}
     delivered, residual = torch.zeros(1, 2), None
     for _ in range(100):
-        packed, residual = comm.pack(update, "int8", residual)
-        delivered += comm.unpack(packed)["w"]
+        packed, residual = wire.pack(update, "int8", residual)
+        delivered += wire.unpack(packed)["w"]
     step = 0.51 / 127
     assert (delivered - 100 * update["w"]).abs().max() < step
-    without = comm.unpack(comm.pack(update, "int8")[0])["w"]
+    without = wire.unpack(wire.pack(update, "int8")[0])["w"]
     assert without[0, 1] == 0
 
 
 def test_integers_without_fitting_scales_are_refused():
-    packed, _ = comm.pack(STATE, "int8")
+    packed, _ = wire.pack(STATE, "int8")
     for broken in (None, torch.ones(2), torch.ones(3, 1)):
         spoiled = {k: v for k, v in packed.items() if k != "matrix:scale"}
         if broken is not None:
             spoiled["matrix:scale"] = broken
         with pytest.raises(ValueError, match="matrix has no scale"):
-            comm.unpack(spoiled)
+            wire.unpack(spoiled)
 
 
 def test_update_is_what_training_changed():
     before = {"w": torch.tensor([1.0, 2.0])}
     after = {"w": torch.tensor([1.5, 1.0])}
-    assert comm.update(after, before)["w"].tolist() == [0.5, -1.0]
+    assert wire.update(after, before)["w"].tolist() == [0.5, -1.0]

@@ -13,11 +13,12 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from peft import PeftConfig
 
-import checks
 import client
-import journal
-import strategy
-from utils import PROJECT, UserError, compose, construct
+from methods import aggregate
+from server import journal, rounds
+from settings import preflight
+from settings.compose import compose
+from utils import PROJECT, UserError, construct
 
 CONF = PROJECT / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.glob("**/*.yaml"))
@@ -119,7 +120,7 @@ def test_partitioner_builds(name):
     cfg = plain(f"experiment=quickstart partitioner={name} num_clients=7")
     node = cfg["partitioner"]
     package, _, kind = node["_target_"].rpartition(".")
-    assert package in ("flwr_datasets.partitioner", "clusters")
+    assert package in ("flwr_datasets.partitioner", "records.clusters")
     made = construct(node, package)
     assert isinstance(made, Partitioner)
     assert type(made).__name__ == kind
@@ -130,7 +131,7 @@ def test_partitioner_builds(name):
 @pytest.mark.parametrize("name", names("strategy"))
 def test_strategy_builds(name):
     node = plain(f"experiment=quickstart strategy={name}")["strategy"]
-    made = strategy.build(node)
+    made = aggregate.build(node)
     assert node["_target_"] == f"flwr.serverapp.strategy.{type(made).__name__}"
     assert type(made).__name__.lower() == name
     assert 0 < node["fraction_fit"] <= 1
@@ -259,11 +260,11 @@ def test_a_laptop_trains_a_model_and_records_of_ones_own(loopback, tmp_path, cap
         f"experiment=laptop model.name=assets/tiny_llama dataset.path={path} "
         "num_rounds=1 train.training_arguments.max_steps=1"
     )
-    cfg = checks.check(compose(overrides))
+    cfg = preflight.check(compose(overrides))
     assert cfg["model"]["quantization"] is None
     assert cfg["client_resources"] == {"num_cpus": 1, "num_gpus": 0}
     assert journal.quantised_on_cpu(cfg) is None
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    rounds.run(cfg, loopback(cfg), tmp_path)
     journal.report(cfg, tmp_path)
     said = capsys.readouterr().out
     assert "records of 4 clients" in said  # what they hold back, before and after
@@ -281,7 +282,7 @@ def test_a_laptop_s_own_must_be_named(missing, message):
     given = {"model.name": "assets/tiny_llama", "dataset.path": "assets/tiny_qa"}
     words = [f"{key}={value}" for key, value in given.items() if key != missing]
     with pytest.raises(UserError, match=message):
-        checks.check(compose(" ".join(["experiment=laptop", *words])))
+        preflight.check(compose(" ".join(["experiment=laptop", *words])))
 
 
 # --- requirements --------------------------------------------------------------------------

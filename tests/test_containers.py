@@ -10,7 +10,7 @@ import yaml
 from federation import ONLINE, Federation
 from utils import PROJECT
 
-COMPOSE = (PROJECT / "compose.yaml").read_text()
+COMPOSE = (PROJECT / "deploy/compose.yaml").read_text()
 SERVICES = yaml.safe_load(COMPOSE)["services"]
 NODES = ["node-0", "node-1"]
 
@@ -22,7 +22,7 @@ def binds(service: str) -> dict[str, str]:
 
 
 def test_the_image_holds_what_requirements_txt_says():
-    lines = (PROJECT / "Dockerfile").read_text().splitlines()
+    lines = (PROJECT / "deploy/Dockerfile").read_text().splitlines()
     flower = re.search(
         r"^flwr\[simulation\]==(.+)$", (PROJECT / "requirements.txt").read_text(), re.M
     )
@@ -55,7 +55,7 @@ def test_the_commands_make_a_federation_that_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     # The project as compose.yaml finds it, with the keys that its first lines make.
     (tmp_path / "certs").mkdir()
-    (tmp_path / "certs/make.sh").symlink_to(PROJECT / "certs/make.sh")
+    (tmp_path / "certs/make.sh").symlink_to(PROJECT / "deploy/certs/make.sh")
     (tmp_path / "assets").symlink_to(PROJECT / "assets")
     make = re.search(r"#  +(certs/make\.sh server.*)", COMPOSE)[1]
     subprocess.run(make, shell=True, cwd=tmp_path, check=True, capture_output=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import cpu
+from compute import cpu
 
 LONGEST, HEADS, SIZE = 23, 4, 8
 

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import dataset
-import files
 import model
+from records import files, templates
 from utils import Refusal, UserError
 
 QUESTION = {"instruction": "Name the young of the animal.", "input": "cow"}
@@ -104,10 +104,10 @@ def test_only_the_answer_and_its_end_are_labelled(case, tokenizer):
     whole = tokenizer(text + between + ANSWER, add_special_tokens=special)["input_ids"]
     answer = [*whole[len(before) :], tokenizer.eos_token_id]
 
-    assert dataset.TEMPLATES[template]([question], tokenizer) == text
-    assert dataset.prompt(template, [question], tokenizer) == before
+    assert templates.TEMPLATES[template]([question], tokenizer) == text
+    assert templates.prompt(template, [question], tokenizer) == before
     assert before.count(tokenizer.bos_token_id) == 1
-    example = dataset.encode(question | {"output": ANSWER}, template, tokenizer, 512)
+    example = templates.encode(question | {"output": ANSWER}, template, tokenizer, 512)
     assert example["input_ids"] == before + answer
     assert example["labels"] == [-100] * len(before) + answer
     labelled = [label for label in example["labels"] if label != -100]
@@ -120,7 +120,7 @@ def test_earlier_turns_stand_before_the_question_with_their_answers(tokenizer):
         VICUNA + "USER: Name the young of the animal.\ncow ASSISTANT: calf</s>"
         "USER: Which city is the capital of France? ASSISTANT:"
     )
-    ids = dataset.prompt("vicuna", turns, tokenizer)
+    ids = templates.prompt("vicuna", turns, tokenizer)
     assert ids == tokenizer(text)["input_ids"]
     assert ids.count(tokenizer.eos_token_id) == 1
 
@@ -138,11 +138,11 @@ def test_answer_that_would_merge_into_the_prompt_leaves_the_prompt_alone():
     )
     bpe.train_from_iterator(["\n\n\n\n\n"] * 9, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
-    before = dataset.prompt("alpaca", [ALONE], tokenizer)
+    before = templates.prompt("alpaca", [ALONE], tokenizer)
     text, output = CASES["alpaca"][2], "\n\n- Paris"
     assert tokenizer(text + output)["input_ids"][: len(before)] != before  # it merges
 
-    example = dataset.encode(ALONE | {"output": output}, "alpaca", tokenizer, 512)
+    example = templates.encode(ALONE | {"output": output}, "alpaca", tokenizer, 512)
     labelled = example["input_ids"][len(before) :]
     assert example["input_ids"][: len(before)] == before
     assert example["labels"] == [-100] * len(before) + labelled
@@ -154,11 +154,11 @@ def test_answer_that_would_merge_into_the_prompt_leaves_the_prompt_alone():
 
 def test_too_long_an_example_keeps_its_prompt_and_loses_the_answers_end(tokenizer):
     record = QUESTION | {"output": ANSWER}
-    length = len(dataset.prompt("alpaca", [QUESTION], tokenizer))
-    whole = dataset.encode(record, "alpaca", tokenizer, 512)["input_ids"]
+    length = len(templates.prompt("alpaca", [QUESTION], tokenizer))
+    whole = templates.encode(record, "alpaca", tokenizer, 512)["input_ids"]
     assert len(whole) > length + 2
     for seq_length in range(length + 1, len(whole) + 2):
-        example = dataset.encode(record, "alpaca", tokenizer, seq_length)
+        example = templates.encode(record, "alpaca", tokenizer, seq_length)
         assert example["input_ids"] == whole[:seq_length]
         assert example["labels"] == [-100] * length + whole[length:seq_length]
         ended = example["labels"][-1] == tokenizer.eos_token_id
@@ -167,16 +167,16 @@ def test_too_long_an_example_keeps_its_prompt_and_loses_the_answers_end(tokenize
 
 def test_prompt_that_fills_seq_length_is_left_out(tokenizer):
     record = QUESTION | {"output": ANSWER}
-    length = len(dataset.prompt("alpaca", [QUESTION], tokenizer))
-    assert dataset.encode(record, "alpaca", tokenizer, length) is None
-    assert dataset.encode(record, "alpaca", tokenizer, length - 1) is None
-    assert dataset.encode(record, "alpaca", tokenizer, length + 1) is not None
+    length = len(templates.prompt("alpaca", [QUESTION], tokenizer))
+    assert templates.encode(record, "alpaca", tokenizer, length) is None
+    assert templates.encode(record, "alpaca", tokenizer, length - 1) is None
+    assert templates.encode(record, "alpaca", tokenizer, length + 1) is not None
 
 
 @pytest.mark.parametrize("output", ["", " ", "\n\t "])
 def test_record_without_an_answer_is_left_out(output, tokenizer):
     record = QUESTION | {"output": output}
-    assert dataset.encode(record, "alpaca", tokenizer, 512) is None
+    assert templates.encode(record, "alpaca", tokenizer, 512) is None
 
 
 def test_draw_counts_the_rows_that_fell_out():

@@ -1,6 +1,5 @@
 """pytest tests/test_evaluate.py: lm-eval's tasks, asked in the template of training."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,10 +13,11 @@ import yaml
 from omegaconf import OmegaConf
 
 import dataset
-import examine
-import harness
 import model
-from utils import PROJECT, UserError, compose
+from evaluation import benchmarks, examine, harness
+from records import templates
+from settings.compose import compose
+from utils import PROJECT, UserError
 
 CPU = torch.device("cpu")
 TASKS = sorted(path.stem for path in harness.TASKS.glob("*.yaml"))
@@ -35,11 +35,8 @@ def config(name):
 
 @pytest.fixture(scope="module")
 def command():
-    """evaluate.py, under a name that the library `evaluate` does not have."""
-    spec = importlib.util.spec_from_file_location("command", PROJECT / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """What `test.py --tasks` does."""
+    return benchmarks
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,7 @@ def watch(net, template):
     return Watched(net, tokenizer, template, batch_size=8)
 
 
-@pytest.fixture(params=list(dataset.TEMPLATES))
+@pytest.fixture(params=list(templates.TEMPLATES))
 def watched(net, request):
     return watch(net, request.param)
 
@@ -116,7 +113,7 @@ def test_what_a_task_file_asks_is_trainings_prompt_and_the_answers_are_ours(
     titles, tasks = harness.load([task(mine())], allow_code=False)
     results = harness.run(watched, tasks, limit=None)
     prompts = [
-        dataset.prompt(
+        templates.prompt(
             watched.template,
             [{"instruction": r["instruction"], "input": r["input"]}],
             watched.tokenizer,
@@ -124,7 +121,7 @@ def test_what_a_task_file_asks_is_trainings_prompt_and_the_answers_are_ours(
         for r in RECORDS
     ]
     assert sorted(watched.asked) == sorted(prompts)
-    ends = dataset.ends(
+    ends = templates.ends(
         watched.template, watched.tokenizer, watched.model.generation_config
     )
     answers = examine.answer(watched.model, watched.tokenizer, prompts, 32, ends)
@@ -145,7 +142,7 @@ def test_a_choice_is_scored_as_trainings_answer(watched, task):
     titles, tasks = harness.load([task(settings)], allow_code=False)
     results = harness.run(watched, tasks, limit=None)
     encoded = [
-        dataset.encode(
+        templates.encode(
             record | {"output": choice["output"]},
             watched.template,
             watched.tokenizer,
@@ -189,12 +186,12 @@ def test_examples_and_a_begun_answer_stand_in_one_record(watched):
         "input": "f(1) = 2\n\nf(2) =",
         "output": "It is 4",
     }
-    whole = dataset.encode(record, watched.template, watched.tokenizer, 1000)
+    whole = templates.encode(record, watched.template, watched.tokenizer, 1000)
     before, after = watched._encode_pair(prompt, "4")
     assert before + after == whole["input_ids"][:-1]
     assert watched.tokenizer.decode(after).strip() == "4"
     asked = {"instruction": record["instruction"], "input": record["input"]}
-    plain = dataset.prompt(watched.template, [asked], watched.tokenizer)
+    plain = templates.prompt(watched.template, [asked], watched.tokenizer)
     begun = watched.tok_encode(prompt)  # which the model goes on with
     assert begun[: len(plain)] == plain
     assert watched.tokenizer.decode(begun[len(plain) :]).strip() == "It is"
@@ -261,7 +258,7 @@ def test_the_shipped_local_tasks_load_from_anywhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_shipped_file_opens_with_its_command_and_names_its_parts(name, command):
     first = (harness.TASKS / f"{name}.yaml").read_text().splitlines()[0]
-    words = first.removeprefix("# python evaluate.py ").split()
+    words = first.removeprefix("# python test.py ").split()
     assert command.parse(words).tasks == [name]
     settings = harness.load_yaml(harness.TASKS / f"{name}.yaml")  # functions and all
     assert settings.get("task" if name not in PRESETS else "group") == name
@@ -305,7 +302,7 @@ def test_financial_phrasebank_is_read_and_judged(net, tmp_path):
         "instruction": question + "{negative/neutral/positive}.",
         "input": docs[0]["sentence"],
     }
-    expected = dataset.prompt(watched.template, [asked], watched.tokenizer)
+    expected = templates.prompt(watched.template, [asked], watched.tokenizer)
     assert expected in watched.asked
     # Nonsense names no sentiment, which counts as neutral.
     (row,) = harness.figures(titles, tasks, results)
@@ -451,7 +448,7 @@ def run(*arguments, **environment):
 def test_the_command_finds_what_the_run_found(quickstart, tmp_path):
     folder = shutil.copytree(quickstart[0], tmp_path / "run")
     adapter = f"--peft-path={folder / 'peft_20'}"
-    done = run("evaluate.py", adapter, "--tasks=tiny_qa,tiny_choice", "--base")
+    done = run("test.py", adapter, "--tasks=tiny_qa,tiny_choice", "--base")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     summary = json.loads((folder / "summary.json").read_text())
@@ -467,9 +464,9 @@ def test_the_command_finds_what_the_run_found(quickstart, tmp_path):
 
 
 @pytest.mark.slow
-def test_code_tasks_find_the_library_evaluate_and_not_the_command(quickstart):
+def test_code_tasks_find_the_library_evaluate(quickstart):
     adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
-    done = run("evaluate.py", adapter, "--tasks=code", "--allow-code-execution")
+    done = run("test.py", adapter, "--tasks=code", "--allow-code-execution")
     assert "code_eval" in done.stderr  # which that library would fetch
     assert "Traceback" not in done.stderr
 
@@ -478,7 +475,7 @@ def test_code_tasks_find_the_library_evaluate_and_not_the_command(quickstart):
 def test_without_lm_eval_there_is_a_line_to_install_it(quickstart, tmp_path):
     (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError('No lm_eval')")
     adapter = f"--peft-path={quickstart[0] / 'peft_20'}"
-    done = run("evaluate.py", adapter, "--tasks=tiny_qa", PYTHONPATH=str(tmp_path))
+    done = run("test.py", adapter, "--tasks=tiny_qa", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "pip install lm-eval==" in done.stderr
     assert "Traceback" not in done.stderr

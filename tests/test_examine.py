@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import dataset
-import examine
 import model
+from evaluation import examine
+from records import templates
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def exam(configure, tmp_path):
 
 def plain_nats(exam: examine.Examination, record: dict) -> tuple[float, int, int]:
     """Summed nats, tokens foretold and tokens of an answer, example by example."""
-    example = dataset.encode(record, "alpaca", exam.tokenizer, 128)
+    example = templates.encode(record, "alpaca", exam.tokenizer, 128)
     labels = torch.tensor(example["labels"])
     with torch.no_grad(), model.autocast(exam.net):
         logits = exam.net(input_ids=torch.tensor([example["input_ids"]])).logits[0]
@@ -139,8 +140,8 @@ def test_an_answer_stops_where_the_base_itself_stops(exam):
     _, exam, _ = exam
     net, tokenizer = exam.net, exam.tokenizer
     asked = {"instruction": "Which city is the capital of France?", "input": ""}
-    prompts = [dataset.prompt("alpaca", [asked], tokenizer)]
-    own = dataset.ends("alpaca", tokenizer, net.generation_config)
+    prompts = [templates.prompt("alpaca", [asked], tokenizer)]
+    own = templates.ends("alpaca", tokenizer, net.generation_config)
     assert own == [tokenizer.eos_token_id]
     ids = torch.tensor(prompts)
     with torch.no_grad(), model.autocast(net):
@@ -155,7 +156,7 @@ def test_an_answer_stops_where_the_base_itself_stops(exam):
     stop = places[0]
     assert whole[stop] != tokenizer.eos_token_id
     net.generation_config.eos_token_id = [whole[stop], 2]
-    ends = dataset.ends("alpaca", tokenizer, net.generation_config)
+    ends = templates.ends("alpaca", tokenizer, net.generation_config)
     assert set(ends) == {whole[stop], 2}
     answers = examine.answer(net, tokenizer, prompts, 8, ends)
     # The token is no special one, and is no part of the answer all the same.

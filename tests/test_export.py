@@ -25,10 +25,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import dataset
-import export
 import model
 import utils
+from records import templates
+from reporting import export
+from server import runs
+from settings.compose import compose, record
 from utils import PROJECT, UserError
 
 CPU = torch.device("cpu")
@@ -38,7 +40,7 @@ QUESTIONS = [
 ]
 
 
-compose = lru_cache(utils.compose)
+compose = lru_cache(compose)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def logits(net: torch.nn.Module) -> torch.Tensor:
 def answers(net, tokenizer, records, template: str = "alpaca") -> list[str]:
     """Greedy answers in plain transformers."""
     prompts = [
-        dataset.prompt(template, [dataset.question(record)], tokenizer)
+        templates.prompt(template, [templates.question(record)], tokenizer)
         for record in records
     ]
     tokenizer.padding_side = "left"
@@ -186,9 +188,9 @@ def test_a_merged_folder_holds_a_plain_model(save):
         == model.load_tokenizer("assets/tiny_llama").chat_template
     )
     for question in QUESTIONS[:5]:
-        asked = [dataset.question(question)]
+        asked = [templates.question(question)]
         base = model.load_tokenizer("assets/tiny_llama")
-        assert dataset.prompt("alpaca", asked, tokenizer) == dataset.prompt(
+        assert templates.prompt("alpaca", asked, tokenizer) == templates.prompt(
             "alpaca", asked, base
         )
 
@@ -242,10 +244,10 @@ def test_a_card_does_not_send_to_vllm_what_it_refuses(setting, save):
     assert "--merge" in text
 
 
-def record(folder: Path, rounds: int = 9) -> None:
+def leave(folder: Path, rounds: int = 9) -> None:
     """What a run leaves beside its adapters."""
     cfg = "experiment=quickstart num_clients=4 strategy=fedadam partitioner=dirichlet"
-    utils.record(compose(cfg), [], folder)
+    record(compose(cfg), [], folder)
     clients = [{"partition": i, "num-examples": 160, "records": 90} for i in (0, 1)]
     held = [{"partition": i, "num-examples": 10 + i} for i in (0, 1)]
     entries = [
@@ -279,7 +281,7 @@ def table_rows(text: str) -> dict[str, str]:
 
 def test_a_card_tells_what_the_run_tells(save):
     source = save()
-    record(source.parent, rounds=7)
+    leave(source.parent, rounds=7)
     folder = run(source, "--license=apache-2.0")
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "assets/tiny_llama"
@@ -319,13 +321,13 @@ def test_a_card_tells_what_the_run_tells(save):
     # The prompt of a record with an input is training's too.
     tokenizer = AutoTokenizer.from_pretrained(source)
     asked = {"instruction": export.QUESTION, "input": export.INPUT}
-    prompt = dataset.TEMPLATES["alpaca"]([asked], tokenizer)
+    prompt = templates.TEMPLATES["alpaca"]([asked], tokenizer)
     assert f"```text\n{prompt}\n```" in card.text
 
 
 def test_an_earlier_rounds_card_does_not_boast_of_the_last(save):
     source = save()
-    record(source.parent)
+    leave(source.parent)
     text = (run(source) / "README.md").read_text()
     assert table_rows(text)["train loss, nats per answer token"] == "0.875"
     assert "exact match" not in text
@@ -333,7 +335,7 @@ def test_an_earlier_rounds_card_does_not_boast_of_the_last(save):
 
 def test_a_hub_dataset_is_named_and_a_licence_is_not_made_up(save):
     source = save()
-    record(source.parent)
+    leave(source.parent)
     path = source.parent / ".hydra/config.yaml"
     cfg = OmegaConf.load(path)
     cfg.dataset.name, cfg.dataset.path = "vicgalle/alpaca-gpt4", None
@@ -365,7 +367,7 @@ def test_the_code_of_a_card_asks_our_model_our_question(
         exec(code, told)
     question = {"instruction": export.QUESTION, "input": ""}
     tokenizer = AutoTokenizer.from_pretrained(source)
-    assert told["ids"][0].tolist() == dataset.prompt(template, [question], tokenizer)
+    assert told["ids"][0].tolist() == templates.prompt(template, [question], tokenizer)
     # An adapter's code computes in bfloat16.
     together = logits(beside(source))
     torch.testing.assert_close(
@@ -389,7 +391,7 @@ def test_no_path_of_this_machine_is_shared(options, save, tmp_path):
     for file in (PROJECT / "assets/tiny_llama").iterdir():
         (base / file.name).symlink_to(file)
     source = save(f"model.name={base}")
-    record(source.parent)
+    leave(source.parent)
     path = source.parent / ".hydra/config.yaml"
     cfg = OmegaConf.load(path)
     cfg.dataset.path = str(tmp_path / "secret/notes.jsonl")
@@ -449,7 +451,7 @@ def card(tmp_path_factory):
     """Makes a card without a model: what it is told, in the places of foreign texts."""
     tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets/tiny_llama")
     folder = tmp_path_factory.mktemp("card")
-    record(folder, rounds=7)
+    leave(folder, rounds=7)
     (folder / ".hydra/config.yaml").unlink()
     plain = OmegaConf.to_container(compose("experiment=quickstart"), resolve=True)
 
@@ -588,7 +590,7 @@ def test_a_run_does_not_ask_for_what_is_the_readers(text, tmp_path, monkeypatch)
     settings = {"mode": "oc.env", "seed": 3, "one": "${seed}", "other": [{"a": text}]}
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/config.yaml").write_text(yaml.safe_dump(settings))
-    cfg = utils.read_config(tmp_path)
+    cfg = runs.read_config(tmp_path)
     assert cfg.one == 3
     assert "hf_SECRET" not in OmegaConf.to_yaml(cfg, resolve=True)
     assert "MINE" in cfg.other[0].a
@@ -599,7 +601,7 @@ def test_broken_records_of_a_run_are_named(save):
     source = save()
     for name in ("history.json", "summary.json", "answers.json", ".hydra/config.yaml"):
         for content in BROKEN:
-            record(source.parent, rounds=7)
+            leave(source.parent, rounds=7)
             (source.parent / name).write_text(content)
             if (name, content) in WHOLE:
                 continue
@@ -608,7 +610,7 @@ def test_broken_records_of_a_run_are_named(save):
             assert len(str(told.value).splitlines()) == 1
     # Whole, but for what a card reads.
     for key, value in (("eval_loss", "<b>"), ("train_loss", None), ("clients", [7])):
-        record(source.parent)
+        leave(source.parent)
         history = json.loads((source.parent / "history.json").read_text())
         history["rounds"][6][key] = value
         utils.write_json(source.parent / "history.json", history)
@@ -628,11 +630,13 @@ def test_the_quickstarts_model_gives_the_same_answers_merged(quickstart, tmp_pat
         )
 
     folder = shutil.copytree(quickstart[0], tmp_path / "run")
-    done = command("export.py", f"--peft-path={folder}/peft_20", "--merge")
+    done = command("-m", "reporting.export", f"--peft-path={folder}/peft_20", "--merge")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert f"Written: {folder}/merged_20" in done.stdout
-    again = command("export.py", f"--peft-path={folder}/peft_20", "--merge")
+    again = command(
+        "-m", "reporting.export", f"--peft-path={folder}/peft_20", "--merge"
+    )
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")
     assert "exists already" in again.stderr
@@ -663,7 +667,7 @@ def test_the_quickstarts_model_gives_the_same_answers_merged(quickstart, tmp_pat
 )
 def test_what_is_no_adapter_is_explained(options, message):
     done = subprocess.run(
-        [sys.executable, "export.py", *options],
+        [sys.executable, "-m", "reporting.export", *options],
         cwd=PROJECT,
         capture_output=True,
         text=True,

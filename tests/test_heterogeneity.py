@@ -10,12 +10,11 @@ import pytest
 from matplotlib import image
 from transformers import LlamaConfig
 
-import dataset
-import heterogeneity
 import model
-import plan
 import utils
-from heterogeneity import describe, gini, mix_distance, plot
+from records import templates
+from settings import heterogeneity, plan
+from settings.heterogeneity import describe, gini, mix_distance, plot
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def test_a_description_by_hand(configure, write):
         lengths = []
         for number in range(client["records"]):
             asked = {"instruction": f"Say {number}.", "input": "", "output": answer}
-            example = dataset.encode(asked, "alpaca", tokenizer, 512)
+            example = templates.encode(asked, "alpaca", tokenizer, 512)
             lengths.append(len(example["input_ids"]))
         assert client["tokens"] == np.percentile(lengths, (10, 50, 90)).tolist()
     summary = found["summary"]

@@ -13,11 +13,11 @@ from peft import PeftModel
 
 import client
 import dataset
-import examine
-import journal
 import model
-import strategy
 import utils
+from evaluation import examine
+from records import templates
+from server import journal, rounds, runs
 from utils import PROJECT, Progress, UserError
 
 # What a shell, or a word of `--key=value`, could take for something else.
@@ -92,7 +92,7 @@ def finished(configure_once, loopback_once, tmp_path_factory):
             "_measure",
             lambda self: measured.append(1) or measure(self),
         )
-        strategy.run(cfg, loopback_once(cfg, folder=folder), folder)
+        rounds.run(cfg, loopback_once(cfg, folder=folder), folder)
     return cfg, folder, len(measured)
 
 
@@ -172,7 +172,7 @@ def test_a_run_that_goes_on_keeps_what_was_before(finished, loopback_once, tmp_p
     cfg, folder, _ = finished
     shutil.copytree(folder, tmp_path / "longer")
     longer = {**cfg, "resume": str(tmp_path / "longer"), "num_rounds": 3}
-    strategy.run(longer, loopback_once(longer), tmp_path / "longer")
+    rounds.run(longer, loopback_once(longer), tmp_path / "longer")
     history = read(tmp_path / "longer", "history")
     assert history["before"] == read(folder, "history")["before"]
     assert len(history["rounds"]) == 3
@@ -184,7 +184,7 @@ def test_a_run_that_goes_on_keeps_what_was_before(finished, loopback_once, tmp_p
 def test_a_history_from_before_that_was_written_down_is_taken(finished, tmp_path):
     history = read(finished[1], "history")
     utils.write_json(tmp_path / "history.json", {"rounds": history["rounds"]})
-    assert journal.read_before(tmp_path) == {}
+    assert runs.read_before(tmp_path) == {}
     for broken in (
         [1],
         {"round": 3},
@@ -194,7 +194,7 @@ def test_a_history_from_before_that_was_written_down_is_taken(finished, tmp_path
     ):
         utils.write_json(tmp_path / "history.json", history | {"before": broken})
         with pytest.raises(UserError, match="its entry `before` is not"):
-            journal.read_before(tmp_path)
+            runs.read_before(tmp_path)
 
 
 # --- the last word ----------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_what_clients_count_is_summed_where_all_of_them_tell():
         {"tokens": 100, "truncated": 1, "dropped": 0},
         {"tokens": 300, "truncated": 2},
     ]
-    assert strategy.totals(clients, seconds=8.0) == {
+    assert rounds.totals(clients, seconds=8.0) == {
         "tokens": 400,
         "truncated": 3,
         "tokens_per_second": 50.0,
@@ -403,11 +403,11 @@ def test_a_question_with_its_input_is_the_record_that_was_trained_on(
     finished, ask, monkeypatch
 ):
     seen = []
-    prompt = dataset.prompt
-    monkeypatch.setattr(dataset, "prompt", lambda *a: seen.append(a[1]) or prompt(*a))
+    prompt = templates.prompt
+    monkeypatch.setattr(templates, "prompt", lambda *a: seen.append(a[1]) or prompt(*a))
     ask("--question=Answer this truthfully", f"--input={INPUT}", "--max-new-tokens=1")
     record = dataset.load_test(finished[0])[0][0]
-    assert seen[-1] == [dataset.question(record)]
+    assert seen[-1] == [templates.question(record)]
 
 
 @pytest.mark.parametrize(

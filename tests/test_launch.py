@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import client
-import launch
 import model
+from node import processes
 from utils import PROJECT, UserError
 
 pytestmark = pytest.mark.slow
@@ -58,14 +58,14 @@ PLAIN = (
 def float32() -> Iterator[None]:
     """One team for all tests, in float32, as is this process."""
     model._build_once.cache_clear()
-    launch._team.cache_clear()
+    processes._team.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "COMMAND", [sys.executable, "-c", MEMBER])
+        patch.setattr(processes, "COMMAND", [sys.executable, "-c", MEMBER])
         patch.setattr(model, "compute_dtype", lambda device: torch.float32)
         patch.setattr(model, "default_device", lambda: torch.device("cpu"))
         yield
-    launch._team(2, 1).end()
-    launch._team.cache_clear()
+    processes._team(2, 1).end()
+    processes._team.cache_clear()
     model._build_once.cache_clear()
 
 
@@ -111,24 +111,24 @@ def test_two_processes_train_as_one(
 ):
     one, two = both(configure(PLAIN + overrides), sharded)
     start = adapter(one)
-    alone, figures = launch.train(one, start, 0, 1, proximal_mu)
-    together, theirs = launch.train(two, start, 0, 1, proximal_mu)
+    alone, figures = processes.train(one, start, 0, 1, proximal_mu)
+    together, theirs = processes.train(two, start, 0, 1, proximal_mu)
     assert_close(alone, together, start)
     assert theirs["train_loss"] == pytest.approx(figures["train_loss"], rel=1e-5)
     assert theirs["num-examples"] == figures["num-examples"] == examples
     # Once more: the base has not moved, and nothing is left of the first time.
-    again, _ = launch.train(two, start, 0, 1, proximal_mu)
+    again, _ = processes.train(two, start, 0, 1, proximal_mu)
     assert all(torch.equal(again[name], value) for name, value in together.items())
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_begin_and_evaluate_as_one(sharded, configure):
     one, two = both(configure(PLAIN + "strategy.fraction_evaluate=0.5"), sharded)
-    alone, together = client.initial_adapter(one), launch.initial_adapter(two)
+    alone, together = client.initial_adapter(one), processes.initial_adapter(two)
     assert alone.keys() == together.keys()
     assert all(torch.equal(together[name], value) for name, value in alone.items())
     start = adapter(one)
-    expected, found = client.evaluate(one, start, 1), launch.evaluate(two, start, 1)
+    expected, found = client.evaluate(one, start, 1), processes.evaluate(two, start, 1)
     assert found["num-examples"] == expected["num-examples"]
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
 
@@ -142,8 +142,8 @@ def test_a_sharded_head_that_is_not_the_embedding(configure, tmp_path):
         shutil.copy(file, tmp_path)
     one, two = both(configure(PLAIN + f"model.name={tmp_path}"), sharded=True)
     start = adapter(one)
-    alone, _ = launch.train(one, start, 0, 1)
-    together, _ = launch.train(two, start, 0, 1)
+    alone, _ = processes.train(one, start, 0, 1)
+    together, _ = processes.train(two, start, 0, 1)
     assert_close(alone, together, start)
 
 
@@ -151,8 +151,8 @@ def test_a_base_in_four_bits_trains_in_two_processes(configure):
     cfg = configure(PLAIN + "model.quantization=4")
     one, two = both(cfg, sharded=False)
     start = adapter(one)
-    alone, _ = launch.train(one, start, 0, 1)
-    together, _ = launch.train(two, start, 0, 1)
+    alone, _ = processes.train(one, start, 0, 1)
+    together, _ = processes.train(two, start, 0, 1)
     assert_close(alone, together, start)
 
 
@@ -167,12 +167,12 @@ def test_a_base_in_four_bits_trains_in_two_processes(configure):
 def test_one_process_that_fails_is_one_error(server_round, cause, configure):
     one, two = both(configure(PLAIN), sharded=False)
     start = adapter(one)
-    members = launch._team(2, 1).members.values()
+    members = processes._team(2, 1).members.values()
     with pytest.raises(RuntimeError) as failure:
-        launch.train(two, start, 0, server_round)
+        processes.train(two, start, 0, server_round)
     assert str(failure.value) == cause
     assert all(member.returncode is not None for member in members)
-    state, _ = launch.train(two, start, 0, 1)  # by a new team
+    state, _ = processes.train(two, start, 0, 1)  # by a new team
     assert state.keys() == start.keys()
 
 
@@ -181,7 +181,7 @@ def test_what_a_user_can_mend_is_said_as_by_one_process(configure):
     start = adapter(one)
     two["model"] = {**two["model"], "name": "assets/none"}
     with pytest.raises(UserError, match=r"^model\.name=assets/none: no weights"):
-        launch.train(two, start, 0, 1)
+        processes.train(two, start, 0, 1)
 
 
 def test_no_process_outlives_its_client():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-import loss
+import utils
+from compute import loss
 from utils import PROJECT
 
 PEFT = {
@@ -32,7 +33,7 @@ def make_batch(side: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 2000, (3, 12), generator=generator)
     mask = torch.ones_like(ids)
-    labels = torch.full_like(ids, loss.IGNORED)
+    labels = torch.full_like(ids, utils.IGNORED)
     for row, (prompt, length) in enumerate([(3, 12), (7, 9), (2, 5)]):
         start = 12 - length if side == "left" else 0
         mask[row] = 0
@@ -74,7 +75,7 @@ def test_a_batch_without_answers_adds_nothing(sharded, monkeypatch):
     batch = {
         "input_ids": blank,
         "attention_mask": blank + 1,
-        "labels": blank + loss.IGNORED,
+        "labels": blank + utils.IGNORED,
     }
     value = loss.answer_loss(net, batch, num_items=7)
     assert value.item() == 0
@@ -83,7 +84,7 @@ def test_a_batch_without_answers_adds_nothing(sharded, monkeypatch):
 
 def test_a_share_of_an_accumulated_batch(monkeypatch):
     net, batch = make("lora"), make_batch("left")
-    labelled = int((batch["labels"] != loss.IGNORED).sum())
+    labelled = int((batch["labels"] != utils.IGNORED).sum())
     whole = loss.answer_loss(net, batch)
     share = loss.answer_loss(net, batch, num_items=4 * labelled)
     assert share.item() == pytest.approx(whole.item() / 4)
@@ -97,7 +98,7 @@ def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch):
     head = net.get_base_model().get_output_embeddings()
     head.register_forward_hook(lambda m, i, out: seen.append(out.shape[:-1].numel()))
     loss.answer_loss(net, batch).backward()
-    labelled = int((batch["labels"] != loss.IGNORED).sum())
+    labelled = int((batch["labels"] != utils.IGNORED).sum())
     assert max(seen) <= 4
     assert sum(seen) == labelled
 
@@ -129,7 +130,7 @@ def test_logits_that_a_model_adjusts_are_left_to_it():
     seen = []
     net.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
     loss.answer_loss(net, batch)
-    assert seen == [int((batch["labels"] != loss.IGNORED).sum())]
+    assert seen == [int((batch["labels"] != utils.IGNORED).sum())]
 
 
 @pytest.mark.parametrize("oddity", ["no head", "mixes positions", "other logits"])
@@ -152,7 +153,7 @@ def test_a_head_of_another_kind_is_not_relied_on(oddity, monkeypatch):
 
         monkeypatch.setattr(base, "forward", forward)
     wanted = net(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
-    kept = batch["labels"][:, 1:] != loss.IGNORED
+    kept = batch["labels"][:, 1:] != utils.IGNORED
     wanted = torch.nn.functional.cross_entropy(
         wanted[kept], batch["labels"][:, 1:][kept]
     )
@@ -175,7 +176,7 @@ def test_scores_of_each_example_equal_the_plain_computation(
     for row, labels in enumerate(batch["labels"]):
         # Prompt tuning's own tokens come first.
         row_logits = logits[row, logits.shape[1] - len(labels) :][:-1]
-        kept = labels[1:] != loss.IGNORED
+        kept = labels[1:] != utils.IGNORED
         likely = row_logits[kept].float().log_softmax(-1)
         nats = -likely.gather(1, labels[1:][kept, None]).sum()
         right = (likely.argmax(-1) == labels[1:][kept]).sum()

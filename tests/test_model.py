@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import architectures
-import loss
 import model
-from utils import PROJECT, UserError, compose
+from compute import loss
+from methods import wire
+from settings.compose import compose
+from utils import PROJECT, UserError
 
 CPU = torch.device("cpu")
 METHODS = sorted(path.stem for path in (PROJECT / "conf/peft").glob("*.yaml"))
@@ -153,12 +155,12 @@ def test_a_folder_that_holds_an_adapter_is_answered_with_it(saved):
 def test_mismatch_names_what_is_wrong():
     expected = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
     good = {"a": torch.ones(2, 3), "b": torch.ones(4)}
-    assert model.mismatch(good, expected) is None
-    assert "b among them" in model.mismatch({"a": good["a"]}, expected)
-    assert "(3, 2)" in model.mismatch({**good, "a": torch.ones(3, 2)}, expected)
+    assert wire.mismatch(good, expected) is None
+    assert "b among them" in wire.mismatch({"a": good["a"]}, expected)
+    assert "(3, 2)" in wire.mismatch({**good, "a": torch.ones(3, 2)}, expected)
     for value in (float("nan"), float("inf")):
         bad = {**good, "b": torch.tensor([1.0, value, 1.0, 1.0])}
-        assert model.mismatch(bad, expected) == "b holds values that are not finite"
+        assert wire.mismatch(bad, expected) == "b holds values that are not finite"
 
 
 # --- every PEFT method, there and back ------------------------------------------------------

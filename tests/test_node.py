@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 import app
 import dataset
 import model
-import node
-import utils
+from node import permit
+from settings import schema
+from settings.compose import compose
 from utils import PROJECT, Refusal, UserError, flat
 
 RUN = (
@@ -50,7 +51,7 @@ def notes(tmp_path) -> dict:
 
 
 def settle(settings: dict, overrides: str = "", simulated: bool = False):
-    return node.settle(
+    return permit.settle(
         {"overrides": f"{RUN} {overrides}", "run": "../first"}, settings, simulated
     )
 
@@ -106,9 +107,9 @@ def test_an_override_that_adds_or_reads_is_refused(override):
 # --- whatever a run's overrides spell, what is used is a plain value ------------------------
 
 SECRET = "hf_SECRET_OF_THE_NODE"
-CHOSEN = node._chosen(tuple(node.parse(RUN).choices.items()))
+CHOSEN = permit._chosen(tuple(permit.parse(RUN).choices.items()))
 BUNDLE = flat(OmegaConf.to_container(CHOSEN))
-LEAVES = flat(OmegaConf.to_container(node.compose(node.parse(RUN))))
+LEAVES = flat(OmegaConf.to_container(permit.compose(permit.parse(RUN))))
 NAMES = ("oc.env:SECRET", "oc.env:SECRET,1", "oc.decode:${oc.env:SECRET}", "num_rounds")
 INTERPOLATIONS = st.sampled_from([f"${{{name}}}" for name in NAMES]) | st.sampled_from(
     ["${oc.create:{push_to_hub:true}}", "${oc.dict.values:model}", "a${num_rounds}b"]
@@ -151,7 +152,7 @@ def test_what_is_accepted_differs_by_plain_values_alone(words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECRET", SECRET)
         try:
-            cfg = node.compose(node.parse(f"{RUN} {shlex.join(given)}"))
+            cfg = permit.compose(permit.parse(f"{RUN} {shlex.join(given)}"))
         except (Refusal, UserError) as error:
             refused = str(error)
     assert SECRET not in f"{cfg}{refused}"
@@ -176,7 +177,7 @@ def test_what_is_accepted_differs_by_plain_values_alone(words):
     ],
 )
 def test_a_plain_value_means_what_it_means_to_hydra(overrides):
-    assert node.compose(node.parse(overrides)) == utils.compose(overrides)
+    assert permit.compose(permit.parse(overrides)) == compose(overrides)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +226,9 @@ def test_no_value_of_the_runs_is_in_what_the_server_is_told(value):
         if key == "dataset.path":  # looked for in the bundle, and not there
             continue
         try:
-            asked = node.compose(node.parse(f"{RUN} {key}={value}"))
+            asked = permit.compose(permit.parse(f"{RUN} {key}={value}"))
             cfg = OmegaConf.to_container(asked)
-            node.checks.check_values(cfg)
+            schema.check_values(cfg)
         except (Refusal, UserError):
             with pytest.raises(Refusal) as refusal:
                 settle(SHARE, f"{key}={value}")
@@ -235,10 +236,10 @@ def test_no_value_of_the_runs_is_in_what_the_server_is_told(value):
             assert "77777" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("key", node.SETTINGS)
+@pytest.mark.parametrize("key", permit.SETTINGS)
 def test_no_value_of_the_nodes_is_in_what_the_server_is_told(key, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    value = "MARKER" if node.SETTINGS[key] is str else -77777
+    value = "MARKER" if permit.SETTINGS[key] is str else -77777
     told = ""
     try:
         settle(SHARE | {key: value})
@@ -302,7 +303,7 @@ def test_a_run_asks_for_no_more_than_the_node_gives(own, overrides, ceiling):
 )
 def test_what_would_take_for_ever_to_compute_with_is_refused(override, message):
     with pytest.raises(Refusal, match=message):
-        node.parse(override)
+        permit.parse(override)
 
 
 @pytest.mark.parametrize("key", ["model.name", "dataset.path=null dataset.name"])
@@ -334,7 +335,7 @@ def test_no_reader_of_local_files_is_a_dataset(reader):
     """`load_dataset("text")` would read all files of the working directory."""
     wanted = {"path": None, "name": reader}
     with pytest.raises(Refusal, match=r"dataset.name is no owner/name of the hub"):
-        node.choose_data(wanted, {})
+        permit.choose_data(wanted, {})
     with pytest.raises(UserError, match=rf"dataset.name={reader}.*dataset=local"):
         dataset.check_name(wanted)
 
@@ -351,14 +352,14 @@ def test_a_base_without_weights_in_the_bundle_is_asked_for(
     tmp_path, monkeypatch, notes
 ):
     (tmp_path / "assets/tiny_llama").mkdir(parents=True)
-    monkeypatch.setattr(node, "PROJECT", tmp_path)
+    monkeypatch.setattr(permit, "PROJECT", tmp_path)
     with pytest.raises(Refusal, match="it needs model-path"):
         settle(notes)
 
 
 def test_hydras_own_settings_stay_with_the_server():
     overrides = "seed=3 hydra.run.dir=/x hydra/launcher=x 'hydra.searchpath=[file:///srv]' num_rounds=2"
-    assert node.parse(overrides) == ({}, {"seed": 3, "num_rounds": 2})
+    assert permit.parse(overrides) == ({}, {"seed": 3, "num_rounds": 2})
 
 
 @pytest.mark.parametrize("given", ["report_to=wandb", "save_strategy=epoch"])
@@ -395,13 +396,13 @@ def test_a_node_that_has_neither_data_nor_a_share_says_so():
 )
 def test_a_process_sees_no_other_device_than_its_nodes(monkeypatch, device, visible):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    node.choose_device(device)
+    permit.choose_device(device)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 
 
 def test_every_setting_is_in_the_readme():
     readme = (PROJECT / "README.md").read_text()
-    assert [key for key in node.SETTINGS if f"`{key}`" not in readme] == []
+    assert [key for key in permit.SETTINGS if f"`{key}`" not in readme] == []
 
 
 # --- the ClientApp of `flwr run` on such settings -------------------------------------------

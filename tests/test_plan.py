@@ -5,11 +5,12 @@ import torch
 from omegaconf import OmegaConf
 from transformers import GPTNeoXConfig, LlamaConfig
 
-import comm
 import model
-import plan
 import utils
-from memory import allocated, estimate_vram, occupied
+from compute.vram import allocated, estimate_vram, occupied
+from methods import wire
+from settings import plan
+from settings.compose import compose
 
 MIB = 2**20
 
@@ -53,7 +54,7 @@ def frame(tmp_path):
 
 
 def configuration(*overrides: str) -> dict:
-    cfg = utils.compose(" ".join(["experiment=quickstart", *overrides]))
+    cfg = compose(" ".join(["experiment=quickstart", *overrides]))
     return OmegaConf.to_container(cfg, resolve=True)
 
 
@@ -126,7 +127,7 @@ def test_the_plan_counts_the_evaluation_before_round_1():
     )
 
 
-@pytest.mark.parametrize("dtype", comm.DTYPES)
+@pytest.mark.parametrize("dtype", wire.DTYPES)
 def test_wire_bytes_are_those_that_are_packed(dtype):
     cfg = configuration("peft=dora")  # matrices and vectors
     net = model.skeleton(cfg["model"], cfg["peft"])
@@ -135,7 +136,7 @@ def test_wire_bytes_are_those_that_are_packed(dtype):
         for name, parameter in net.named_parameters()
         if parameter.requires_grad
     }
-    packed, _ = comm.pack(state, dtype)
+    packed, _ = wire.pack(state, dtype)
     assert plan.wire_bytes(net, dtype) == sum(t.nbytes for t in packed.values())
 
 

@@ -6,8 +6,9 @@ import shlex
 import pytest
 from flwr.common.config import parse_config_args
 
-import node
 import utils
+from node import permit
+from settings.compose import compose
 
 README = (utils.PROJECT / "README.md").read_text()
 for _blank, _value in {
@@ -31,7 +32,7 @@ def test_each_run_composes(arguments):
     ]
     if "--multirun" in arguments:  # the first value of each sweep
         words = [word.split(",")[0] for word in words]
-    cfg = utils.compose(" ".join(map(shlex.quote, words)))
+    cfg = compose(" ".join(map(shlex.quote, words)))
     assert cfg.num_rounds >= 1
 
 
@@ -47,7 +48,7 @@ def test_each_federated_run_composes_and_no_node_would_refuse_it():
     for words in runs:
         given = parse_config_args([words[words.index("--run-config") + 1]])
         assert given.keys() == {"overrides"}
-        node.compose(node.parse(given["overrides"]))
+        permit.compose(permit.parse(given["overrides"]))
 
 
 def test_each_nodes_settings_are_known():
@@ -56,7 +57,7 @@ def test_each_nodes_settings_are_known():
     for words in nodes:
         given = parse_config_args([words[words.index("--node-config") + 1]])
         paths = {key: "." for key in given if key.endswith("-path")}
-        node.check_settings(given | paths)
+        permit.check_settings(given | paths)
 
 
 def test_the_seed_commands_stand_in_it():

@@ -28,15 +28,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-import checks
 import client
-import comm
 import dataset
-import examine
 import model
-import strategy
 import utils
-from utils import PROJECT, Refusal
+from evaluation import examine
+from methods import aggregate, wire
+from server import exchange, rounds
+from settings import preflight
+from settings.compose import compose, resolve
+from utils import PROJECT, STOP, Refusal
 
 SHAPES = {"x.lora_A.weight": (4, 6), "x.lora_B.weight": (6, 3), "x.magnitude": (5,)}
 START = {name: torch.ones(shape) for name, shape in SHAPES.items()}
@@ -56,7 +57,7 @@ def honest(kind: str, partition: int, dtype: str = "float16") -> RecordDict:
     if kind == "evaluate":
         metrics = {"num-examples": 3, "eval_loss": 2.0, "eval_accuracy": 0.5}
         return RecordDict({"metrics": MetricRecord(metrics)})
-    packed, _ = comm.pack(honest_update(partition), dtype)
+    packed, _ = wire.pack(honest_update(partition), dtype)
     metrics = {"num-examples": EXAMPLES, "train_loss": 2.0, "peak_memory": 7}
     metrics |= {"records": 40, "micro_batch": 4, "seconds": 0.5}
     return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
@@ -82,8 +83,8 @@ HONEST_APP.evaluate()(_answer("evaluate"))
 
 @pytest.fixture(scope="module")
 def composed() -> dict:
-    return checks.check(
-        utils.compose(
+    return preflight.check(
+        compose(
             "experiment=quickstart num_clients=4 num_rounds=2 strategy.fraction_fit=1 "
             "strategy.fraction_evaluate=1 evaluate.exact_match=false "
             "train.training_arguments.max_steps=2 "
@@ -103,7 +104,7 @@ def serve(composed, frame, loopback, monkeypatch):
     """Makes a server of four clients, of which the hostile one's replies go by `tamper`."""
     monkeypatch.setattr(model, "skeleton", lambda *_: frame)
     monkeypatch.setattr(model, "seeded", lambda *_: START)
-    monkeypatch.setattr(strategy, "PULL_INTERVAL", 0)
+    monkeypatch.setattr(exchange, "PULL_INTERVAL", 0)
     monkeypatch.setitem(DTYPE, "now", "float16")
 
     def make(tamper=lambda reply: reply, told=None, grid=loopback, **changed):
@@ -115,7 +116,7 @@ def serve(composed, frame, loopback, monkeypatch):
         grid = grid(cfg)
         grid.client_app = HONEST_APP
         grid.tamper = lambda who, reply: tamper(reply) if who == HOSTILE else reply
-        server = strategy.Server(cfg, grid, told)
+        server = rounds.Server(cfg, grid, told)
         server.expected = START
         return server
 
@@ -232,7 +233,7 @@ TABLE = {
     ),
     "no tensors": (lambda: replaced("arrays", ArrayRecord()), "3 adapter tensors"),
     "a tensor renamed": (lambda: renamed_tensor("\x1b[2Jevil"), "1 adapter tensors"),
-    "a scale": (lambda: renamed_tensor(FIRST + comm.SCALE), "1 adapter tensors"),
+    "a scale": (lambda: renamed_tensor(FIRST + wire.SCALE), "1 adapter tensors"),
     "5000 tensors more": (more_tensors, "5000 unknown tensors"),
     # what an array says of itself
     "another type": (lambda: values(torch.Tensor.float), "not of type float16"),
@@ -360,7 +361,7 @@ ERRORS = {
 }
 
 
-def play(server: strategy.Server) -> tuple[dict, dict]:
+def play(server: rounds.Server) -> tuple[dict, dict]:
     """A round, of which history.json could be written; what it holds of the hostile one."""
     state, entry = server.train_round(1, START)
     text = json.dumps(entry, allow_nan=False, ensure_ascii=False)
@@ -370,7 +371,7 @@ def play(server: strategy.Server) -> tuple[dict, dict]:
     return state, entry
 
 
-def left_out(server: strategy.Server, capsys) -> str:
+def left_out(server: rounds.Server, capsys) -> str:
     """That a round goes on with the other three, and why the hostile client was left out."""
     state, entry = play(server)
     assert [one["partition"] for one in entry["clients"]] == [0, 2, 3]
@@ -464,7 +465,7 @@ def test_every_figure_of_a_real_client_is_known(configure):
         ("train", client.train(cfg, start, 0, 1)[1]),
         ("evaluate", client.evaluate(cfg, start, 0)),
     ):
-        assert strategy.read_figures(kind, figures) == figures
+        assert exchange.read_figures(kind, figures) == figures
 
 
 # --- where the bytes are many -----------------------------------------------------------------
@@ -563,7 +564,7 @@ NUMBERS = st.one_of(
     st.sampled_from([EXAMPLES, 1, 0.0, 1e308, 5e-324, -0.0, 2**53, 65504]),
 )
 FIGURE_NAMES = st.one_of(
-    st.sampled_from(sorted(set().union(*strategy.FIGURES.values()))),
+    st.sampled_from(sorted(set().union(*exchange.FIGURES.values()))),
     st.sampled_from(["partition", "bytes_up", "bytes_down"]),
     st.text(max_size=8),
 )
@@ -615,7 +616,7 @@ def odd_contents(draw) -> RecordDict:
     for name in draw(st.sets(st.sampled_from(sorted(metrics)), max_size=1)):
         del metrics[name]
     names = st.one_of(
-        st.sampled_from([*SHAPES, *(name + comm.SCALE for name in SHAPES)]),
+        st.sampled_from([*SHAPES, *(name + wire.SCALE for name in SHAPES)]),
         st.text(max_size=5),
     )
     for name, array in draw(st.dictionaries(names, odd_arrays(), max_size=2)).items():
@@ -623,7 +624,7 @@ def odd_contents(draw) -> RecordDict:
     factor = draw(st.sampled_from([None, None, 0.0, -1.0, 1e3, 6e4]))
     if factor is not None:
         update = {k: torch.full(s, factor) for k, s in SHAPES.items()}
-        record = ArrayRecord(comm.pack(update, DTYPE["now"])[0])
+        record = ArrayRecord(wire.pack(update, DTYPE["now"])[0])
     return RecordDict(
         draw(
             st.sampled_from(
@@ -647,7 +648,7 @@ def odd_contents(draw) -> RecordDict:
     ("dtype", "examples"),
     [
         ("float16", 25),
-        *(pytest.param(each, 150, marks=pytest.mark.slow) for each in comm.DTYPES),
+        *(pytest.param(each, 150, marks=pytest.mark.slow) for each in wire.DTYPES),
     ],
 )
 def test_no_reply_ends_a_round_or_moves_it_beyond_its_share(
@@ -725,7 +726,7 @@ def test_no_reply_ends_an_evaluation_or_decides_it(serve, capsys):
 
     attempt()
     # It holds back a tenth of its records and no more.
-    held = strategy.most_used(server.cfg, "evaluate", "num-examples", HOSTILE, False)
+    held = exchange.most_used(server.cfg, "evaluate", "num-examples", HOSTILE, False)
     figures = {"eval_loss": 0.0, "eval_accuracy": 1.0}
     for count, usable in ((held, True), (held + 1, False)):
         record = MetricRecord({"num-examples": count, **figures})
@@ -754,7 +755,7 @@ def test_a_client_of_few_questions_may_have_held_back_all_that_it_has(
     )
     held = dataset.split(cfg, dataset.load_partition(cfg, 0))[1]
     assert len(held) == 5
-    assert strategy.most_used(cfg, "evaluate", "num-examples", 0, False) == 5
+    assert exchange.most_used(cfg, "evaluate", "num-examples", 0, False) == 5
 
 
 # --- what a client weighs ------------------------------------------------------------------------
@@ -794,8 +795,8 @@ def test_by_epochs_a_client_counts_for_its_own_records_and_no_more(serve, capsys
         "max_steps": -1,
         "num_train_epochs": 3,
     }
-    most = strategy.most_used(server.cfg, "train", "num-examples", HOSTILE, False)
-    rows = strategy.most_used(server.cfg, "train", "records", HOSTILE, False)
+    most = exchange.most_used(server.cfg, "train", "num-examples", HOSTILE, False)
+    rows = exchange.most_used(server.cfg, "train", "records", HOSTILE, False)
     assert most == 3 * rows > 0
     server.grid.tamper = claims({HOSTILE: {"num-examples": most}})
     assert play(server)[1]["replied"] == 4
@@ -832,12 +833,12 @@ def test_in_a_federation_more_counts_for_no_more(serve):
     ],
 )
 def test_a_federation_by_records_has_to_say_what_it_believes(overrides, word):
-    config = utils.compose(f"experiment=quickstart {overrides}")
+    config = compose(f"experiment=quickstart {overrides}")
     with pytest.raises(utils.UserError, match=f"{word}: .* strategy.max_weight=5000"):
-        checks.check_strategy(checks.resolve(config), deployed=True)
-    checks.check_strategy(checks.resolve(config))
+        preflight.check_strategy(resolve(config), deployed=True)
+    preflight.check_strategy(resolve(config))
     config.strategy.max_weight = 5000
-    checks.check_strategy(checks.resolve(config), deployed=True)
+    preflight.check_strategy(resolve(config), deployed=True)
 
 
 # --- an adapter that would not arrive --------------------------------------------------------------
@@ -849,7 +850,7 @@ def fill(values: dict[int, float], dtype: str = "float16"):
     def tamper(who: int, reply: Message) -> Message:
         if "arrays" in reply.content and who in values:
             update = {k: torch.full(s, values[who]) for k, s in SHAPES.items()}
-            packed = comm.pack(update, dtype)[0]
+            packed = wire.pack(update, dtype)[0]
             reply.content["arrays"] = ArrayRecord(packed)
         return reply
 
@@ -867,7 +868,7 @@ def test_an_update_that_would_not_arrive_is_left_out(dtype, value, serve, capsys
     assert [one["partition"] for one in entry["clients"]] == [0, 2, 3]
     [failure] = entry["failures"]
     assert f"beyond comm.dtype={dtype}" in failure["cause"]
-    assert comm.lost(state, dtype) is None
+    assert wire.lost(state, dtype) is None
     # Clipped it can do no harm, and is taken.
     server.cfg["strategy"]["clip_norm"] = 1e-3
     server.grid.tamper = fill({HOSTILE: value / 2}, dtype)
@@ -882,11 +883,11 @@ def test_a_momentum_that_leads_out_of_range_leaves_out_the_longest(serve, capsys
         "server_learning_rate": 8.0,
     }
     server = serve(strategy__max_round_retries=1)
-    server.strategy = strategy.build(node)
+    server.strategy = aggregate.build(node)
     server.grid.tamper = fill({HOSTILE: 65000.0, 0: 1.0})
     # Each by itself is within float16, and so is the mean, but not eight times the mean.
     state, entry = server.train_round(1, START)
-    assert comm.lost(state, "float16") is None
+    assert wire.lost(state, "float16") is None
     assert entry["retries"] == 1
     [failure] = entry["failures"]
     assert failure["partition"] == HOSTILE
@@ -914,11 +915,11 @@ def test_what_the_server_broke_is_no_refusal_of_the_clients(configure):
 
 def test_a_strategy_that_fails_is_asked_again_and_then_named(serve):
     server = serve(strategy__max_round_retries=1)
-    server.strategy = strategy.build(
+    server.strategy = aggregate.build(
         {"_target_": "flwr.serverapp.strategy.Bulyan", "num_malicious_nodes": 1}
     )
     with pytest.raises(
-        strategy.RunFailed, match=r"failed 2 times .* Bulyan made nothing"
+        rounds.RunFailed, match=r"failed 2 times .* Bulyan made nothing"
     ):
         server.train_round(1, START)
 
@@ -1041,7 +1042,7 @@ def test_a_first_adapter_that_would_not_arrive_is_not_sent(serve, read_from_the_
     values = {**START, "x.magnitude": torch.full((5,), 1e5)}
     content = RecordDict({"arrays": ArrayRecord(values)})
     server.grid.tamper = lambda who, reply: setattr(reply, "content", content) or reply
-    with pytest.raises(strategy.RunFailed, match=r"comm.dtype=float16: x.magnitude"):
+    with pytest.raises(rounds.RunFailed, match=r"comm.dtype=float16: x.magnitude"):
         server.initial_adapter()
 
 
@@ -1058,7 +1059,7 @@ def test_where_none_is_made_by_more_than_half_the_run_does_not_begin(
 ):
     server = serve(strategy__max_round_retries=1)
     server.grid.tamper = forged({0: 2.0, 1: 2.0})
-    with pytest.raises(strategy.RunFailed, match="make 2 different first adapters"):
+    with pytest.raises(rounds.RunFailed, match="make 2 different first adapters"):
         server.initial_adapter()
 
 
@@ -1104,8 +1105,8 @@ def test_no_reply_keeps_the_first_adapter_from_being_made(name, serve):
 
 @pytest.fixture
 def stop():
-    yield strategy.STOP
-    strategy.STOP.clear()
+    yield STOP
+    STOP.clear()
 
 
 def test_a_stop_is_heard_while_nodes_are_waited_for(serve, stop, monkeypatch):
@@ -1170,10 +1171,10 @@ def test_when_all_have_refused_the_run_says_so_at_once(serve, monkeypatch):
 
     server.grid.tamper = refuse
     monkeypatch.setattr(server, "_wait_for_nodes", pytest.fail)
-    with pytest.raises(strategy.RunFailed, match="Round 1 failed 1 times"):
+    with pytest.raises(rounds.RunFailed, match="Round 1 failed 1 times"):
         server.train_round(1, START)
     with pytest.raises(
-        strategy.RunFailed, match="All 4 clients refused: it has 3 records"
+        rounds.RunFailed, match="All 4 clients refused: it has 3 records"
     ):
         server.train_round(2, START)
 
@@ -1191,12 +1192,12 @@ def test_the_base_may_take_longer_to_load_than_a_round(serve, monkeypatch):
 
     server.grid.pull_messages = slow
     monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr(strategy.STOP, "wait", lambda seconds: None)
+    monkeypatch.setattr(STOP, "wait", lambda seconds: None)
     state = server.initial_adapter()
     assert all(torch.equal(state[name], START[name]) for name in START)
     asked.clear()
     with pytest.raises(
-        strategy.RunFailed, match=r"no reply within train\.round_timeout=4"
+        rounds.RunFailed, match=r"no reply within train\.round_timeout=4"
     ):
         server.train_round(1, START)
 
@@ -1210,11 +1211,7 @@ def test_every_strategy_of_flowers_works_or_is_refused_in_a_line():
     ours = {
         node["_target_"].rpartition(".")[2]: node
         for path in (PROJECT / "conf/strategy").glob("*.yaml")
-        if (
-            node := utils.compose(
-                f"experiment=quickstart strategy={path.stem}"
-            ).strategy
-        )
+        if (node := compose(f"experiment=quickstart strategy={path.stem}").strategy)
     }
     readme = (PROJECT / "README.md").read_text()
     [row] = [line for line in readme.splitlines() if line.startswith("| `strategy=`")]
@@ -1222,11 +1219,11 @@ def test_every_strategy_of_flowers_works_or_is_refused_in_a_line():
         assert f"`{path.stem}`" in row
     for name in flower.__all__:
         if name in ours:
-            strategy.rehearse(dict(ours[name]), 8)
+            aggregate.rehearse(dict(ours[name]), 8)
             continue
         node = {"_target_": f"flwr.serverapp.strategy.{name}"}
         with pytest.raises(utils.UserError) as refused:
-            strategy.rehearse(node, 8)
+            aggregate.rehearse(node, 8)
         told = str(refused.value)
         assert name in told
         assert len(told.splitlines()) == 1

@@ -30,8 +30,11 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from scipy.stats import binomtest, bootstrap
 
-import report
 import utils
+from reporting import figures, report
+from reporting.sweep import summarise_sweep
+from settings.compose import compose, record
+from utils import public
 
 # By mode, the exact match for seeds 0, 1 and 2; in `local` of each of two clients.
 EXACT = {
@@ -72,7 +75,7 @@ def write_run(job: Path, overrides: list[str], score, seed: int, cfg) -> None:
     settings = dict(text.split("=") for text in overrides)
     mode = settings["mode"]
     cfg.mode, cfg.seed = mode, seed
-    utils.record(cfg, overrides, job)
+    record(cfg, overrides, job)
     each = score if mode == "local" else [score]
     own = [
         {"partition": i, "num-examples": HELD[i], "eval_loss": loss}
@@ -126,7 +129,7 @@ def write_run(job: Path, overrides: list[str], score, seed: int, cfg) -> None:
 def sweep(tmp_path_factory) -> Path:
     """A sweep of 18 runs, as Hydra numbers them."""
     folder = tmp_path_factory.mktemp("sweep")
-    cfg = utils.compose("experiment=quickstart num_clients=2 num_rounds=3")
+    cfg = compose("experiment=quickstart num_clients=2 num_rounds=3")
     number = 0
     for partitioner, modes in EXACT.items():
         for mode, scores in modes.items():
@@ -596,7 +599,7 @@ def test_settings_of_strangers_are_shown_as_text(mine):
     assert not any(name.startswith("on") for _, of in page.tags for name in of)
     # The commands give each setting to Hydra as one word.
     words = shlex.split(report.commands(report.read(mine)[0]).partition("bash\n")[2])
-    assert words.count(utils.public(f"dataset.name={text}")) == 3
+    assert words.count(public(f"dataset.name={text}")) == 3
 
 
 def test_callback_reports_after_a_failure_and_at_the_end(mine, capsys):
@@ -693,11 +696,11 @@ def test_a_sweeps_picture_names_what_differs_and_fits(tmp_path, monkeypatch):
     for number, (path, seed) in enumerate((p, s) for p in paths for s in (0, 1)):
         job = tmp_path / str(number)
         mine = [*same, f"seed={seed}", f"dataset.path={path}"]
-        utils.record(OmegaConf.create({}), mine, job)
+        record(OmegaConf.create({}), mine, job)
         rounds = [{"round": r, "train_loss": 3.0 - r / 10} for r in range(1, 4)]
         utils.write_json(job / "history.json", {"rounds": rounds[: number + 1]})
     (tmp_path / "3/history.json").unlink()  # it failed at once
-    utils.summarise_sweep(tmp_path)
+    summarise_sweep(tmp_path)
     header, *rows = csv.reader((tmp_path / "losses.csv").read_text().splitlines())
     assert header == ["run", "seed", "dataset.path", "rounds", "last smoothed loss"]
     assert [row[:3] for row in rows] == [
@@ -733,7 +736,7 @@ def test_a_runs_picture_has_all_its_losses(count, before, tmp_path, monkeypatch)
     ]
     rounds[-1] |= {"eval_loss": 2.1, "eval_clients": [{"num-examples": 7}] * 2}
     history = {"rounds": rounds} | ({"before": before} if before else {})
-    utils.plot_run(history, "a_base (4-bit): $x$", tmp_path / "train_loss.png")
+    figures.plot_run(history, "a_base (4-bit): $x$", tmp_path / "train_loss.png")
     [axes] = pictures[0].axes
     lines = {line.get_label(): line for line in axes.lines}
     assert lines.keys() == {
@@ -854,7 +857,7 @@ def test_compare_is_every_mode_with_three_seeds_and_two_partitionings():
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     assert len(jobs) == len(set(map(tuple, jobs))) == 18
     for job in jobs[::9]:
-        one = utils.compose(" ".join(["experiment=compare", *job]))
+        one = compose(" ".join(["experiment=compare", *job]))
         assert one.num_clients == 16
     lines = (utils.PROJECT / one.dataset.path).read_text().splitlines()
     assert len({json.loads(line)[one.dataset.label] for line in lines}) == 16

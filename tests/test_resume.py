@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load
 
-import checkpoint
-import comm
-import strategy
-from checks import check, resumed
-from utils import PROJECT, UserError, command, commit, compose, override, record
+from methods import aggregate, store
+from server import checkpoint, rounds
+from settings.compose import compose, record, resumed
+from settings.preflight import check
+from utils import PROJECT, UserError, command, commit, override
 
 OPTIMISERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian"]
 
@@ -57,7 +57,7 @@ def killed_in(loopback, cfg: dict, folder: Path, last: int) -> None:
         return reply
 
     with pytest.raises(Killed):
-        strategy.run(cfg, loopback(cfg, kill, folder), folder)
+        rounds.run(cfg, loopback(cfg, kill, folder), folder)
 
 
 def whole_and_killed(loopback, cfg: dict, folder: Path) -> tuple[Path, Path]:
@@ -65,7 +65,7 @@ def whole_and_killed(loopback, cfg: dict, folder: Path) -> tuple[Path, Path]:
     whole, parts = folder / "whole", folder / "parts"
     whole.mkdir()
     parts.mkdir()
-    strategy.run(cfg, loopback(cfg, folder=whole), whole)
+    rounds.run(cfg, loopback(cfg, folder=whole), whole)
     killed_in(loopback, cfg, parts, last=2)
     return whole, parts
 
@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_ends_bit_identical(
     whole, parts = whole_and_killed(loopback, cfg, tmp_path)
     again = cfg | {"resume": str(parts)}
     killed_in(loopback, again, parts, last=2)  # its second round, the third of all
-    strategy.run(again, loopback(again, folder=parts), parts)
+    rounds.run(again, loopback(again, folder=parts), parts)
     assert same(adapter(whole, 4), adapter(parts, 4))
     assert losses(whole) == losses(parts)
     summary = json.loads((parts / "summary.json").read_text())
@@ -107,7 +107,7 @@ def test_alone_every_client_goes_on_with_its_own_adapter(configure, loopback, tm
     cfg = configure("mode=local", "num_rounds=3", "num_clients=2")
     whole, parts = whole_and_killed(loopback, cfg, tmp_path)
     again = cfg | {"resume": str(parts)}
-    strategy.run(again, loopback(again, folder=parts), parts)
+    rounds.run(again, loopback(again, folder=parts), parts)
     for own in ("client_0", "client_1"):
         file = f"peft_3/{own}/adapter_model.safetensors"
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
@@ -119,7 +119,7 @@ def test_the_order_of_replies_leaves_no_trace(configure, loopback, tmp_path):
     cfg = configure("num_clients=4", "strategy.fraction_fit=1")
     (one := tmp_path / "one").mkdir()
     (other := tmp_path / "other").mkdir()
-    strategy.run(cfg, loopback(cfg), one)
+    rounds.run(cfg, loopback(cfg), one)
     forward = loopback(cfg)
     push = forward.push_messages
 
@@ -129,16 +129,16 @@ def test_the_order_of_replies_leaves_no_trace(configure, loopback, tmp_path):
         return ids
 
     forward.push_messages = push_reversed
-    strategy.run(cfg, forward, other)
+    rounds.run(cfg, forward, other)
     assert same(adapter(one, 2), adapter(other, 2))
 
 
 def test_more_rounds_may_be_asked_for(configure, loopback, tmp_path):
     cfg = configure("num_rounds=2", "train.save_every_round=1")
-    strategy.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
     first = adapter(tmp_path, 2)
     longer = cfg | {"num_rounds": 3, "resume": str(tmp_path)}
-    strategy.run(longer, loopback(longer, folder=tmp_path), tmp_path)
+    rounds.run(longer, loopback(longer, folder=tmp_path), tmp_path)
     assert len(losses(tmp_path)) == 3
     assert same(first, adapter(tmp_path, 2))
     assert not same(first, adapter(tmp_path, 3))
@@ -148,7 +148,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins(
     configure, loopback, tmp_path
 ):
     cfg = configure("num_rounds=1") | {"resume": str(tmp_path)}
-    strategy.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
     assert len(losses(tmp_path)) == 1
 
 
@@ -156,7 +156,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins(
 
 
 def test_half_a_checkpoint_is_none(tmp_path):
-    fedavg = strategy.build({"_target_": "flwr.serverapp.strategy.FedAvg"})
+    fedavg = aggregate.build({"_target_": "flwr.serverapp.strategy.FedAvg"})
     checkpoint.save(tmp_path, 3, {"w": torch.zeros(1)}, fedavg, 1.0)
     whole = tmp_path / "checkpoints/000003"
 
@@ -176,14 +176,14 @@ def test_what_a_killed_run_left_of_later_rounds_is_done_again(
     configure, loopback, tmp_path
 ):
     cfg = configure("num_rounds=3", "train.save_every_round=1")
-    strategy.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
     whole = adapter(tmp_path, 3)
     # Killed between the adapter of round 3 and its checkpoint, while writing another.
     shutil.rmtree(tmp_path / "checkpoints/000003")
     (tmp_path / "peft_3/adapter_model.safetensors").write_bytes(b"stale")
     (tmp_path / "checkpoints/.000003.77.tmp").mkdir()
     again = cfg | {"resume": str(tmp_path)}
-    strategy.run(again, loopback(again, folder=tmp_path), tmp_path)
+    rounds.run(again, loopback(again, folder=tmp_path), tmp_path)
     assert same(whole, adapter(tmp_path, 3))
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -191,11 +191,11 @@ def test_what_a_killed_run_left_of_later_rounds_is_done_again(
 def test_error_feedback_of_a_round_that_is_done_again_is_not_used(tmp_path):
     for number in (1, 2, 3):
         left = {"w": torch.tensor([float(number)])}
-        comm.save_residual(tmp_path, 0, number, left)
-    comm.save_residual(tmp_path, 10, 2, {"w": torch.tensor([9.0])})
-    assert comm.load_residual(tmp_path, 0, 3)["w"].item() == 2
-    assert comm.load_residual(tmp_path, 0, 4)["w"].item() == 3
-    assert comm.load_residual(tmp_path, 0, 1) is None
+        store.save_residual(tmp_path, 0, number, left)
+    store.save_residual(tmp_path, 10, 2, {"w": torch.tensor([9.0])})
+    assert store.load_residual(tmp_path, 0, 3)["w"].item() == 2
+    assert store.load_residual(tmp_path, 0, 4)["w"].item() == 3
+    assert store.load_residual(tmp_path, 0, 1) is None
     assert len(list(tmp_path.glob("0-*"))) == 2
 
 
@@ -233,14 +233,14 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(
         "train.training_arguments.max_steps=1",
     )
     (whole := tmp_path / "whole").mkdir()
-    strategy.run(cfg, loopback(cfg, folder=whole), whole)
+    rounds.run(cfg, loopback(cfg, folder=whole), whole)
     folder = disk(size)
     with pytest.raises(UserError, match=r"No space left on device") as told:
-        strategy.run(cfg, loopback(cfg, folder=folder), folder)
+        rounds.run(cfg, loopback(cfg, folder=folder), folder)
     assert re.search("Go on after round|No round was finished", str(told.value))
     disk("100m")
     again = cfg | {"resume": str(folder)}
-    strategy.run(again, loopback(again, folder=folder), folder)
+    rounds.run(again, loopback(again, folder=folder), folder)
     assert same(adapter(whole, 4), adapter(folder, 4))
     assert losses(whole) == losses(folder)
     assert not list(folder.rglob(".*.tmp"))
@@ -344,7 +344,7 @@ def test_killed_three_times_it_ends_bit_identical(name, loopback, tmp_path):
     command = f"{SHORT} strategy={name} num_rounds=6 train.save_every_round=6"
     # Never interrupted, and in one process instead of five.
     cfg = check(compose(command))
-    strategy.run(cfg, loopback(cfg, folder=whole), whole)
+    rounds.run(cfg, loopback(cfg, folder=whole), whole)
     begin = f"{command} hydra.run.dir={parts}"
     # While the workers load the base, in the middle of round 2, in the middle of round 5.
     for start, when in (

@@ -27,7 +27,7 @@ SHORT = (
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run certs/make.sh for another folder than its own."""
     folder.mkdir(exist_ok=True)
-    script = shutil.copy(PROJECT / "certs/make.sh", folder)
+    script = shutil.copy(PROJECT / "deploy/certs/make.sh", folder)
     return subprocess.run([script, *arguments], capture_output=True, text=True)
 
 

@@ -12,11 +12,15 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
 import client
-import comm
 import dataset
-import examine
 import model
-import strategy
+from evaluation import examine
+from methods import aggregate
+from methods.wire import pack, unpack
+from records import templates
+from server import cohort
+from server import rounds as server_rounds
+from server.rounds import RunFailed, Server, forget_peak_memory, peak_memory, run
 from utils import PROJECT, Refusal
 
 STRATEGIES = sorted(path.stem for path in (PROJECT / "conf/strategy").glob("*.yaml"))
@@ -28,7 +32,7 @@ METHODS = sorted(path.stem for path in (PROJECT / "conf/peft").glob("*.yaml"))
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_each_strategy_completes_two_rounds(name, configure, loopback, tmp_path):
     cfg = configure(f"strategy={name}", "num_clients=7", "strategy.fraction_fit=1")
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    run(cfg, loopback(cfg), tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert [entry["replied"] for entry in rounds] == [7, 7]
     assert all(entry["failures"] == [] for entry in rounds)
@@ -41,7 +45,7 @@ def test_each_peft_method_trains_saves_loads_and_answers(
     name, configure, loopback, tmp_path
 ):
     cfg = configure(f"peft={name}", "train.save_every_round=1")
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    run(cfg, loopback(cfg), tmp_path)
     folder = tmp_path / "peft_2"
     about = model.read_about(str(folder))
     net, tokenizer = model.open_adapter(str(folder), about, torch.device("cpu"))
@@ -50,8 +54,8 @@ def test_each_peft_method_trains_saves_loads_and_answers(
         for name in ("peft_1", "peft_2")
     ]
     assert any(not torch.equal(first[name], second[name]) for name in first)
-    prompt = dataset.prompt(about["template"], [QUESTION], tokenizer)
-    ends = dataset.ends(about["template"], tokenizer, net.generation_config)
+    prompt = templates.prompt(about["template"], [QUESTION], tokenizer)
+    ends = templates.ends(about["template"], tokenizer, net.generation_config)
     [answer] = examine.answer(net, tokenizer, [prompt], 3, ends)
     assert isinstance(answer, str)
     ids = torch.tensor([prompt])
@@ -85,7 +89,7 @@ def fixed_replies(values: dict[int, float], examples: dict[int, int]):
 def test_fedavg_weighs_by_examples_trained_on(configure, loopback):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1")
     tamper = fixed_replies({0: 1.0, 1: 2.0, 2: 6.0}, {0: 5, 1: 3, 2: 2})
-    server = strategy.Server(cfg, loopback(cfg, tamper))
+    server = Server(cfg, loopback(cfg, tamper))
     start = server.initial_adapter()
     state, entry = server.train_round(1, start)
     # (5 * 1 + 3 * 2 + 2 * 6) / 10
@@ -107,7 +111,7 @@ def test_robust_strategies_shrug_off_an_outlier(name, expected, configure, loopb
     cfg = configure(f"strategy={name}", "num_clients=5", "strategy.fraction_fit=1")
     values = {0: 1.0, 1: 6.0, 2: 100.0, 3: 2.0, 4: 1.0}
     grid = loopback(cfg, fixed_replies(values, dict.fromkeys(values, 1)))
-    server = strategy.Server(cfg, grid)
+    server = Server(cfg, grid)
     start = server.initial_adapter()
     state, _ = server.train_round(1, start)
     assert all(torch.allclose(state[name], start[name] + expected) for name in start)
@@ -127,7 +131,7 @@ def test_a_client_that_refuses_is_not_asked_again(configure, loopback, capsys):
 
     grid = loopback(cfg, refuse)
     asked = Asked(grid)
-    server = strategy.Server(cfg, grid)
+    server = Server(cfg, grid)
     state = server.initial_adapter()
     entries = []
     for number in (1, 2, 3):
@@ -166,7 +170,7 @@ def test_a_round_with_too_few_replies_is_repeated_with_others(configure, loopbac
         "num_clients=4", "strategy.fraction_fit=0.5", "strategy.min_fit_replies=2"
     )
     grid = loopback(cfg)
-    server = strategy.Server(cfg, grid)
+    server = Server(cfg, grid)
     state = server.initial_adapter()
     first = {server.partitions[n] for n in server._cohort("fraction_fit", 1).nodes}
     broken_in(grid, {min(first)})
@@ -199,8 +203,8 @@ def test_a_round_that_fails_too_often_ends_the_run_with_all_before_saved(
         return reply
 
     grid.tamper = fail_later
-    with pytest.raises(strategy.RunFailed) as failure:
-        strategy.run(cfg, grid, tmp_path)
+    with pytest.raises(RunFailed) as failure:
+        run(cfg, grid, tmp_path)
     told = str(failure.value)
     assert "Round 3 failed 2 times (strategy.max_round_retries=1)" in told
     assert "RuntimeError: broken" in told
@@ -208,7 +212,7 @@ def test_a_round_that_fails_too_often_ends_the_run_with_all_before_saved(
     assert (tmp_path / "peft_2/adapter_model.safetensors").is_file()
     # With the fault mended, the run goes on and ends.
     again = cfg | {"resume": str(tmp_path)}
-    strategy.run(again, loopback(again), tmp_path)
+    run(again, loopback(again), tmp_path)
     history = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert [entry["replied"] for entry in history] == [2, 2, 2, 2]
 
@@ -236,7 +240,7 @@ def test_a_reply_with_broken_figures_is_left_out(break_, cause, configure, loopb
             break_(reply.content)
         return reply
 
-    server = strategy.Server(cfg, loopback(cfg, tamper))
+    server = Server(cfg, loopback(cfg, tamper))
     _, entry = server.train_round(1, server.initial_adapter())
     assert entry["replied"] == 1
     [failure] = entry["failures"]
@@ -246,7 +250,7 @@ def test_a_reply_with_broken_figures_is_left_out(break_, cause, configure, loopb
 def test_clipping_bounds_what_one_client_can_do(configure, loopback):
     cfg = configure("num_clients=2", "strategy.fraction_fit=1", "strategy.clip_norm=3")
     tamper = fixed_replies({0: 0.0, 1: 1000.0}, {0: 1, 1: 1})
-    server = strategy.Server(cfg, loopback(cfg, tamper))
+    server = Server(cfg, loopback(cfg, tamper))
     start = server.initial_adapter()
     state, _ = server.train_round(1, start)
     moved = {name: state[name] - start[name] for name in start}
@@ -254,16 +258,16 @@ def test_clipping_bounds_what_one_client_can_do(configure, loopback):
     # Half of what is left of the long one, which is 3, and of the other, which is 0.
     assert length.item() == pytest.approx(1.5, rel=1e-4)
     short = {"w": torch.tensor([3.0, 4.0])}
-    assert strategy.clip(short, 5.0)["w"].tolist() == [3.0, 4.0]
-    assert strategy.clip(short, 2.5)["w"].tolist() == [1.5, 2.0]
-    assert strategy.clip(short, None) is short
+    assert aggregate.clip(short, 5.0)["w"].tolist() == [3.0, 4.0]
+    assert aggregate.clip(short, 2.5)["w"].tolist() == [1.5, 2.0]
+    assert aggregate.clip(short, None) is short
 
 
 @pytest.mark.slow
 def test_a_client_that_is_late_is_left_out_of_its_round_only(configure, loopback):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1", "train.round_timeout=3")
     grid = loopback(cfg)
-    server = strategy.Server(cfg, grid)
+    server = Server(cfg, grid)
     state = server.initial_adapter()
     late = sorted(grid.nodes)[1]
     grid.silent = {late}
@@ -285,7 +289,7 @@ def test_nodes_may_leave_and_join_between_rounds(configure, loopback, capsys):
     cfg = configure("num_clients=4", "strategy.fraction_fit=1")
     grid = loopback(cfg)
     grid.nodes.pop()
-    server = strategy.Server(cfg | {"num_clients": 3}, grid, {"run": "first"})
+    server = Server(cfg | {"num_clients": 3}, grid, {"run": "first"})
     state = server.initial_adapter()
     gone = sorted(grid.nodes)[0]
     grid.nodes = [node for node in grid.nodes if node != gone]
@@ -303,7 +307,7 @@ def test_a_node_that_leaves_before_it_is_asked_costs_its_reply_only(
 ):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1")
     grid = loopback(cfg)
-    server = strategy.Server(cfg, grid)
+    server = Server(cfg, grid)
     state = server.initial_adapter()
     everybody = [*grid.nodes]
     grid.get_node_ids = lambda: everybody  # the list is a moment old
@@ -316,7 +320,7 @@ def test_a_node_that_leaves_before_it_is_asked_costs_its_reply_only(
 def test_bytes_are_counted_exactly(configure, loopback):
     cfg = configure()
     grid = loopback(cfg)
-    server = strategy.Server(cfg, grid)
+    server = Server(cfg, grid)
     start = server.initial_adapter()
     _, entry = server.train_round(1, start)
     sent = [m.content["arrays"] for m in grid.sent if "arrays" in m.content]
@@ -330,7 +334,7 @@ def test_bytes_are_counted_exactly(configure, loopback):
 def test_fedprox_reaches_the_clients(configure, loopback):
     cfg = configure("strategy=fedprox", "strategy.proximal_mu=0.25")
     grid = loopback(cfg)
-    server = strategy.Server(cfg, grid)
+    server = Server(cfg, grid)
     server.train_round(1, server.initial_adapter())
     assert [m.content["config"].get("proximal-mu") for m in grid.sent[-2:]] == [
         0.25
@@ -339,7 +343,7 @@ def test_fedprox_reaches_the_clients(configure, loopback):
 
 def test_server_optimisers_step_as_in_the_paper(configure, loopback):
     cfg = configure("strategy=fedadam", "num_clients=2", "strategy.fraction_fit=1")
-    server = strategy.Server(cfg, loopback(cfg))
+    server = Server(cfg, loopback(cfg))
     start = server.initial_adapter()
     tamper = fixed_replies({0: 1.0, 1: 3.0}, {0: 1, 1: 1})
     server.grid = loopback(cfg, tamper)
@@ -369,10 +373,10 @@ def test_the_running_mean_equals_the_batch(name, configure):
         [1, 5, 160, 7, 9, 2],
     )
     results = []
-    for gather in (strategy.Mean, strategy.Mean, strategy.All):
-        server = strategy.build(settings)
+    for gather in (aggregate.Mean, aggregate.Mean, aggregate.All):
+        server = aggregate.build(settings)
         messages = server.configure_train(
-            1, ArrayRecord(start), ConfigRecord(), strategy.Cohort([1])
+            1, ArrayRecord(start), ConfigRecord(), aggregate.Cohort([1])
         )
         assert len(list(messages)) == 1
         gathered = gather(server, start)
@@ -389,7 +393,7 @@ def test_the_running_mean_equals_the_batch(name, configure):
 def test_every_reply_with_a_first_adapter_is_fetched(configure, loopback):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1")
     grid = loopback(cfg)
-    state = strategy.Server(cfg, grid).initial_adapter()
+    state = Server(cfg, grid).initial_adapter()
     assert len(grid.sent) == 3
     assert grid.waiting == []
     own = client.initial_adapter(cfg)
@@ -401,12 +405,12 @@ def test_every_reply_with_a_first_adapter_is_fetched(configure, loopback):
 
 def test_sampling_repeats_by_seed_and_counts_down():
     nodes = list(range(20))
-    assert strategy.sample(nodes, 2, 5) == strategy.sample(nodes, 2, 5)
-    draws = {tuple(strategy.sample(nodes, 2, seed)) for seed in range(50)}
+    assert cohort.sample(nodes, 2, 5) == cohort.sample(nodes, 2, 5)
+    draws = {tuple(cohort.sample(nodes, 2, seed)) for seed in range(50)}
     assert len(draws) > 25
     assert {p for draw in draws for p in draw} == set(range(20))
     sizes = [(20, 0.1), (20, 0.14), (100, 0.29), (3, 0.1), (7, 1.0)]
-    assert [strategy.cohort_size(*size) for size in sizes] == [2, 2, 29, 1, 7]
+    assert [cohort.cohort_size(*size) for size in sizes] == [2, 2, 29, 1, 7]
 
 
 def test_a_run_repeats_by_seed_whatever_the_order_of_arrival(
@@ -422,7 +426,7 @@ def test_a_run_repeats_by_seed_whatever_the_order_of_arrival(
     for grid in (loopback(cfg), InOrder(cfg)):
         folder = tmp_path / type(grid).__name__
         folder.mkdir()
-        strategy.run(cfg, grid, folder)
+        run(cfg, grid, folder)
         weights.append((folder / "peft_2/adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
@@ -463,7 +467,7 @@ def test_an_unusable_reply_is_left_out_and_named(
     how, cause, configure, loopback, capsys
 ):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1", "comm.dtype=float32")
-    server = strategy.Server(cfg, loopback(cfg, spoil(1, how)))
+    server = Server(cfg, loopback(cfg, spoil(1, how)))
     start = server.initial_adapter()
     state, entry = server.train_round(1, start)
     assert all(torch.isfinite(value).all() for value in state.values())
@@ -490,10 +494,8 @@ def test_a_run_without_usable_replies_fails_and_keeps_what_it_had(
         return spoil(partition, poison)(partition, reply) if late else reply
 
     grid = loopback(cfg, tamper)
-    with pytest.raises(
-        strategy.RunFailed, match=r"Round 2 failed 3 times .* not finite"
-    ):
-        strategy.run(cfg, grid, tmp_path)
+    with pytest.raises(RunFailed, match=r"Round 2 failed 3 times .* not finite"):
+        run(cfg, grid, tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert [entry["round"] for entry in rounds] == [1]
     assert model.read_about(str(tmp_path / "peft_1"))["round"] == 1
@@ -504,7 +506,7 @@ def test_an_exception_on_a_client_is_told_in_one_line(
     configure, loopback, capsys, monkeypatch
 ):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1")
-    server = strategy.Server(cfg, loopback(cfg))
+    server = Server(cfg, loopback(cfg))
     start = server.initial_adapter()
     load = dataset.load_partition
 
@@ -529,14 +531,14 @@ def test_an_exception_on_a_client_is_told_in_one_line(
 def test_each_wire_format_trains(dtype, size, configure, loopback):
     cfg = configure(f"comm.dtype={dtype}", "num_clients=2", "strategy.fraction_fit=1")
     grid = loopback(cfg)
-    server = strategy.Server(cfg, grid)
+    server = Server(cfg, grid)
     start = server.initial_adapter()
     state, entry = server.train_round(1, start)
     assert entry["replied"] == 2
     weights = sum(value.numel() for value in start.values())
     # Scales for rows of 16 values, and a header for each array.
     assert size * weights < entry["bytes_up"] / 2 < 1.25 * size * weights
-    received = comm.unpack(comm.pack(start, dtype)[0])
+    received = unpack(pack(start, dtype)[0])
     trained = [client.train(cfg, received, p, 1)[0] for p in (0, 1)]
     for name in start:
         mean = (trained[0][name] + trained[1][name]) / 2 - received[name]
@@ -551,7 +553,7 @@ def test_each_wire_format_trains(dtype, size, configure, loopback):
 
 def test_clients_evaluate_the_new_adapter(configure, loopback, tmp_path):
     cfg = configure("strategy.fraction_evaluate=1", "evaluate.holdout=0.02")
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    run(cfg, loopback(cfg), tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert len(rounds) == 2
     for entry in rounds:
@@ -581,7 +583,7 @@ def test_a_client_with_few_records_is_neither_worst_nor_spread(
             metrics.update({"num-examples": 3, "eval_loss": 50.0})
         return reply
 
-    strategy.run(cfg, loopback(cfg, shrink), tmp_path)
+    run(cfg, loopback(cfg, shrink), tmp_path)
     for entry in json.loads((tmp_path / "history.json").read_text())["rounds"]:
         losses = [c["eval_loss"] for c in entry["eval_clients"][1:]]
         assert entry["eval_clients"][0]["eval_loss"] == 50
@@ -596,7 +598,7 @@ def test_the_best_round_is_marked_and_its_adapter_kept(
 ):
     losses = iter([5.0, 3.0, 4.0, 2.5, 9.0, 8.0])
     monkeypatch.setattr(
-        strategy.Examination,
+        server_rounds.Examination,
         "measure",
         lambda *_: examine.Scores(
             {"test_loss": next(losses)}, questions={"nats": [0.0]}
@@ -605,7 +607,7 @@ def test_the_best_round_is_marked_and_its_adapter_kept(
     cfg = configure(
         "num_rounds=6", "evaluate.every_round=1", "train.save_every_round=3"
     )
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    run(cfg, loopback(cfg), tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert [e["best"] for e in rounds] == [True, True, False, True, False, False]
     assert json.loads((tmp_path / "summary.json").read_text())["best_round"] == 4
@@ -632,7 +634,7 @@ def test_evaluation_comes_every_so_many_rounds_and_at_the_end(
         "strategy.fraction_evaluate=0.5",
         "train.training_arguments.max_steps=1",
     )
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    run(cfg, loopback(cfg), tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert ["test_loss" in entry for entry in rounds] == [False, True, True]
     assert ["eval_loss" in entry for entry in rounds] == [False, True, True]
@@ -646,11 +648,11 @@ def test_evaluation_comes_every_so_many_rounds_and_at_the_end(
 @pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/clear_refs")
 def test_a_run_does_not_inherit_the_peak_memory_of_the_one_before_it():
     torch.zeros(2**26)  # 256 MiB, of a run that is over
-    before = strategy.peak_memory()
-    strategy.forget_peak_memory()
-    assert strategy.peak_memory() < before - 2**27
+    before = peak_memory()
+    forget_peak_memory()
+    assert peak_memory() < before - 2**27
     torch.ones(2**26)
-    assert strategy.peak_memory() > before - 2**27
+    assert peak_memory() > before - 2**27
 
 
 # --- what a federation is compared with -----------------------------------------------------------------
@@ -663,7 +665,7 @@ def test_alone_each_client_trains_an_adapter_that_nobody_else_gets(
     overrides = ("mode=local", "strategy=fedadam", "strategy.fraction_evaluate=1")
     cfg = configure(few, *overrides, "evaluate.exact_match=true", "comm.dtype=float32")
     cfg["evaluate"]["max_new_tokens"] = 1
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    run(cfg, loopback(cfg), tmp_path)
     start = client.initial_adapter(cfg)
     for partition in range(4):
         state = start
@@ -702,7 +704,7 @@ def test_centralized_one_takes_the_cohorts_steps_on_everybodys_data(
     rows = dataset.training_rows(cfg, partition=2)
     parts = [dataset.load_partition(cfg, partition) for partition in range(4)]
     assert [*rows] == [row for part in parts for row in part]
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    run(cfg, loopback(cfg), tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
     for entry in rounds:
         assert entry["replied"] == 1
@@ -727,7 +729,7 @@ def test_nothing_that_is_held_back_is_pooled(configure):
 
 def test_adapters_are_saved_when_due_and_at_the_end(configure, loopback, tmp_path):
     cfg = configure("num_rounds=5", "train.save_every_round=2")
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    run(cfg, loopback(cfg), tmp_path)
     saved = sorted(path.name for path in tmp_path.glob("peft_*"))
     assert saved == ["peft_2", "peft_4", "peft_5"]
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -23,10 +23,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import dataset
 import model
-from loss import IGNORED
-from utils import UserError
+from records import templates
+from utils import IGNORED, UserError
 
 SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>", "<|eot|>"]
 # In the manner of Llama 3: trims what it is given, and its special tokens are not among
@@ -38,7 +37,7 @@ CHAT = (
 )
 MISTAKABLE = [
     *SPECIAL,
-    *("<|st", "art|>", "<", "/s>", dataset.MARK),
+    *("<|st", "art|>", "<", "/s>", templates.MARK),
     *("### Response:\n", "ASSISTANT:", "{{ bos_token }}", "\n\n", " "),
 ]
 PIECE = st.one_of(st.text(max_size=20), st.sampled_from(MISTAKABLE))
@@ -77,7 +76,7 @@ def specials(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [i for i in ids if i in added and added[i].special]
 
 
-@pytest.mark.parametrize("template", dataset.TEMPLATES)
+@pytest.mark.parametrize("template", templates.TEMPLATES)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(record=RECORDS, seq_length=st.integers(1, 400))
@@ -87,8 +86,8 @@ def specials(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def test_any_text_is_an_example_or_a_skip(kind, template, record, seq_length):
     tokenizer = TOKENIZERS[kind]
     question = {"instruction": record["instruction"], "input": record["input"]}
-    before = dataset.prompt(template, [question], tokenizer)
-    made = dataset.encode(record, template, tokenizer, seq_length)
+    before = templates.prompt(template, [question], tokenizer)
+    made = templates.encode(record, template, tokenizer, seq_length)
     if made is None:
         assert not record["output"].strip() or len(before) >= seq_length
         return
@@ -101,7 +100,7 @@ def test_any_text_is_an_example_or_a_skip(kind, template, record, seq_length):
 
     # What the record says is never a special token: those are the template's, and the end.
     plain = {"instruction": "a", "input": "b" if question["input"] else ""}
-    expected = specials(dataset.prompt(template, [plain], tokenizer), tokenizer)
+    expected = specials(templates.prompt(template, [plain], tokenizer), tokenizer)
     assert specials(before, tokenizer) == expected
     # CHAT, of byte-level, ends an answer with a token of its own.
     own = kind == "byte-level" and template == "chat"
@@ -131,8 +130,8 @@ def test_what_spells_a_special_token_is_text_in_every_turn(template):
         {"instruction": "</s>", "input": "<s>", "output": "<|eot|>"},
         {"instruction": "<|end|>", "input": ""},
     ]
-    ids = dataset.prompt(template, turns, tokenizer)
-    text = dataset.TEMPLATES[template](turns, tokenizer)
+    ids = templates.prompt(template, turns, tokenizer)
+    text = templates.TEMPLATES[template](turns, tokenizer)
     assert tokenizer.decode(ids) == f"<s>{text}"
     assert tokenizer.convert_ids_to_tokens(specials(ids, tokenizer)) == ["<s>", "</s>"]
 
@@ -182,16 +181,16 @@ def test_what_a_tokenizer_puts_behind_a_text_is_not_in_a_prompt(name, frame):
     )
     begun = [0] * frame.split("$A")[0].count("<s>")
     for template in ("alpaca", "vicuna"):
-        asked = dataset.question(PLAIN)
-        text = dataset.TEMPLATES[template]([asked], tokenizer)
+        asked = templates.question(PLAIN)
+        text = templates.TEMPLATES[template]([asked], tokenizer)
         expected = begun + plain(text, add_special_tokens=False)["input_ids"]
-        assert dataset.prompt(template, [asked], tokenizer) == expected
-        made = dataset.encode(PLAIN, template, tokenizer, 400)
+        assert templates.prompt(template, [asked], tokenizer) == expected
+        made = templates.encode(PLAIN, template, tokenizer, 400)
         assert made["input_ids"][: len(expected)] == expected
         assert made["input_ids"].count(1) == 1  # the end, and it is last
         assert made["labels"][-1] == 1
         turns = [PLAIN, asked]
-        two = dataset.prompt(template, turns, tokenizer)
+        two = templates.prompt(template, turns, tokenizer)
         assert two[: len(begun)] == begun
         assert two.count(1) == 1  # of the first turn's answer
 
@@ -301,7 +300,7 @@ def test_labels_are_what_transformers_says_the_assistant_said(
 ):
     tokenizer = CHATTING[special][style]
     tokenizer.chat_template, end = STYLES[style]
-    assume(dataset.MARK not in asked + said)
+    assume(templates.MARK not in asked + said)
     turns = [
         {"role": "user", "content": asked},
         {"role": "assistant", "content": said},
@@ -313,16 +312,16 @@ def test_labels_are_what_transformers_says_the_assistant_said(
     last = len(mask) - mask[::-1].index(1)  # what comes after it nobody answers
 
     record = {"instruction": asked, "input": "", "output": said}
-    made = dataset.encode(record, "chat", tokenizer, 10_000)
+    made = templates.encode(record, "chat", tokenizer, 10_000)
     assert made["input_ids"] == ids[:last]
     assert made["labels"] == [
         token if said else IGNORED
         for token, said in zip(ids[:last], mask[:last], strict=True)
     ]
     assert made["labels"][-1] == tokenizer.convert_tokens_to_ids(end)
-    assert not dataset.is_cut(made, "chat", tokenizer)
-    cut = dataset.encode(record, "chat", tokenizer, last - 1)
-    assert cut is None or dataset.is_cut(cut, "chat", tokenizer)
+    assert not templates.is_cut(made, "chat", tokenizer)
+    cut = templates.encode(record, "chat", tokenizer, last - 1)
+    assert cut is None or templates.is_cut(cut, "chat", tokenizer)
 
 
 @pytest.mark.parametrize("own", [None, 0, [0], [0, 2]])
@@ -335,9 +334,9 @@ def test_an_answer_is_over_at_the_templates_end_the_tokenizers_and_the_bases(
     base = GenerationConfig(eos_token_id=own)
     eos, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", end])
     bases = {own} if isinstance(own, int) else set(own or ())
-    assert set(dataset.ends("chat", tokenizer, base)) == {eos, turn} | bases
-    assert set(dataset.ends("alpaca", tokenizer, base)) == {eos} | bases
-    assert dataset.end("vicuna", tokenizer) == ("", eos)
+    assert set(templates.ends("chat", tokenizer, base)) == {eos, turn} | bases
+    assert set(templates.ends("alpaca", tokenizer, base)) == {eos} | bases
+    assert templates.end("vicuna", tokenizer) == ("", eos)
 
 
 # --- chat templates that cannot be used --------------------------------------------------------
@@ -414,11 +413,11 @@ def test_a_chat_template_that_cannot_be_used_is_refused(case):
     tokenizer = byte_level()
     tokenizer.chat_template, message = UNFIT[case]
     with pytest.raises(UserError) as told:
-        dataset.check_template("chat", tokenizer)
+        templates.check_template("chat", tokenizer)
     assert message in str(told.value)
     assert len(str(told.value)) < 300
     assert "\n" not in str(told.value)
-    dataset.check_template("alpaca", tokenizer)
+    templates.check_template("alpaca", tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -427,4 +426,4 @@ def test_a_chat_template_that_cannot_be_used_is_refused(case):
 def test_a_chat_template_that_says_all_is_taken(template):
     tokenizer = CHATTING[True]["chatml"]
     tokenizer.chat_template = template
-    dataset.check_template("chat", tokenizer)
+    templates.check_template("chat", tokenizer)

@@ -10,11 +10,10 @@ import pytest
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
-import launch
-import node
-import strategy
-import tracking
-from utils import PROJECT, UserError, compose, git_commit
+from node import permit, processes
+from server import rounds, tracking
+from settings.compose import compose
+from utils import PROJECT, UserError, git_commit
 
 NAMES = sorted(path.stem for path in (PROJECT / "conf/tracking").glob("*.yaml"))
 
@@ -124,9 +123,9 @@ def stopped_and_gone_on(cfg: dict, loopback, folder: Path) -> None:
         return reply
 
     with pytest.raises(Killed):
-        strategy.run(cfg, loopback(cfg, kill, folder), folder)
+        rounds.run(cfg, loopback(cfg, kill, folder), folder)
     cfg["resume"] = str(folder)
-    strategy.run(cfg, loopback(cfg, folder=folder), folder)
+    rounds.run(cfg, loopback(cfg, folder=folder), folder)
 
 
 @pytest.mark.slow
@@ -182,7 +181,7 @@ def test_mlflow_keeps_the_history_the_settings_the_plot_and_the_adapter(
 def test_wandb_writes_the_history_into_the_runs_folder(configure, loopback, tmp_path):
     wandb = pytest.importorskip("wandb")  # large, and not in requirements.txt
     cfg = configure("tracking=wandb")
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    rounds.run(cfg, loopback(cfg), tmp_path)
     wandb.teardown()  # waits for its process, which does the writing
     [written] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = written.read_bytes()
@@ -237,7 +236,7 @@ def test_a_tracker_that_fails_in_mid_run_costs_the_run_nothing(
 ):
     monkeypatch.setattr(tracking.TensorBoard, "log", fail)
     cfg = configure("tracking=tensorboard")
-    strategy.run(cfg, loopback(cfg), tmp_path)
+    rounds.run(cfg, loopback(cfg), tmp_path)
     assert len(history(tmp_path)) == 2
     assert (tmp_path / "summary.json").is_file()
     assert capsys.readouterr().out.count("the server is gone") == 1
@@ -297,9 +296,9 @@ def test_a_node_tracks_nothing_whatever_the_run_says(tmp_path, workplace):
     )
     own = {"partition-id": 1, "num-partitions": 4, "cpus": 1}
     own["cache-path"] = str(tmp_path / "cache")
-    cfg, partition = node.settle({"overrides": overrides, "run": "first"}, own)
-    state = launch.initial_adapter(cfg)
-    launch.train(cfg, state, partition=partition, server_round=1, proximal_mu=0.0)
+    cfg, partition = permit.settle({"overrides": overrides, "run": "first"}, own)
+    state = processes.initial_adapter(cfg)
+    processes.train(cfg, state, partition=partition, server_round=1, proximal_mu=0.0)
     assert cfg["tracking"]["tracking_uri"] == "sqlite:///here.db"
     assert not (workplace / "here.db").exists()
 

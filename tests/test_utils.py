@@ -20,12 +20,15 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import app
-import checkpoint
-import checks
 import model
-import strategy
 import utils
-from utils import LEFT, PROJECT, Unwritable, UserError, begin, commit, own
+from methods import aggregate
+from reporting import figures
+from server import checkpoint, runs
+from server.runs import LEFT, begin, own
+from settings import outputs, preflight
+from settings.compose import check_choices, compose, record, resolve, resumed
+from utils import PROJECT, Unwritable, UserError, commit
 
 # --- what a user is told to type -----------------------------------------------------------
 
@@ -50,7 +53,7 @@ def test_a_printed_command_means_what_it_is_printed_for(name):
     *script, word = shlex.split(utils.command("main.py", resume=name))
     assert script == ["python", "main.py"]
     assert read_back(word) == name
-    checks.check_choices([word])
+    check_choices([word])
 
 
 def test_a_plain_name_is_printed_plain():
@@ -66,7 +69,7 @@ def test_a_value_that_hydra_cannot_read_is_shown_in_its_quotes(name):
         OverridesParser.create().parse_override(word)
     except HydraException:
         with pytest.raises(UserError, match="cannot be read as an override") as told:
-            checks.check_choices([word])
+            check_choices([word])
         assert "http" not in str(told.value).replace(name, "")
         [shown] = shlex.split(str(told.value).rpartition("Quote it twice: ")[2])
         assert read_back(shown) == name
@@ -77,14 +80,14 @@ def test_a_run_goes_on_in_a_folder_of_any_name(name, tmp_path):
     folder = tmp_path / name
     path = utils.override("dataset.path", f"{PROJECT}/assets/tiny_qa/train.jsonl")
     chosen = ["experiment=quickstart", path]
-    utils.record(utils.compose(shlex.join(chosen)), chosen, folder)
-    config, overrides = checks.resumed(str(folder), ["num_rounds=9"])
-    assert checks.resolve(config)["resume"] == str(folder)
+    record(compose(shlex.join(chosen)), chosen, folder)
+    config, overrides = resumed(str(folder), ["num_rounds=9"])
+    assert resolve(config)["resume"] == str(folder)
     assert overrides == [*chosen, "num_rounds=9"]
     # And once more, when the folder's name stands in what it was composed of.
-    utils.record(config, overrides, folder)
-    again, _ = checks.resumed(str(folder), [])
-    assert checks.resolve(again) == checks.resolve(config)
+    record(config, overrides, folder)
+    again, _ = resumed(str(folder), [])
+    assert resolve(again) == resolve(config)
 
 
 # --- whose a folder is ------------------------------------------------------------------------
@@ -126,7 +129,7 @@ def test_a_folder_that_holds_a_run_takes_no_other(name, tmp_path):
         own(folder)
     assert utils.command("main.py", resume=folder) in str(told.value)
     with pytest.raises(UserError, match="holds a run already") as told:
-        own(tmp_path, utils.LEFT_BY_SWEEPS)
+        own(tmp_path, runs.LEFT_BY_SWEEPS)
     assert utils.command("main.py", resume=folder) in str(told.value)
     own(folder, without=()).close()  # it goes on
 
@@ -154,12 +157,12 @@ def test_the_callback_gives_each_run_a_folder_of_its_own(tmp_path):
         overrides = {"overrides": {"hydra": [], "task": []}}
         settings = {"run": {"dir": str(tmp_path / "now")}, **overrides, **hydra}
         config = OmegaConf.create({"resume": None, "hydra": settings})
-        callback = utils.Outputs()
+        callback = outputs.Outputs()
         callback.on_run_start(config)
         held.append(callback)
         return Path(config.hydra.run.dir)
 
-    held: list[utils.Outputs] = []
+    held: list[outputs.Outputs] = []
     assert [started().name, started().name] == ["now", "now-2"]
     named = {"overrides": {"hydra": [f"hydra.run.dir={tmp_path}/now"], "task": []}}
     with pytest.raises(SystemExit, match="another run writes into it"):
@@ -196,7 +199,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def small() -> tuple[dict, model.PeftModel, model.State]:
     """A configuration, its skeleton and an adapter smaller than a tokenizer's file."""
     short = "experiment=quickstart evaluate.exact_match=false model.lora.peft_lora_r=1"
-    cfg = checks.check(utils.compose(short))
+    cfg = preflight.check(compose(short))
     frame = model.skeleton(cfg["model"], cfg["peft"])
     state = {
         n: torch.zeros(p.shape) for n, p in frame.named_parameters() if p.requires_grad
@@ -213,15 +216,15 @@ WRITERS = {
         folder / "peft_1",
     ),
     "checkpoint": lambda cfg, frame, state, folder: checkpoint.save(
-        folder, 1, state, strategy.build(cfg["strategy"]), 1.0
+        folder, 1, state, aggregate.build(cfg["strategy"]), 1.0
     ),
     "json": lambda cfg, frame, state, folder: utils.write_json(
         folder / "history.json", {"rounds": ["x" * 10**6]}
     ),
-    "configuration": lambda cfg, frame, state, folder: utils.record(
+    "configuration": lambda cfg, frame, state, folder: record(
         OmegaConf.create(cfg), [], folder
     ),
-    "picture": lambda cfg, frame, state, folder: utils.plot_sweep(
+    "picture": lambda cfg, frame, state, folder: figures.plot_sweep(
         {"one": {1: 3.0, 2: 2.0}}, folder / "losses.png"
     ),
     "owner": lambda cfg, frame, state, folder: own(folder).close(),

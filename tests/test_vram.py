@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import architectures
-import memory
-from loss import answer_loss
+from compute.loss import answer_loss
+from compute.vram import estimate_vram
 from utils import PROJECT
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def test_the_estimate_is_what_a_step_allocates(vram, bits, monkeypatch):
     net = vram.build(SHAPE, bits, CPU)
     batch = vram.random_batch(BATCH, LENGTH, SHAPE[-1], CPU)
     _, most, _ = step(net, batch)
-    terms = memory.estimate_vram(vram.skeleton(SHAPE), bits, BATCH, LENGTH, True)
+    terms = estimate_vram(vram.skeleton(SHAPE), bits, BATCH, LENGTH, True)
     during = ("activations", "layer in work", "adapter in bfloat16", "gradients")
     assert sum(terms[name] for name in during) == pytest.approx(most, rel=0.1)
 

@@ -1,0 +1,253 @@
+"""The loss on the tokens that count: head and cross entropy on answer positions only.
+
+Most positions of a batch are prompt or padding, and their logits are the largest thing that
+a step would hold: 16 x 512 x 32,000 float32 values are 1 GB, and their gradient another.
+Here the head sees the answers' positions alone, a chunk of them at a time, and what is kept
+of a chunk is its gradient with respect to the hidden states (as in Liger Kernel's fused
+linear cross entropy, arXiv 2410.10989). Needs torch alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from utils import IGNORED
+
+CHUNK = 1024  # positions whose logits exist at one time
+
+Inputs = dict[str, torch.Tensor]
+
+Way = Callable[[Any, Any, Inputs, torch.Tensor], torch.Tensor]
+
+_WAYS: WeakKeyDictionary[Any, Way] = WeakKeyDictionary()  # by base
+
+
+def answer_loss(
+    net: Any, batch: dict[str, torch.Tensor], num_items: Any = None
+) -> torch.Tensor:
+    """Cross entropy over the labelled tokens of a batch, in nats; a scalar with gradient.
+
+    `net` is a causal LM, with or without PEFT, on several processes inside DDP or with its
+    base sharded; `batch` holds `input_ids`, `attention_mask` and `labels`, each (batch,
+    length). The sum is divided by `num_items`, or else by the number of labelled tokens.
+    Equal to the model's own loss up to rounding.
+    """
+    inner, labels, inputs = _parts(net, batch)
+    head, way = _head(inner, inputs)
+    targets = labels[labels != IGNORED]
+    if way is _hidden:
+        total = _total(head, way(net, head, inputs, labels), targets)
+    else:
+        logits = way(net, head, inputs, labels)
+        total = cross_entropy(logits.float(), targets, reduction="sum")
+    return total / (len(targets) if num_items is None else num_items)
+
+
+@torch.no_grad()
+def answer_scores(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How well each example of a batch is foretold: (batch, 3), in float64.
+
+    The columns: cross entropy summed over the example's labelled tokens, in nats; how many
+    of those the model finds likeliest; how many there are. Arguments as of `answer_loss`.
+    """
+    inner, labels, inputs = _parts(net, batch)
+    head, way = _head(inner, inputs)
+    kept = labels != IGNORED
+    targets, rows = labels[kept], kept.nonzero()[:, 0]
+    logits = way(net, head, inputs, labels).split(CHUNK)
+    if way is _hidden:
+        logits = map(head, logits)
+    scores = torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device)
+    for some, wanted, row in zip(
+        logits, targets.split(CHUNK), rows.split(CHUNK), strict=True
+    ):
+        each = [
+            cross_entropy(some.float(), wanted, reduction="none"),
+            some.argmax(-1) == wanted,
+            torch.ones_like(wanted),
+        ]
+        scores.index_add_(0, row, torch.stack([one.double() for one in each], dim=1))
+    return scores
+
+
+@torch.no_grad()
+def hidden_states(net: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What a causal LM knows where it foretells a token: (rows, length - 1, hidden).
+
+    `ids`: (rows, length). For a model whose head cannot be kept from its work, the logits.
+    """
+    inner, labels, inputs = _parts(
+        net,
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids},
+    )
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    try:
+        states = _hidden(net, base.get_output_embeddings(), inputs, labels)
+    except Exception:  # whatever a model makes of no positions at all
+        states = _plain(net, None, inputs, labels)
+    return states.view(*labels.shape, -1)
+
+
+def _parts(
+    net: Any, batch: dict[str, torch.Tensor]
+) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
+    """The model without DDP, the labels shifted by one, and the model's inputs."""
+    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return inner, batch["labels"][:, 1:], inputs
+
+
+# --- three ways to the logits of the answers, (answer tokens, vocabulary) ---------------------
+# Each takes `net` itself: DDP has to be called, or the gradients would not be averaged.
+
+
+def _hidden(net: Any, head: Any, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
+    """The head's input at the answers' positions, (answer tokens, hidden), without logits."""
+    taken: list[torch.Tensor] = []
+
+    def take(states: torch.Tensor) -> torch.Tensor:
+        taken.append(states)
+        return states[:, :0]
+
+    with _before(head, take):
+        net(**inputs, use_cache=False)
+    [states] = taken
+    return _aligned(states, labels)[labels != IGNORED]
+
+
+def _narrowed(
+    net: Any, head: Any, inputs: Inputs, labels: torch.Tensor
+) -> torch.Tensor:
+    """The model's own logits, of which its head makes the answers' positions alone."""
+    kept = labels != IGNORED
+    with _before(head, lambda states: _aligned(states, labels)[kept].unsqueeze(0)):
+        return net(**inputs, use_cache=False).logits.squeeze(0)
+
+
+def _plain(net: Any, _: Any, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
+    """The model's own logits at all positions, and the answers' out of them."""
+    logits = net(**inputs, use_cache=False).logits
+    return _aligned(logits, labels)[labels != IGNORED]
+
+
+@contextmanager
+def _before(
+    head: Any, choose: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Give `head` those hidden states alone that `choose` lets through.
+
+    A forward pre-hook: PEFT's own layer on the head, too, is called with the whole of them.
+    """
+    handle = head.register_forward_pre_hook(
+        lambda _, given: (choose(given[0]), *given[1:])
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _head(inner: Any, inputs: Inputs) -> tuple[Any, Way]:
+    """The head, and the cheapest way that gives this model's own logits.
+
+    Some models scale or cap the logits after the head, and some have no head of the usual
+    kind. Found out once for each base, on a few tokens.
+    """
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    head = base.get_output_embeddings()
+    if base not in _WAYS:
+        _WAYS[base] = _find_way(inner, head, inputs, _sharded(base))
+    return head, _WAYS[base]
+
+
+@torch.no_grad()
+def _find_way(inner: Any, head: Any, inputs: Inputs, sharded: bool) -> Way:
+    if head is None:
+        return _plain
+    ids = inputs["input_ids"][inputs["attention_mask"] != 0]
+    ids = ids[:16].repeat(16)[:16].view(2, 8)
+    few = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = ids[:, 1:].clone()
+    labels[0, :3] = labels[1, 4:] = IGNORED  # answers of other places and lengths
+    made: list[torch.Tensor] = []
+    # Draws of dropout: the same in each try, and none that training would miss.
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        torch.manual_seed(0)
+        handle = head.register_forward_hook(lambda *call: made.append(call[-1]))
+        try:
+            whole = inner(**few, use_cache=False).logits
+        finally:
+            handle.remove()
+        untouched = len(made) == 1 and torch.equal(made[0].float(), whole.float())
+        wanted = _aligned(whole, labels)[labels != IGNORED].float()
+        # A sharded head's weights are together only in the model's own forward.
+        for way in (_hidden, _narrowed) if untouched and not sharded else (_narrowed,):
+            torch.manual_seed(0)
+            try:
+                found = way(inner, head, few, labels)
+                found = head(found) if way is _hidden else found
+            except Exception:  # whatever a model makes of fewer positions
+                continue
+            # Products of other shapes are rounded otherwise, by 2**-8 in bfloat16.
+            far = (found.float() - wanted).abs().max() if len(found) else 0
+            if found.shape == wanted.shape and far <= 0.02 * wanted.abs().max():
+                return way
+    return _plain
+
+
+def _sharded(base: Any) -> bool:
+    """Whether each process holds a part of every weight (FSDP2)."""
+    return isinstance(base, FSDPModule)
+
+
+def _aligned(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The positions that predict `labels`; prompt tuning puts tokens of its own in front."""
+    return states[:, states.shape[1] - labels.shape[1] - 1 : -1]
+
+
+def _total(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of `head(hidden)`, (positions, hidden), chunk by chunk."""
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return _FrozenHead.apply(hidden, targets, head)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(_sum, head, rows, wanted, use_reentrant=False)
+    return total
+
+
+def _sum(head: Any, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(head(rows).float(), targets, reduction="sum")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Takes the gradient of each chunk at once, while its logits are there anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            rows = hidden[part].detach().requires_grad_(gradient is not None)
+            with torch.set_grad_enabled(gradient is not None):
+                loss = _sum(head, rows, targets[part])
+            total += loss.detach()
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(loss, rows)
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, None, None]:
+        # Let go of at once: the layers' own backward has yet to find room.
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(upstream), None, None

@@ -1,0 +1,185 @@
+"""The adapter on the wire: float32, float16, or int8 with a scale for each row.
+
+Down goes the adapter, up comes the update that a client made to it. In int8 a client keeps
+what rounding took from its update and adds it to the next one (error feedback, Seide et al.
+2014, arXiv 1901.09847), so that small changes add up instead of getting lost.
+
+What comes up is foreign data: `decode` looks at names, types, shapes and sizes before it
+makes a tensor of anything.
+"""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+DTYPES = ("float32", "float16", "int8")
+
+SCALE = ":scale"  # no parameter's name holds a colon
+
+HEADER = 1024  # bytes of `np.save` before the values: 128 for an adapter's shapes
+
+State = dict[str, torch.Tensor]
+
+
+class Unusable(ValueError):
+    """A reply that cannot be used. The text is ours, and quotes nothing of the reply."""
+
+
+def pack(
+    state: State, dtype: str, residual: State | None = None
+) -> tuple[State, State | None]:
+    """Tensors to send for `state`, and in int8 what they leave out of it.
+
+    `residual` is what the last call left out; it is added before rounding. In int8 each
+    tensor is joined by its scales, float32, one for each row (one in all for a vector).
+    """
+    if dtype != "int8":
+        return {k: v.to(getattr(torch, dtype)) for k, v in state.items()}, None
+    packed: State = {}
+    left: State = {}
+    for name, tensor in state.items():
+        whole = tensor + residual[name] if residual else tensor
+        rows = whole.reshape(len(whole) if whole.ndim > 1 else 1, -1)
+        scale = rows.abs().amax(dim=1) / 127
+        steps = rows / torch.where(scale > 0, scale, 1)[:, None]
+        packed[name] = steps.round().to(torch.int8).reshape(whole.shape)
+        packed[name + SCALE] = scale
+        left[name] = whole - _expand(packed[name], scale)
+    return packed, left
+
+
+def lost(state: State, dtype: str) -> str | None:
+    """The name of a tensor that would not arrive as finite values, or None.
+
+    float16 ends at 65504: a value beyond it is finite here and infinite on the wire.
+    """
+    for name, tensor in state.items():
+        packed, _ = pack({name: tensor}, dtype)
+        if not all(torch.isfinite(each).all() for each in packed.values()):
+            return name
+    return None
+
+
+def layout(expected: dict[str, Any], dtype: str) -> dict[str, tuple[str, tuple]]:
+    """Type and shape of all that `pack` makes of tensors shaped like `expected`, by name."""
+    wire = {name: (dtype, tuple(each.shape)) for name, each in expected.items()}
+    if dtype == "int8":
+        for name, (_, shape) in list(wire.items()):
+            wire[name + SCALE] = "float32", (shape[0] if len(shape) > 1 else 1,)
+    return wire
+
+
+def decode(arrays: Any, expected: dict[str, Any], dtype: str) -> State:
+    """The float32 tensors in a reply's `ArrayRecord`, which must be `layout`'s.
+
+    Nothing is decoded before everything has the right name, type, shape and size, so what
+    is refused costs no more memory than it came with. Raises `Unusable`.
+    """
+    wire = layout(expected, dtype)
+    if odd := wire.keys() - arrays.keys():
+        raise Unusable(
+            f"{len(odd)} adapter tensors missing or unknown, {min(odd)} among them"
+        )
+    if len(arrays) > len(wire):
+        raise Unusable(
+            f"{len(arrays) - len(wire)} unknown tensors beside the adapter's"
+        )
+    starts = {
+        name: _look(name, arrays[name], np.dtype(kind), shape)
+        for name, (kind, shape) in wire.items()
+    }
+    packed: State = {}
+    for name, (kind, shape) in wire.items():
+        start, order = starts[name]
+        values = np.frombuffer(arrays[name].data, kind, offset=start)
+        values = values.reshape(shape, order=order)
+        packed[name] = torch.from_numpy(np.array(values, order="C"))
+    state = unpack(packed)
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise Unusable(f"{name} holds values that are not finite")
+    return state
+
+
+def _look(name: str, array: Any, kind: np.dtype, shape: tuple) -> tuple[int, str]:
+    """Where the values of a serialised array begin, and their order in memory (C or F).
+
+    Raises `Unusable` unless it is exactly such an array as numpy's `.npy` format has it.
+    """
+    if array.dtype != kind.name or array.stype != "numpy.ndarray":
+        raise Unusable(f"{name} is not of type {kind.name}, as comm.dtype has it")
+    if tuple(array.shape) != shape:
+        raise Unusable(f"{name} has shape other than {shape}")
+    size = math.prod(shape) * kind.itemsize
+    wrong = Unusable(f"{name} is not serialised as {kind.name} of shape {shape}")
+    if not size < len(array.data) <= size + HEADER:
+        raise wrong
+    file = io.BytesIO(array.data[:HEADER])
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise wrong
+        told, fortran, type_ = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # whatever numpy makes of a forged header
+        raise wrong from None
+    if (told, type_) != (shape, kind) or len(array.data) != file.tell() + size:
+        raise wrong
+    return file.tell(), "F" if fortran else "C"
+
+
+def unpack(packed: State) -> State:
+    """The float32 tensors that `packed` stands for.
+
+    Raises `ValueError` for integers without scales that fit.
+    """
+    state: State = {}
+    for name, tensor in packed.items():
+        if name.endswith(SCALE):
+            continue
+        if tensor.dtype.is_floating_point:
+            state[name] = tensor.to(torch.float32)
+            continue
+        scale = packed.get(name + SCALE)
+        rows = len(tensor) if tensor.ndim > 1 else 1
+        if scale is None or scale.shape != (rows,):
+            raise ValueError(f"{name} has no scale for each of its {rows} rows")
+        state[name] = _expand(tensor, scale)
+    return state
+
+
+def _expand(steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (steps.reshape(len(scale), -1) * scale[:, None]).reshape(steps.shape)
+
+
+def update(after: State, before: State) -> State:
+    """What training changed."""
+    return {name: after[name] - before[name] for name in after}
+
+
+def mismatch(state: State, expected: dict[str, Any]) -> str | None:
+    """What keeps `state` from standing for `expected`, both by name, or None.
+
+    Names and shapes must be equal and all values finite.
+    """
+    if fault := misshapen(state, expected):
+        return fault
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            return f"{name} holds values that are not finite"
+    return None
+
+
+def misshapen(state: State, expected: dict[str, Any]) -> str | None:
+    """Likewise, of names and shapes alone."""
+    if state.keys() != expected.keys():
+        odd = sorted(state.keys() ^ expected.keys())
+        return f"{len(odd)} adapter tensors missing or unknown, {odd[0]} among them"
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != tuple(expected[name].shape):
+            return (
+                f"{name} has shape {tuple(tensor.shape)}, "
+                f"not {tuple(expected[name].shape)}"
+            )
+    return None

@@ -1,0 +1,142 @@
+"""The pictures of a run: losses over rounds, and those of a sweep."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils import writing
+
+# Told apart by the colour-blind (Okabe and Ito 2008); their black is for axes.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442")
+
+GREY = "#7f7f7f"
+
+LOSS = "loss, nats per answer token"
+
+LEGEND = 24  # runs that a sweep's legend names
+
+
+def smooth(values: list[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average whose early values are not drawn to zero.
+
+    The same formula as TensorBoard's smoothing slider.
+    """
+    smoothed, average = [], 0.0
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed
+
+
+@contextmanager
+def figure(
+    path: Path, rows: int = 1, columns: int = 1, height: float = 4.2, **more: Any
+) -> Iterator[list[Any]]:
+    """The axes of a new figure, 8 inches wide, which is then saved as a PNG.
+
+    Text is text, whatever it holds; letters are 12 pixels high where it is 800 wide.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from cycler import cycler
+    from matplotlib import pyplot
+
+    lines = cycler(linestyle=["-", "--", ":", "-."], marker=["o", "s", "^", "D"])
+    lines *= cycler(color=COLOURS[:6])
+    style = {"text.parse_math": False, "axes.grid": True, "axes.grid.axis": "y"}
+    style |= {"grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    style |= {"axes.prop_cycle": lines, "font.size": 9.5, "lines.markersize": 5}
+    with pyplot.rc_context(style):
+        drawn, axes = pyplot.subplots(
+            rows,
+            columns,
+            figsize=(8, height),
+            layout="constrained",
+            squeeze=False,
+            **more,
+        )
+        yield list(axes.flat)
+        with writing(path):
+            drawn.savefig(path, dpi=120)
+        pyplot.close(drawn)
+
+
+def draw_over_rounds(axes: Any, curve: dict[int, float], **style: Any) -> Any:
+    """Draw values by their rounds, as points too where they are few; returns the line."""
+    few = {} if len(curve) <= 30 else {"marker": ""}
+    (line,) = axes.plot(list(curve), list(curve.values()), **few | style)
+    return line
+
+
+def count_rounds(axes: Any) -> None:
+    """Let the axes of what is drawn over rounds count whole ones."""
+    axes.set_xlabel("round")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    first, last = axes.dataLim.intervalx
+    if first == last:  # matplotlib would count in fractions
+        axes.set_xticks([first])
+
+
+def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
+    """Draw the losses of one run over its rounds, in nats per answer token, into a PNG.
+
+    `history`: of `history.json`. Training, the test questions, and what clients hold back of
+    their own; as far as they were measured, the last two of the base as well, as round 0.
+    """
+    rounds = history["rounds"]
+    entries = [history["before"], *rounds] if history.get("before") else rounds
+    own = [e["eval_clients"] for e in entries if e.get("eval_clients")]
+    held = [client["num-examples"] for client in own[-1]] if own else []
+    names = {
+        "train_loss": "training, mean of the round's clients",
+        "test_loss": "test questions",
+        "eval_loss": f"held back by the clients: {sum(held):g} records",
+    }
+    with figure(path) as (axes,):
+        each = [
+            (e["round"], client["train_loss"])
+            for e in rounds
+            for client in e.get("clients", [])
+        ]
+        if len(each) > len(rounds):  # who was asked moves the mean as well
+            style = {
+                "color": COLOURS[0],
+                "alpha": 0.3,
+                "label": "training, each client",
+            }
+            axes.plot(*zip(*each, strict=True), ".", **style)
+        for (name, label), colour in zip(names.items(), COLOURS, strict=False):
+            curve = {e["round"]: e[name] for e in entries if name in e}
+            if curve:
+                draw_over_rounds(axes, curve, color=colour, label=label)
+        count_rounds(axes)
+        axes.set_ylabel(LOSS)
+        axes.set_title(title, loc="left", fontsize="medium", wrap=True)
+        axes.legend()
+
+
+def plot_sweep(curves: dict[str, dict[int, float]], path: Path) -> None:
+    """Draw the smoothed training loss of several runs, by round, and the values in pale."""
+    columns = 1 if max(map(len, curves)) > 40 else 2 if len(curves) < 9 else 3
+    height = 4 + 0.2 * min(len(curves), LEGEND) / columns
+    with figure(path, height=height) as (axes,):
+        for place, (name, losses) in enumerate(curves.items()):
+            smoothed = dict(zip(losses, smooth(list(losses.values())), strict=True))
+            label = name if place < LEGEND else None
+            line = draw_over_rounds(axes, smoothed, label=label)
+            style = {"ls": "-", "alpha": 0.2, "marker": ""}
+            draw_over_rounds(axes, losses, color=line.get_color(), **style)
+        count_rounds(axes)
+        axes.set_ylabel(LOSS)
+        axes.set_title(
+            "training, smoothed; in pale as it was", loc="left", fontsize="medium"
+        )
+        more = len(curves) - LEGEND
+        axes.figure.legend(
+            loc="outside lower center",
+            ncols=columns,
+            title=f"and {more} more, in losses.md" if more > 0 else None,
+        )

@@ -1,0 +1,143 @@
+"""A run's settings put together out of `conf/`, and those of a run to go on with."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from settings.schema import MAY_CHANGE, NO_NAME
+from utils import PROJECT, UserError, flat, literal, override, read_yaml, writing
+
+
+def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """The configuration of the run in `folder` as `overrides` change it, and what makes it.
+
+    Raises `UserError` where there is no run, or where more is changed than a run can go on
+    with and still be the one that it was.
+    """
+    if not isinstance(folder, str):
+        raise UserError(f"resume={folder}: the folder of a run is needed.")
+    saved = Path(folder) / ".hydra"
+    try:
+        before = resolve(OmegaConf.create(read_yaml(saved / "config.yaml", dict)))
+        begun_with = read_yaml(saved / "overrides.yaml", list)
+        if odd := [text for text in begun_with if not isinstance(text, str)]:
+            raise UserError(f"{saved}/overrides.yaml is broken: {odd[0]} is no text.")
+        words = [*begun_with, *overrides]
+        keys = [parse(word).key_or_group for word in words]
+    except (
+        Exception
+    ) as error:  # of whatever kind what is broken makes the libraries raise
+        raise UserError(
+            f"resume={folder}: no run to go on with is here ({error}). Give the folder "
+            "that the run named as its results, outputs/<date>/<time>."
+        ) from error
+    ours = re.compile(r"resume|hydra[./].*")
+    chosen = [
+        word for word, key in zip(words, keys, strict=True) if not ours.fullmatch(key)
+    ]
+    config = compose(shlex.join(chosen))
+    config.resume = literal(folder)
+    old, new = flat(before), flat(resolve(config))
+    changed = [
+        f"{key} was {old.get(key)} and would be {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"resume={folder}: a run goes on as it was begun. {'; '.join(changed)}. What "
+            f"may change: {', '.join(MAY_CHANGE)}."
+        )
+    return config, chosen
+
+
+def check_choices(words: list[str]) -> None:
+    """Raise `UserError` for what Hydra answers with a traceback, or with its grammar: a choice
+    that is no name, a value that takes quotes."""
+    for word in words:
+        group, _, choice = word.partition("=")
+        folder = PROJECT / "conf" / group
+        if word.startswith("="):
+            raise UserError(f"{word}: the name of a setting is missing.")
+        if folder.is_dir() and NO_NAME.fullmatch(choice):
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise UserError(f"{word}: {group} is one of {names}.")
+        if "=" in word and not word.startswith("-"):
+            parse(word)
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """The configuration as a plain dict. Raises `UserError` where it has gaps."""
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"{error.full_key} must be given: {error.full_key}=..."
+        ) from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {error.msg}") from None
+
+
+# --- configuration ---------------------------------------------------------------------
+
+
+def compose(overrides: str = "") -> DictConfig:
+    """Compose `conf/` with a string of Hydra overrides, outside `@hydra.main`.
+
+    Raises `hydra.errors.HydraException` for an override that does not fit `conf/`.
+    """
+    return compose_run(overrides)[0]
+
+
+def compose_run(overrides: str) -> tuple[DictConfig, Path, bool]:
+    """Likewise, and the run's folder for `begin`: `hydra.run.dir`, and whether it is named."""
+    GlobalHydra.instance().clear()  # `@hydra.main` may have left one
+    try:
+        words = shlex.split(overrides)
+        for word in words:
+            parse(word)
+        with hydra.initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            cfg = hydra.compose("config", overrides=words, return_hydra_config=True)
+        folder, named = Path(cfg.hydra.run.dir), is_named(cfg.hydra)
+        with open_dict(cfg):
+            del cfg.hydra
+        OmegaConf.resolve(cfg)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{overrides}: {error}") from error
+    return cfg, folder, named
+
+
+def is_named(ours: DictConfig, key: str = "hydra.run.dir") -> bool:
+    """Whether the overrides in Hydra's own configuration name a run's folder."""
+    return any(parse(text).key_or_group == key for text in ours.overrides.hydra)
+
+
+def parse(word: str) -> Override:
+    """An override as Hydra reads it. Raises `UserError` with how to quote it where it cannot."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        key, equals, value = word.partition("=")
+        hint = f"Quote it twice: {shlex.quote(override(key, value))}"
+        told = hint if equals else str(error).splitlines()[0]
+        raise UserError(f"{word}: this cannot be read as an override. {told}") from None
+
+
+def record(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
+    """Write the configuration into a run's folder, as `@hydra.main` would.
+
+    Raises `Unwritable`.
+    """
+    with writing(folder / ".hydra"):
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, folder / ".hydra/config.yaml")
+        OmegaConf.save(overrides, folder / ".hydra/overrides.yaml")

@@ -1,0 +1,463 @@
+"""Everything that can be known to be wrong before anything slow starts.
+
+The quickest checks come first, and a library is imported only where it is needed: the
+commonest mistakes are answered in a second or two.
+"""
+
+import dataclasses
+import difflib
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from methods import wire
+from settings.compose import resolve
+from settings.schema import check_kinds, check_values, is_number
+from utils import UserError, local_path, say
+
+# The fields of TrainingArguments that do here what transformers says they do. The last six
+# change no adapter: those of logging are for verbose=true, one is for a GPU's memory, and
+# those of saving stand in published settings and want save_strategy="no".
+TAKEN = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_steps", "num_train_epochs", "learning_rate", "max_grad_norm"),
+    *("optim", "optim_args", "weight_decay", "neftune_noise_alpha"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("report_to", "save_strategy"),  # see TAKEN_VALUES
+    *("logging_steps", "logging_strategy", "logging_first_step"),
+    *("torch_empty_cache_steps", "save_steps", "save_total_limit"),
+)
+
+TAKEN_VALUES = {
+    "report_to": ((None, "none"), "null; a tracker is tracking=wandb"),
+    "save_strategy": (("no",), "no; adapters are saved by train.save_every_round"),
+}
+
+# All others do nothing in this loop, or too much, or fail; and where to turn instead. One that
+# stands in neither table, which a later transformers has brought, is refused as well.
+INSTEAD = {
+    "is set by hydra.run.dir here": "output_dir",
+    "is set by seed here": (
+        "seed data_seed full_determinism train_sampling_strategy length_column_name"
+    ),
+    "is set by dataset.columns here": "remove_unused_columns label_names",
+    "is set by verbose here": (
+        "disable_tqdm log_level log_level_replica log_on_each_node"
+    ),
+    "is set by client_resources.num_gpus here": "use_cpu",
+    "is set by model.gradient_checkpointing here": (
+        "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
+        "activation_checkpointing_kwargs"
+    ),
+    "is set by launch=ddp and launch=fsdp here": (
+        "fsdp fsdp_config deepspeed accelerator_config parallelism_config local_rank "
+        "average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout"
+    ),
+    "is not taken here: the device decides (bfloat16 where it computes in it)": (
+        "bf16 fp16 bf16_full_eval fp16_full_eval tf32"
+    ),
+    "is not taken here: the loss is the answers' cross entropy, computed in parts": (
+        "label_smoothing_factor use_liger_kernel liger_kernel_config"
+    ),
+    "is not taken here: clients evaluate by strategy.fraction_evaluate, the server by "
+    "evaluate.every_round": (
+        "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start "
+        "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
+        "per_device_eval_batch_size prediction_loss_only include_for_metrics "
+        "batch_eval_metrics load_best_model_at_end metric_for_best_model "
+        "greater_is_better"
+    ),
+    "is not taken here: adapters are saved by train.save_every_round, and resume=... goes "
+    "on with a run": (
+        "save_only_model save_on_each_node enable_jit_checkpoint resume_from_checkpoint "
+        "ignore_data_skip restore_callback_states_from_checkpoint"
+    ),
+    "is not taken here: an adapter is shared by reporting.export": (
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
+        "hub_always_push hub_revision"
+    ),
+    "is not taken here: a tracker and its settings are tracking=wandb's": (
+        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    ),
+    "is not taken here: a client tokenises and orders its records before a round": (
+        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
+        "dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order"
+    ),
+    "is not taken here: a client short of GPU memory takes smaller parts by itself": (
+        "auto_find_batch_size"
+    ),
+}
+
+
+def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
+    """Resolve the configuration and hold it against this machine and its data.
+
+    `deployed`: this is the server of a federation, where data, devices and the base's
+    weights are the nodes' own affair. Returns the configuration as a plain dict. Raises
+    `UserError` with what is wrong and what to do.
+    """
+    from server import tracking
+
+    cfg = resolve(config)
+    check_values(cfg)
+    tracking.make(cfg["tracking"])  # whose library has to be here
+    if not (cfg["dry_run"] or deployed):
+        address = cfg["simulation"]["init_args"]["address"]
+        if address == "local":
+            check_machine(cfg["client_resources"])
+        else:
+            check_cluster(address)
+    check_launch(cfg)
+    check_strategy(cfg, deployed)
+    check_training_arguments(cfg)
+    if deployed and cfg["mode"] != "federated":
+        raise UserError(
+            f"mode={cfg['mode']} is a baseline for simulations: the data of a federation "
+            "cannot be pooled, and its nodes need no server to train alone."
+        )
+    settle_mode(cfg)
+    by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
+    import dataset
+
+    dataset.check_name(cfg["dataset"])
+    # A plan by steps needs no data, so none is downloaded for it.
+    if not deployed and (by_epochs or not cfg["dry_run"] or cfg["dataset"]["path"]):
+        for note in dataset.check(cfg):
+            say(note)
+    check_model(cfg, weights=not (cfg["dry_run"] or deployed))
+    if cfg["resume"]:
+        check_progress(cfg, Path(cfg["resume"]))
+    return cfg
+
+
+def check_machine(resources: dict[str, float]) -> None:
+    """That at least one client fits this machine."""
+    import torch
+
+    gpus, cpus = resources["num_gpus"], resources["num_cpus"]
+    if gpus > 0 and not torch.cuda.is_available():
+        raise UserError(
+            f"client_resources.num_gpus={gpus:g}, but there is no CUDA device here. To try "
+            "the app without one: python main.py experiment=quickstart. To train on the "
+            "CPU: client_resources.num_gpus=0"
+        )
+    if gpus > torch.cuda.device_count():
+        raise UserError(
+            f"client_resources.num_gpus={gpus:g}, but there are only "
+            f"{torch.cuda.device_count()} CUDA devices here."
+        )
+    if cpus > (here := os.cpu_count() or 1):
+        raise UserError(
+            f"client_resources.num_cpus={cpus:g}, but this machine has {here} CPUs: no "
+            f"client would ever start. Set client_resources.num_cpus={here} or less."
+        )
+
+
+def check_cluster(address: str) -> None:
+    """That something answers where a Ray cluster is to be joined.
+
+    Ray by itself would look for more than a minute.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        host, _, port = canonicalize_bootstrap_address(address).rpartition(":")
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"simulation.init_args.address={address}: no Ray cluster answers there. Start "
+            "one with `ray start --head`, and give host:port of its head, or auto for the "
+            "one that RAY_ADDRESS names or this machine belongs to. local needs none."
+        ) from error
+
+
+def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> None:
+    """That one of Ray's nodes, as `ray.nodes()` tells them, has room for a client."""
+    cpus, gpus = resources["num_cpus"], resources["num_gpus"]
+    rooms = [
+        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+        for node in nodes
+        if node["Alive"]
+    ]
+    if not any(room[0] >= cpus and room[1] >= gpus for room in rooms):
+        have = ", ".join(f"{room[0]:g} and {room[1]:g}" for room in rooms)
+        raise UserError(
+            f"client_resources: {cpus:g} CPUs and {gpus:g} GPUs fit no node of Ray's; they "
+            f"have {have}. No client would ever start: ask for less, or add a node."
+        )
+
+
+def check_launch(cfg: dict[str, Any]) -> None:
+    """That each process of a client has its own GPU, or none, and what it needs of the base."""
+    processes = cfg["launch"]["processes"]
+    gpus = cfg["client_resources"]["num_gpus"]
+    if gpus not in (0, processes) and max(gpus, processes) > 1:
+        raise UserError(
+            f"client_resources.num_gpus={gpus:g}, but launch.processes={processes}: each "
+            "process takes one GPU. Set both to the same number (above 1 with launch=ddp or "
+            "launch=fsdp), or client_resources.num_gpus=0."
+        )
+    if processes == 1 or not cfg["launch"]["sharded"]:
+        return
+    if bits := cfg["model"]["quantization"]:
+        raise UserError(
+            f"launch=fsdp with model.quantization={bits}: a quantised base cannot be "
+            "sharded. Set model.quantization=null, or launch=ddp, which holds it whole on "
+            "every GPU."
+        )
+    kind = cfg["peft"]["_target_"].removeprefix("peft.")
+    whole = "DoRA" if cfg["peft"].get("use_dora") else kind
+    if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig"):
+        raise UserError(
+            f"launch=fsdp: {whole} reads weights of the base that no process has whole. "
+            "Take peft=lora, rslora, ia3 or prefix, or launch=ddp."
+        )
+
+
+def check_strategy(cfg: dict[str, Any], deployed: bool = False) -> None:
+    """That the strategy takes its settings and makes an adapter of a round's replies."""
+    from methods import aggregate
+    from server.cohort import cohort_size
+
+    node = cfg["strategy"]
+    check_kinds("strategy", node, type(aggregate.build(node)))
+    for name, value in node.items():
+        if is_number(value) and value < 0:
+            raise UserError(f"strategy.{name}={value}: it must be 0 or more.")
+    cohort = cohort_size(cfg["num_clients"], node["fraction_fit"])
+    if cohort < node["min_fit_replies"]:
+        raise UserError(
+            f"strategy.min_fit_replies={node['min_fit_replies']}, but strategy.fraction_fit="
+            f"{node['fraction_fit']} of num_clients={cfg['num_clients']} are {cohort} "
+            "clients a round."
+        )
+    if node["_target_"].endswith(".Bulyan"):
+        needed = 4 * node["num_malicious_nodes"] + 3
+        if cohort < needed:
+            raise UserError(
+                f"strategy.fraction_fit={node['fraction_fit']} of num_clients="
+                f"{cfg['num_clients']} are {cohort} clients a round; Bulyan with "
+                f"num_malicious_nodes={node['num_malicious_nodes']} needs {needed}."
+            )
+    aggregate.rehearse(node, min(cohort, 100))
+    records = node["weighted_by"] == "records"
+    by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
+    if deployed and (records or by_epochs) and node["max_weight"] is None:
+        setting = "strategy.weighted_by=records" if records else "max_steps=-1"
+        raise UserError(
+            f"{setting}: how many records a node has is its own word, and it weighs by "
+            "it. Say what to believe at most: strategy.max_weight=5000"
+        )
+
+
+def settle_mode(cfg: dict[str, Any]) -> None:
+    """Put into the other settings what a baseline means: the same steps, differently spent.
+
+    centralized: in a round one client takes all the steps of a cohort, on everybody's data.
+    local: all clients take their steps in every round, and nobody sees another's.
+    """
+    from methods import aggregate
+    from server.cohort import cohort_size
+
+    if cfg["mode"] == "federated":
+        return
+    clients, node = cfg["num_clients"], cfg["strategy"]
+    arguments = cfg["train"]["training_arguments"]
+    cohort = cohort_size(clients, node["fraction_fit"])
+    ours = {name: node[name] for name in aggregate.OURS}
+    ours |= {"fraction_fit": 1.0, "min_fit_replies": 1, "clip_norm": None}
+    if cfg["mode"] == "centralized":
+        ours["fraction_fit"] = 1 / clients
+        arguments["num_train_epochs"] *= cohort / clients
+        arguments["max_steps"] *= cohort if arguments["max_steps"] > 0 else 1
+    # The mean of one is the one.
+    cfg["strategy"] = {"_target_": "flwr.serverapp.strategy.FedAvg", **ours}
+
+
+def check_training_arguments(cfg: dict[str, Any]) -> None:
+    """That each of `train.training_arguments` has its effect here.
+
+    null stands for one that is not given.
+    """
+    import client
+
+    fields = dataclasses.fields(client.TrainingArguments)
+    defaults = {field.name: field.default for field in fields}
+    reasons = {
+        name: reason for reason, names in INSTEAD.items() for name in names.split()
+    }
+    given = cfg["train"]["training_arguments"]
+    for name, value in given.items():
+        key = f"train.training_arguments.{name}"
+        if name not in defaults:
+            near = difflib.get_close_matches(name, TAKEN, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"{key}: transformers.TrainingArguments has no such field.{hint}"
+            )
+        if name not in TAKEN and value is not None:
+            raise UserError(f"{key} {reasons.get(name, 'is not taken here')}.")
+        allowed, take = TAKEN_VALUES.get(name, ((value,), ""))
+        if value not in allowed:
+            raise UserError(f"{key}={value}: take {take}.")
+    check_kinds("train.training_arguments", given, client.TrainingArguments)
+    try:
+        moved = client.rehearse(cfg)
+    except Exception as error:  # whatever the libraries make of a value
+        raise UserError(f"train.training_arguments: {error}") from error
+    for name in client.REHEARSED:
+        if given.get(name, defaults[name]) in (None, defaults[name]):
+            continue
+        train = {**cfg["train"], "training_arguments": {**given, name: None}}
+        try:
+            useless = client.rehearse({**cfg, "train": train}).equal(moved)
+        except (TypeError, ValueError):  # what cannot be left out has an effect
+            continue
+        if useless:
+            optim = given.get("optim") or defaults["optim"]
+            raise UserError(
+                f"train.training_arguments.{name}={given[name]} changes nothing with optim="
+                f"{optim} and lr_scheduler_type={given['lr_scheduler_type']}."
+            )
+
+
+def check_model(cfg: dict[str, Any], weights: bool) -> None:
+    """That the base can be found and takes this adapter; needs its `config.json` only.
+
+    `weights`: they and the tokenizer are needed here. Settles
+    `model.gradient_checkpointing=auto` on the way.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from safetensors import SafetensorError, safe_open
+
+    import dataset
+    import model
+    from records import templates
+
+    name = cfg["model"]["name"]
+    path = local_path(name)
+    if path and weights and not list(path.glob("*.safetensors")):
+        raise UserError(
+            f"model.name={name}: the folder {path} holds no .safetensors file. "
+            "Save the model with save_pretrained(folder, safe_serialization=True)."
+        )
+    for file in path.glob("*.safetensors") if path and weights else ():
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"model.name={name}: {file} is broken ({error})."
+            ) from error
+    try:
+        settle_checkpointing(cfg)
+        frame = model.skeleton(cfg["model"], cfg["peft"])
+        check_kinds("peft", cfg["peft"], type(frame.peft_config["default"]))
+        model.rehearse(
+            cfg["model"], cfg["peft"], cfg["seed"], cfg["train"]["seq_length"]
+        )
+        if cfg["dry_run"]:
+            return
+        tokenizer = model.load_tokenizer(name, cfg["model"]["use_fast_tokenizer"])
+    except UserError:
+        raise
+    except Exception as error:  # whatever a library makes of a broken file
+        found = path is not None
+        with suppress(HFValidationError):
+            found |= isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if found:
+            raise UserError(f"model.name={name}: {error}") from error
+        raise UserError(
+            f"model.name={name} is neither a local folder nor reachable on the hub. Check "
+            "the name, the network and, for a gated model, `hf auth login`."
+        ) from error
+    if not any(p.numel() for p in frame.parameters() if p.requires_grad):
+        raise UserError(
+            f"{cfg['peft']['_target_']} with these settings trains nothing."
+        )
+    template = cfg["dataset"]["template"]
+    try:
+        templates.check_template(template, tokenizer)
+    except UserError as error:
+        raise UserError(
+            f"dataset.template={template}: {error} Take dataset.template=alpaca or vicuna."
+        ) from error
+    ids = templates.prompt(template, [{"instruction": "", "input": ""}], tokenizer)
+    rows = frame.get_base_model().get_input_embeddings().weight.shape[0]
+    check_tokenizer(name, tokenizer, rows, ids)
+    if dataset.test_wanted(cfg):
+        kept, left_out = dataset.scorable(cfg, tokenizer)
+        if left_out:
+            say(
+                f"{left_out} of {len(kept) + left_out} test questions are left out: they "
+                "have no answer, or are longer than "
+                f"train.seq_length={cfg['train']['seq_length']} tokens."
+            )
+
+
+def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> None:
+    """That the base has an embedding for what its tokenizer writes.
+
+    `rows`: of the embedding; `prompt`: the token ids of an empty question. Tokens that were
+    added to the vocabulary may lie beyond, as Gemma 3's for images: only a text that spells
+    one out would have it.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name={name}: its tokenizer has no eos_token, with which an answer is to "
+            "end. Set one in its tokenizer_config.json."
+        )
+    highest = {
+        "eos_token": tokenizer.eos_token_id,
+        "bos_token": tokenizer.bos_token_id or 0,
+        "vocabulary": tokenizer.vocab_size - 1,
+        "template": max(prompt, default=0),
+    }
+    for what, token in highest.items():
+        if token >= rows:
+            raise UserError(
+                f"model.name={name}: the {what} of its tokenizer has token {token}, and the "
+                f"base has {rows} (0 to {rows - 1}). Tokens were added, or the tokenizer is "
+                "another model's: take the one that belongs to it, or save the base after "
+                "resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def check_progress(cfg: dict[str, Any], folder: Path) -> None:
+    """That what a run has left in `folder` can be read, fits, and is not all of it."""
+    import model
+    from server import checkpoint, journal, runs
+
+    if (newest := checkpoint.newest(folder)) is None:
+        return
+    state, done = checkpoint.read(newest)[:2]
+    runs.read_rounds(folder, done)
+    runs.read_before(folder)
+    frame = model.skeleton(cfg["model"], cfg["peft"])
+    expected = {n: p for n, p in frame.named_parameters() if p.requires_grad}
+    for adapter in journal.adapters(cfg, state).values():
+        if fault := wire.mismatch(adapter, expected):
+            raise UserError(
+                f"resume={folder}: {newest} does not fit the base: {fault}."
+            )
+    if cfg["num_rounds"] < done:
+        raise UserError(
+            f"resume={folder}: {done} rounds are done, and num_rounds="
+            f"{cfg['num_rounds']}. Set num_rounds={done} or more."
+        )
+
+
+def settle_checkpointing(cfg: dict[str, Any]) -> None:
+    """Put true or false in the place of `model.gradient_checkpointing=auto`."""
+    if cfg["model"]["gradient_checkpointing"] == "auto":
+        from settings import plan
+
+        cfg["model"]["gradient_checkpointing"] = plan.needs_checkpointing(cfg)
