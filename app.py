@@ -196,25 +196,22 @@ def train(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    from methods import store, wire
+    from methods import sharing, steps, store, wire
     from node import processes
 
     config = message.content["config"]
+    number = int(config["server-round"])
     received = wire.unpack(message.content["arrays"].to_torch_state_dict())
-    state, metrics = processes.train(
+    trained, metrics = processes.train(
         cfg,
         received,
         partition=partition,
-        server_round=config["server-round"],
+        server_round=number,
         proximal_mu=config.get("proximal-mu", 0.0),
     )
-    # In files, because Flower's state of a client would not outlive the run's process.
-    place = Path(cfg["residuals"]), partition, int(config["server-round"])
-    packed, residual = wire.pack(
-        wire.update(state, received), cfg["comm"]["dtype"], store.load_residual(*place)
-    )
-    if residual:
-        store.save_residual(*place, residual)
+    update = sharing.Adapter().outgoing(received, trained)
+    kept = store.Kept(Path(cfg["residuals"]), partition, number)
+    packed = steps.build(cfg).leave(update, kept)
     return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
 
 

@@ -242,7 +242,6 @@ def run_replies(argument: str) -> None:
 
     server = Server(cfg, ReadyMade())
     state = {"w": torch.zeros(ADAPTER // 1000, 1000)}
-    server.expected = state
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     server.train_round(1, state)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

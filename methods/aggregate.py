@@ -1,31 +1,18 @@
 """How the updates of a round are combined: Flower's strategies, fed one update at a time."""
 
 import logging
-import math
 from typing import Any
 
+import flwr.serverapp.strategy as flower
+import numpy as np
 import torch
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
-from flwr.serverapp.strategy import (
-    FedAdagrad,
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedProx,
-    FedYogi,
-)
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from methods import wire
-from methods.wire import State, Unusable
+from methods.base import Aggregation, Contribution, State, Unusable
 from utils import UserError, construct, one_line
 
-# Keys of conf/strategy that are this module's, not the constructor's.
+# Keys of conf/strategy that are not the constructor's.
 OURS = (
     "fraction_fit",
     "fraction_evaluate",
@@ -39,47 +26,43 @@ OURS = (
 # The metric that each `strategy.weighted_by` weighs a client by.
 WEIGHTS = {"examples": "num-examples", "records": "records"}
 
-# Strategies that are a function of the weighted mean of the replies.
-AVERAGING = {FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad}
 
-# --- whom to ask, and how to aggregate -------------------------------------------------------
+def build(node: dict[str, Any]) -> Aggregation:
+    """What `conf/strategy` names: a class of this module, or of Flower's one that it wraps.
 
-
-def build(node: dict[str, Any]) -> FedAvg:
-    """The strategy that `conf/strategy` names.
-
-    `Server` decides whom it asks, so it takes everyone that it is shown.
     Raises `UserError` for settings that it does not take.
     """
     settings = {k: v for k, v in node.items() if k not in OURS}
-    everyone = {
+    if node["_target_"] == f"{__name__}.{Alone.__name__}":
+        return Alone()
+    # Whom a round asks is not its choice, so it is shown nobody.
+    nobody = {
         "fraction_train": 1.0,
         "fraction_evaluate": 1.0,
-        "min_train_nodes": 1,
-        "min_evaluate_nodes": 1,
-        "min_available_nodes": 1,
+        "min_train_nodes": 0,
+        "min_evaluate_nodes": 0,
+        "min_available_nodes": 0,
     }
-    return construct(settings, "flwr.serverapp.strategy", **everyone)
+    made = construct(settings, "flwr.serverapp.strategy", **nobody)
+    return WRAPPED.get(type(made), All)(made)
 
 
 def rehearse(node: dict[str, Any], count: int) -> None:
-    """Let the strategy that `conf/strategy` names aggregate `count` small made-up replies.
+    """Let what `conf/strategy` names aggregate `count` small made-up updates.
 
     Raises `UserError` where it makes no adapter of them, as it would after the first round.
     """
     made = build(node)
-    made.min_train_nodes = made.min_available_nodes = 0  # nobody is asked
     log = logging.getLogger("flwr")
     log.disabled, before = True, log.disabled
-    start = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
+    state = made.start({"a": torch.ones(2, 3), "b": torch.zeros(4)}, count)
     try:
-        made.configure_train(1, ArrayRecord(start), ConfigRecord(), Cohort([]))
-        gathered = aggregator_for("federated", made, start)
+        made.begin(state, 1)
         for i in range(count):
+            start = made.down(state, i)
             update = {k: torch.full_like(v, (i + 1) / 64) for k, v in start.items()}
-            client = {"partition": i, "num-examples": i + 1, "train_loss": 1.0}
-            gathered.add(update, client, i + 1)
-        fault = wire.mismatch(gathered.aggregate(1), start)
+            made.add(Contribution(i, start, update, weight=i + 1, loss=1.0))
+        fault = wire.mismatch(made.apply(made.gathered()), state)
     except Exception as error:  # whatever a class makes of what is no use to it
         fault = str(error) or type(error).__name__
     finally:
@@ -91,67 +74,48 @@ def rehearse(node: dict[str, Any], count: int) -> None:
         )
 
 
-def norm(update: State) -> float:
-    """The L2 norm over all tensors."""
-    squares = sum(tensor.double().square().sum().item() for tensor in update.values())
-    return math.sqrt(squares)
+class Alone(Aggregation):
+    """Every client's own adapter, which nobody else gets: what `mode=local` names."""
+
+    def start(self, adapter: State, clients: int) -> State:
+        return {
+            f"{i}/{name}": adapter[name] for i in range(clients) for name in adapter
+        }
+
+    def begin(self, state: State, server_round: int) -> None:
+        super().begin(state, server_round)
+        self.changes: State = {}
+
+    def add(self, one: Contribution) -> None:
+        self.changes |= {f"{one.partition}/{k}": v for k, v in one.update.items()}
+
+    def gathered(self) -> State:
+        return self.changes
 
 
-def clip(update: State, longest: float | None) -> State:
-    """The update, scaled down to an L2 norm of `longest` over all tensors if it is longer.
+class Flower(Aggregation):
+    """A strategy of Flower's, which makes an adapter of replies that hold adapters."""
 
-    What a client can do to a mean is then bounded (Sun et al. 2019, arXiv 1911.07963).
-    """
-    if longest is None:
-        return update
-    scale = min(1.0, longest / max(norm(update), 1e-12))
-    return {name: tensor * scale for name, tensor in update.items()}
+    def __init__(self, strategy: flower.FedAvg) -> None:
+        self.strategy = strategy
 
+    def told(self, server_round: int) -> dict[str, Any]:
+        """Likewise, with what the strategy adds: FedProx's `proximal-mu`."""
+        return dict(self._configure(server_round, {}))
 
-# --- from updates to the replies that a strategy aggregates ------------------------------------
+    def _configure(self, server_round: int, state: State) -> ConfigRecord:
+        config = ConfigRecord()
+        # FedAvgM would go on from what it made last, whether that was of use or not.
+        self.strategy.current_arrays = None
+        self.strategy.configure_train(server_round, record(state), config, Nobody())
+        return config
 
-
-def aggregator_for(mode: str, strategy: FedAvg, state: State) -> "Mean | All | Alone":
-    """What gathers updates to the adapter `state` and makes the next one of them."""
-    if mode == "local":
-        return Alone(state)
-    kind = Mean if type(strategy) in AVERAGING else All
-    return kind(strategy, state)
-
-
-class Alone:
-    """Every client's own adapter, which nobody else gets: the baseline `mode=local`.
-
-    They are in one state, under `<partition>/<name>`.
-    """
-
-    def __init__(self, state: State) -> None:
-        self.states = dict(state)
-
-    def add(self, update: State, client: dict[str, Any], weight: int) -> None:
-        for name, tensor in update.items():
-            own = f"{client['partition']}/{name}"
-            self.states[own] = self.states[own] + tensor
-
-    def aggregate(self, server_round: int) -> State:
-        return self.states
-
-
-class Aggregator:
-    """Gathers updates for a strategy of Flower's."""
-
-    def __init__(self, strategy: FedAvg, state: State) -> None:
-        self.strategy, self.state = strategy, state
-
-    def replies(self) -> list[Message]:
-        """What the strategy aggregates."""
-        raise NotImplementedError
-
-    def aggregate(self, server_round: int) -> State:
-        """The strategy's next adapter. Raises `Unusable` where it makes none."""
+    def _aggregate(self, replies: list["Reply"]) -> State:
+        """The strategy's next adapter, as precise as it makes it."""
         name = type(self.strategy).__name__
         try:
-            aggregated, _ = self.strategy.aggregate_train(server_round, self.replies())
+            self._configure(self.number, self.state)
+            aggregated, _ = self.strategy.aggregate_train(self.number, replies)
         except Exception as error:  # of any type: each strategy has its own
             cause = one_line(f"{type(error).__name__}: {error}")
             raise Unusable(f"{name} made nothing of the replies: {cause}") from error
@@ -160,10 +124,32 @@ class Aggregator:
                 f"{name} made nothing of the replies. It may need more: raise "
                 "strategy.fraction_fit"
             )
-        return to_state(aggregated)
+        return aggregated.to_torch_state_dict()
+
+    def memory(self) -> dict[str, State]:
+        """What the strategy has in `keeps`: a dict of arrays, or a list in their order."""
+        found = {name: getattr(self.strategy, name) for name in self.keeps}
+        return {
+            name: {
+                k: torch.from_numpy(np.array(array))
+                for k, array in zip(self.state, _values(kept), strict=True)
+            }
+            for name, kept in found.items()
+            if kept is not None
+        }
+
+    def recall(self, memory: dict[str, State]) -> None:
+        for name in self.keeps:
+            kept = memory.get(name)
+            arrays = {k: v.numpy() for k, v in kept.items()} if kept else None
+            setattr(self.strategy, name, arrays)
 
 
-class Mean(Aggregator):
+def _values(kept: Any) -> list[np.ndarray]:
+    return list(kept.values() if isinstance(kept, dict) else kept)
+
+
+class Mean(Flower):
     """The running weighted mean of updates: memory for one, however many.
 
     Enough for every strategy that is a function of the mean. Summed in float64, where sums
@@ -171,43 +157,87 @@ class Mean(Aggregator):
     which clients answer leaves no trace.
     """
 
-    def __init__(self, strategy: FedAvg, state: State) -> None:
-        super().__init__(strategy, state)
-        self.sums = {
-            k: torch.zeros_like(v, dtype=torch.float64) for k, v in state.items()
-        }
+    linear = True
+
+    def begin(self, state: State, server_round: int) -> None:
+        super().begin(state, server_round)
+        self.sums: State = {}
         self.weight, self.loss = 0, 0.0
 
-    def add(self, update: State, client: dict[str, Any], weight: int) -> None:
-        self.weight += weight
-        self.loss += weight * client["train_loss"]
-        for name, total in self.sums.items():
-            total.add_(update[name], alpha=weight)
+    def add(self, one: Contribution) -> None:
+        self.weight += one.weight
+        self.loss += one.weight * one.loss
+        for name, tensor in one.update.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
+            self.sums[name].add_(tensor, alpha=one.weight)
 
-    def replies(self) -> list[Any]:
-        """One reply that stands for all of them."""
-        mean = {k: self.state[k] + v / self.weight for k, v in self.sums.items()}
-        return [Reply(to_float32(mean), self.weight, self.loss / self.weight)]
+    def gathered(self) -> State:
+        return {name: total / self.weight for name, total in self.sums.items()}
+
+    def apply(self, mean: State) -> State:
+        """The strategy's adapter of the one that the mean update makes, as a single reply."""
+        whole = super().apply(mean)
+        made = self._aggregate([Reply(whole, self.weight, self.loss / self.weight)])
+        # What was not sent stays, whatever a momentum would make of it.
+        return {
+            name: (made[name] if name in mean else tensor).to(torch.float32)
+            for name, tensor in self.state.items()
+        }
 
 
-class All(Aggregator):
+class Momentum(Mean):
+    """FedAvgM's: a list in the order of the adapter's names."""
+
+    keeps = ("momentum_vector",)
+
+    def recall(self, memory: dict[str, State]) -> None:
+        super().recall(memory)
+        if kept := self.strategy.momentum_vector:
+            self.strategy.momentum_vector = _values(kept)
+
+
+class Moments(Mean):
+    """The first and second moments of FedAdam and its kind."""
+
+    keeps = ("m_t", "v_t")
+
+
+class All(Flower):
     """Every update, in order of partition: what robust strategies need."""
 
-    def __init__(self, strategy: FedAvg, state: State) -> None:
-        super().__init__(strategy, state)
-        self.updates: list[tuple[int, State, int, float]] = []
+    def begin(self, state: State, server_round: int) -> None:
+        super().begin(state, server_round)
+        self.all: list[Contribution] = []
 
-    def add(self, update: State, client: dict[str, Any], weight: int) -> None:
-        loss = client["train_loss"]
-        self.updates.append((client["partition"], update, weight, loss))
+    def add(self, one: Contribution) -> None:
+        self.all.append(one)
 
-    def replies(self) -> list[Any]:
-        """One reply for each update, holding the adapter that it makes."""
-        self.updates.sort(key=lambda entry: entry[0])
-        return [
-            Reply({k: self.state[k] + update[k] for k in update}, weight, loss)
-            for _, update, weight, loss in self.updates
-        ]
+    def gathered(self) -> State:
+        """The strategy's change, of replies that hold the adapter that each update makes."""
+        self.all.sort(key=lambda one: one.partition)
+        made = self._aggregate(
+            [
+                Reply(
+                    {k: self.state[k] + one.update[k] for k in one.update},
+                    one.weight,
+                    one.loss,
+                )
+                for one in self.all
+            ]
+        )
+        return {k: made[k].double() - self.state[k].double() for k in made}
+
+
+# Those that are a function of the mean. Every other gets all replies.
+WRAPPED: dict[type, type[Flower]] = {
+    flower.FedAvg: Mean,
+    flower.FedProx: Mean,
+    flower.FedAvgM: Momentum,
+    flower.FedAdagrad: Moments,
+    flower.FedAdam: Moments,
+    flower.FedYogi: Moments,
+}
 
 
 class Reply:
@@ -219,27 +249,34 @@ class Reply:
     def __init__(self, state: State, weight: int, loss: float) -> None:
         metrics = {"num-examples": weight, "train_loss": loss}
         self.content = RecordDict(
-            {"arrays": ArrayRecord(state), "metrics": MetricRecord(metrics)}
+            {"arrays": record(state), "metrics": MetricRecord(metrics)}
         )
 
     def has_error(self) -> bool:
         return False
 
 
-def to_float32(state: State) -> State:
-    return {name: tensor.to(torch.float32) for name, tensor in state.items()}
+class Unsent(Array):
+    """A tensor where Flower takes an array, without the bytes that nobody is sent."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__("float32", tuple(tensor.shape), "numpy.ndarray", b"")
+        self.__dict__["tensor"] = tensor
+
+    def numpy(self) -> np.ndarray:
+        """A copy: some strategies compute in place."""
+        return self.tensor.numpy().copy()
 
 
-def to_state(arrays: ArrayRecord) -> State:
-    """An adapter as a strategy made it, in float32 (some give float64)."""
-    return to_float32(arrays.to_torch_state_dict())
+def record(state: State) -> ArrayRecord:
+    made = ArrayRecord()
+    for name, tensor in state.items():
+        made[name] = Unsent(tensor)  # the constructor would copy what is sent
+    return made
 
 
-class Cohort:
-    """A grid that shows a strategy no nodes but the sampled ones."""
-
-    def __init__(self, nodes: list[int]) -> None:
-        self.nodes = nodes
+class Nobody:
+    """A grid without nodes."""
 
     def get_node_ids(self) -> list[int]:
-        return self.nodes
+        return []

@@ -5,31 +5,33 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from methods.wire import State
+from methods.base import State
 
 
-def load_residual(folder: Path, partition: int, server_round: int) -> State | None:
-    """What a client's updates before `server_round` have left out, or None.
+class Kept:
+    """What one client has kept of earlier rounds, by name, as files in `folder`.
 
-    A run that goes on after a stop may do a round again: what that round has left is of no
-    use to it.
+    Not in Flower's state of a client, which would not outlive the run's process. A run that
+    goes on after a stop may do a round again: what that round has left is of no use to it.
     """
-    earlier = [file for file in _residuals(folder, partition) if file[0] < server_round]
-    return load_file(max(earlier)[1]) if earlier else None
 
+    def __init__(self, folder: Path, partition: int, server_round: int) -> None:
+        self.folder, self.partition, self.number = folder, partition, server_round
 
-def save_residual(
-    folder: Path, partition: int, server_round: int, residual: State
-) -> None:
-    """Keep what the update of `server_round` leaves out, and what the one before it left."""
-    file = folder / f"{partition}-{server_round:06d}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(residual, temporary := file.with_suffix(".tmp"))
-    os.replace(temporary, file)
-    for _, old in sorted(_residuals(folder, partition))[:-2]:
-        old.unlink()
+    def load(self, name: str) -> State | None:
+        """What was saved last before this round, or None."""
+        earlier = [file for file in self._files(name) if file[0] < self.number]
+        return load_file(max(earlier)[1]) if earlier else None
 
+    def save(self, name: str, state: State) -> None:
+        """Keep this of the round, and what the one before it has kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = f"{self.partition}-{name}-{self.number:06d}.safetensors"
+        save_file(state, temporary := (self.folder / file).with_suffix(".tmp"))
+        os.replace(temporary, self.folder / file)
+        for _, old in sorted(self._files(name))[:-2]:
+            old.unlink()
 
-def _residuals(folder: Path, partition: int) -> list[tuple[int, Path]]:
-    files = folder.glob(f"{partition}-*.safetensors")
-    return [(int(file.stem.rpartition("-")[2]), file) for file in files]
+    def _files(self, name: str) -> list[tuple[int, Path]]:
+        files = self.folder.glob(f"{self.partition}-{name}-*.safetensors")
+        return [(int(file.stem.rpartition("-")[2]), file) for file in files]

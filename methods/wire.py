@@ -10,10 +10,13 @@ makes a tensor of anything.
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+
+from methods.base import Contribution, State, Step, Unusable
 
 DTYPES = ("float32", "float16", "int8")
 
@@ -21,11 +24,21 @@ SCALE = ":scale"  # no parameter's name holds a colon
 
 HEADER = 1024  # bytes of `np.save` before the values: 128 for an adapter's shapes
 
-State = dict[str, torch.Tensor]
 
+class Wire(Step):
+    """An update as it travels; in int8 with error feedback."""
 
-class Unusable(ValueError):
-    """A reply that cannot be used. The text is ours, and quotes nothing of the reply."""
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+
+    def leave(self, update: State, kept: Any) -> State:
+        packed, left = pack(update, self.dtype, kept.load("residual"))
+        if left is not None:
+            kept.save("residual", left)
+        return packed
+
+    def arrive(self, one: Contribution) -> Contribution:
+        return replace(one, update=decode(one.update, one.before, self.dtype))
 
 
 def pack(
@@ -151,11 +164,6 @@ def unpack(packed: State) -> State:
 
 def _expand(steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (steps.reshape(len(scale), -1) * scale[:, None]).reshape(steps.shape)
-
-
-def update(after: State, before: State) -> State:
-    """What training changed."""
-    return {name: after[name] - before[name] for name in after}
 
 
 def mismatch(state: State, expected: dict[str, Any]) -> str | None:

@@ -1,6 +1,90 @@
-"""Whom a round asks."""
+"""Who takes part: the nodes that are connected, their numbers, and whom a round asks."""
 
 import random
+import time
+from collections.abc import Collection
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from utils import STOP, UserError, look_for_stop, mix_seed, say
+
+NODES_TIMEOUT = 600.0  # seconds that clients have to connect
+
+
+class RunFailed(UserError):
+    """A round could not be completed. What came before it is on disk."""
+
+
+class Clients:
+    """The nodes of a grid, which come and go, each with a number that it keeps.
+
+    In a simulation the number is its partition. `named`: each is announced as it comes.
+    """
+
+    def __init__(self, cfg: dict[str, Any], grid: Grid, named: bool) -> None:
+        self.cfg, self.grid, self.named = cfg, grid, named
+        self.partitions: dict[int, int] = {}  # by node
+        self.refused: dict[int, str] = {}  # by node: why it takes no part
+
+    def available(self) -> list[int]:
+        """Nodes that are connected and take part, in the order in which they were seen."""
+        # Node ids are random in every run; sorted, the numbering is stable within one.
+        connected = sorted(self.grid.get_node_ids())
+        for node in connected:
+            if node not in self.partitions:
+                self.partitions[node] = len(self.partitions)
+                if self.named:
+                    say(f"Client {self.partitions[node]} is node {node}.")
+        willing = set(connected) - self.refused.keys()
+        return sorted(willing, key=self.partitions.__getitem__)
+
+    def wait_for(self, wanted: int) -> None:
+        """Until so many are connected. Raises `RunFailed` after `NODES_TIMEOUT`."""
+        # They connect while this already runs, and get their numbers all at once.
+        started = time.monotonic()
+        told = False
+        while (here := len({*self.grid.get_node_ids()} - self.refused.keys())) < wanted:
+            look_for_stop()
+            waited = time.monotonic() - started
+            if waited > NODES_TIMEOUT:
+                raise RunFailed(
+                    f"Only {here} of {wanted} clients connected within "
+                    f"{NODES_TIMEOUT:.0f} s (num_clients={self.cfg['num_clients']})."
+                )
+            if waited > 5 and not told:
+                say(f"Waiting for {wanted} clients; {here} are connected.")
+                told = True
+            STOP.wait(0.1)
+
+    def sample(
+        self,
+        fraction: str,
+        server_round: int,
+        attempt: int = 0,
+        tried: Collection[int] = (),
+        out: Collection[int] = (),
+        least: int = 1,
+    ) -> list[int]:
+        """The nodes that take part, in order of their numbers; waits until there is one.
+
+        Those that were `tried` in this round already come in only if the others are too few,
+        and those in `out` not at all. `least` of them, where there are as many. Raises
+        `RunFailed` when all that ever came refuse.
+        """
+        if not (nodes := self.available()):
+            if self.refused and self.refused.keys() >= self.partitions.keys():
+                [*_, cause] = self.refused.values()
+                raise RunFailed(f"All {len(self.refused)} clients refused: {cause}.")
+            self.wait_for(1)
+            nodes = self.available()
+        size = max(least, cohort_size(len(nodes), self.cfg["strategy"][fraction]))
+        nodes = [node for node in nodes if node not in out] or nodes
+        size = min(size, len(nodes))
+        others = [node for node in nodes if node not in tried]
+        parts = [self.cfg["seed"], fraction, server_round]
+        seed = mix_seed(*parts, attempt) if attempt else mix_seed(*parts)
+        return sample(others if len(others) >= size else nodes, size, seed)
 
 
 def cohort_size(num_clients: int, fraction: float) -> int:

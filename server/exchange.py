@@ -1,28 +1,20 @@
-"""One exchange of messages with the clients: what is sent, and what is fit to be used of what comes back."""
+"""One exchange of messages with the clients: what is sent, what of it comes back is usable."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
-import torch
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 
 import dataset
-import model
-from methods import wire
-from methods.aggregate import WEIGHTS, clip
-from methods.wire import Unusable
-from server.journal import adapters
+from methods.base import Unusable
 from utils import STOP, Refusal, look_for_stop, one_line
+
+Read = TypeVar("Read")
 
 # Seconds that clients have at least in the first exchange, whatever train.round_timeout
 # says: they load the base, and one of 13 GB from a slow disk takes minutes.
@@ -117,53 +109,72 @@ def most_used(
     return math.ceil(passes * rows)
 
 
-class OutOfRange(Unusable):
-    """An adapter that is finite here, and would not be where it is sent."""
+def bound(
+    cfg: dict[str, Any], client: dict[str, Any], kind: str, federated: bool
+) -> None:
+    """Hold a client's word for how much it used against what the server knows.
+
+    In a simulation the server knows all of it, and more is a lie: raises `Unusable`. In a
+    federation records, and processes that train side by side, are a node's own: more counts
+    for what one process takes, or for `strategy.max_weight`.
+    """
+    most = cfg["strategy"]["max_weight"] or math.inf
+    for name in ("num-examples", "records"):
+        if name not in client:
+            continue
+        known = most_used(cfg, kind, name, client["partition"], federated)
+        if client[name] > known and not federated:
+            raise Unusable(f"its {name} is above {known}, which is all that it has")
+        client[name] = min(client[name], known, most)
+
+
+# --- the exchange ----------------------------------------------------------------------------
 
 
 class Exchange:
     """One exchange of messages: sends them, and hands out usable replies as they come.
 
-    Afterwards `clients` holds the metrics of those, `failures` who failed and why.
+    `nodes`: whom it asks, each with its partition. `write` makes the content for a
+    partition, and `read` something of a reply's; it raises `Unusable` for one that has not
+    what it needs. `timeout` is in seconds. `singly`: replies are fetched one by one, which
+    the exchange begins to do itself where one cannot be fetched.
+
+    Afterwards `failures` holds who failed and why, and `refused` which nodes will not take
+    part in any other.
     """
 
     def __init__(
-        self, server: Any, messages: list[Message], state: model.State | None = None
+        self,
+        grid: Grid,
+        kind: str,
+        nodes: dict[int, int],
+        write: Callable[[int], RecordDict],
+        read: Callable[[int, RecordDict], Read],
+        timeout: float | None = None,
+        singly: bool = False,
     ) -> None:
-        self.server = server
-        self.clients: list[dict[str, Any]] = []
+        self.grid, self.kind, self.nodes = grid, kind, nodes
+        self.write, self.read = write, read
+        self.timeout, self.singly = timeout, singly
+        if kind == MessageType.QUERY and timeout:
+            self.timeout = max(timeout, LOAD_TIMEOUT)
         self.failures: list[dict[str, Any]] = []
-        self.kind = messages[0].metadata.message_type
-        self.timeout = server.cfg["train"]["round_timeout"]
-        if self.kind == MessageType.QUERY and self.timeout:
-            self.timeout = max(self.timeout, LOAD_TIMEOUT)
-        dtype = server.cfg["comm"]["dtype"]
-        self.adapters = adapters(server.cfg, state or {})
-        arrays = {
-            name: ArrayRecord(wire.pack(adapter, dtype)[0])
-            for name, adapter in self.adapters.items()
-        }
-        self.bytes_down = num_bytes(next(iter(arrays.values())))  # to each client
-        for message in messages:
-            # The strategy gave all of them one record; each names its own partition.
-            # Under a name that the strategy may be told (`configrecord_key`).
-            config = next(iter(message.content.config_records.values()), {})
-            partition = server.partitions[message.metadata.dst_node_id]
-            config = ConfigRecord({**config, **server.told, "partition": partition})
-            own = arrays.get(f"client_{partition}") or arrays[""]
-            message.content = RecordDict({"arrays": own, "config": config})
-        self.messages = messages
+        self.refused: dict[int, str] = {}
 
-    def replies(self) -> Iterator[tuple[model.State, dict[str, Any]]]:
-        """Each usable reply's arrays and its metrics, in order of arrival.
+    def replies(self) -> Iterator[Read]:
+        """What `read` makes of each usable reply, in order of arrival.
 
-        Ends when everybody has answered, or the time is over: `train.round_timeout`, or in
-        the first exchange, where bases are loaded, `LOAD_TIMEOUT` if that is longer.
+        Ends when everybody has answered, or the time is over: `timeout`, or in the first
+        exchange, where bases are loaded, `LOAD_TIMEOUT` if that is longer.
         """
         began = time.monotonic()
-        pushed = set(self.server.grid.push_messages(self.messages))
+        messages = [
+            Message(self.write(partition), node, self.kind)
+            for node, partition in self.nodes.items()
+        ]
+        pushed = set(self.grid.push_messages(messages))
         waiting = {}
-        for message in self.messages:
+        for message in messages:
             node, message_id = message.metadata.dst_node_id, message.metadata.message_id
             if message_id in pushed:  # which is how a grid says whom it reaches
                 waiting[message_id] = node
@@ -175,20 +186,16 @@ class Exchange:
                 node = waiting.pop(message_id, None)
                 if node is None:  # it has answered already, or was never asked
                     continue
-                partition = self.server.partitions[node]
                 try:
-                    if isinstance(reply, Exception):
-                        raise reply
-                    state, client = self._read(partition, reply)
+                    read = self.read(self.nodes[node], _content(reply))
                 except Exception as error:  # whatever can be made of foreign data
                     ours = isinstance(error, Unusable)
                     kind = f"its reply cannot be read ({type(error).__name__})"
                     self._fail(node, str(error) if ours else kind)
                     if isinstance(error, Refused):
-                        self.server.refused[node] = self.failures[-1]["cause"]
+                        self.refused[node] = self.failures[-1]["cause"]
                 else:
-                    self.clients.append(client)
-                    yield state, client
+                    yield read
             waited = time.monotonic() - began
             if waiting and self.timeout and waited > self.timeout:
                 name = "train.round_timeout=" * (self.kind != MessageType.QUERY)
@@ -207,74 +214,44 @@ class Exchange:
         would cost all that are fetched with it: from then on each is fetched by itself.
         """
         found: list[tuple[str, Message | Exception]] = []
-        for ids in (
-            [{each} for each in sorted(waiting)] if self.server.singly else [waiting]
-        ):
+        for ids in [{each} for each in sorted(waiting)] if self.singly else [waiting]:
             try:
-                for reply in self.server.grid.pull_messages(ids):
+                for reply in self.grid.pull_messages(ids):
                     found.append((reply.metadata.reply_to_message_id, reply))
             except (OSError, httpx.HTTPError):  # the line to the SuperLink
                 raise
             except Exception as error:
-                if not self.server.singly:
-                    self.server.singly = True
+                if not self.singly:
+                    self.singly = True
                     return self._pull(waiting)
                 found.append((*ids, error))
         return found
 
     def _fail(self, node: int, cause: str) -> None:
-        partition = self.server.partitions[node]
         cause = one_line(cause) or "no cause was given"
-        self.failures.append({"partition": partition, "cause": cause})
-
-    def _read(
-        self, partition: int, reply: Message
-    ) -> tuple[model.State, dict[str, Any]]:
-        """A reply's arrays in float32 and its figures, as the message that was sent asks.
-
-        An update comes clipped. Raises `Unusable` for a reply that has not what it needs.
-        """
-        if reply.has_error():
-            refused = reply.error.code == Refusal.code
-            raise (Refused if refused else Unusable)(one_line(reply.error.reason or ""))
-        client = {"partition": partition, "bytes_down": self.bytes_down}
-        metrics = reply.content.metric_records.get("metrics", {})
-        client |= read_figures(self.kind, metrics)
-        cfg, expected = self.server.cfg, self.server.expected
-        if self.kind == MessageType.TRAIN:
-            self.server.bound(client, self.kind)
-            weight = WEIGHTS[cfg["strategy"]["weighted_by"]]
-            if weight not in client:
-                raise Unusable(f"its metrics lack {weight}")
-        if self.kind == MessageType.EVALUATE:
-            self.server.bound(client, self.kind)
-            return {}, client
-        arrays = reply.content.array_records.get("arrays")
-        if arrays is None:
-            raise Unusable("it holds no arrays")
-        if self.kind == MessageType.QUERY:  # as it was made: in float32
-            return wire.decode(arrays, expected, "float32"), client
-        dtype = cfg["comm"]["dtype"]
-        update = wire.decode(arrays, expected, dtype)
-        update = clip(update, cfg["strategy"]["clip_norm"])
-        before = self.adapters.get(f"client_{partition}") or self.adapters[""]
-        after = {name: before[name] + update[name] for name in update}
-        if name := wire.lost(after, dtype):
-            raise Unusable(
-                f"with its update {name} would hold values beyond comm.dtype={dtype}"
-            )
-        return update, client | {"bytes_up": num_bytes(arrays)}
+        self.failures.append({"partition": self.nodes[node], "cause": cause})
 
 
 class Refused(Unusable):
     """A client that will not take part."""
 
 
-def alike(one: model.State, other: model.State) -> bool:
-    """Whether two fresh adapters are the same but for what bfloat16 rounds away (2**-8)."""
-    return all(
-        torch.allclose(one[name], other[name], rtol=2**-7, atol=1e-6) for name in one
-    )
+def _content(reply: Message | Exception) -> RecordDict:
+    """What a reply holds. Raises what it tells, or what came in its place."""
+    if isinstance(reply, Exception):
+        raise reply
+    if reply.has_error():
+        refused = reply.error.code == Refusal.code
+        raise (Refused if refused else Unusable)(one_line(reply.error.reason or ""))
+    return reply.content
+
+
+def arrays_of(content: RecordDict) -> ArrayRecord:
+    """A reply's arrays. Raises `Unusable` where it has none."""
+    arrays = content.array_records.get("arrays")
+    if arrays is None:
+        raise Unusable("it holds no arrays")
+    return arrays
 
 
 def num_bytes(arrays: ArrayRecord) -> int:

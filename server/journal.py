@@ -10,6 +10,7 @@ from typing import Any
 import dataset
 import model
 from evaluation import examine
+from methods.base import adapters
 from reporting.figures import plot_run
 from server.runs import OWN, SCORES, read_before, read_rounds
 from server.tracking import Tracking
@@ -113,7 +114,7 @@ class Journal:
             "batch_size": train["training_arguments"]["per_device_train_batch_size"],
             "max_new_tokens": self.cfg["evaluate"]["max_new_tokens"],
         }
-        for name, adapter in adapters(self.cfg, state).items():
+        for name, adapter in adapters(state).items():
             if not (folder / name).exists():  # the run has saved this one already
                 model.save_adapter(
                     self.frame, adapter, self.tokenizer, about, folder / name
@@ -151,20 +152,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def adapters(cfg: dict[str, Any], state: model.State) -> dict[str, model.State]:
-    """The adapters that a run's state holds, by the folder that each gets below `peft_*/`.
-
-    One, in that folder itself, or with `mode=local` each client's, in `client_<partition>`.
-    """
-    if cfg["mode"] != "local" or not state:
-        return {"": state}
-    own: dict[str, model.State] = {}
-    for path, tensor in state.items():
-        partition, name = path.split("/", 1)
-        own.setdefault(f"client_{partition}", {})[name] = tensor
-    return own
 
 
 def report_failures(server_round: int, failures: list[dict[str, Any]]) -> None:

@@ -1,60 +1,43 @@
 """What the server does: sample clients, check replies, aggregate, write the run down.
 
-The strategy is Flower's own, named in `conf/strategy`. The loop around it is ours, so that
-a reply is checked before it counts and each round is on disk before the next one begins.
+What a method is stands in `methods`; the loop here names none. A reply is checked before it
+counts, and each round is on disk before the next one begins.
 """
 
-import copy
 import math
 import resource
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import wire
-from methods.aggregate import WEIGHTS, Cohort, aggregator_for, build, norm
-from methods.wire import Unusable
+from methods import aggregate, steps, wire
+from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint
-from server.cohort import cohort_size, sample
-from server.exchange import Exchange, OutOfRange, alike, most_used
-from server.journal import Journal, adapters, report_failures, report_memory
+from server.cohort import Clients, RunFailed
+from server.exchange import Exchange, arrays_of, bound, num_bytes, read_figures
+from server.journal import Journal, report_failures, report_memory
 from server.runs import telling
 from utils import (
-    STOP,
     Progress,
     Stopped,
     Unwritable,
     UserError,
     command,
     learning_rate,
-    look_for_stop,
-    mix_seed,
     override,
     say,
     write_json,
 )
-
-NODES_TIMEOUT = 600.0  # seconds that clients have to connect
-
-
-class RunFailed(UserError):
-    """A round could not be completed. What came before it is on disk."""
-
 
 # --- the run -------------------------------------------------------------------------------------
 
@@ -80,10 +63,10 @@ def run(
     journal = Journal(cfg, server.frame, folder)
     examination = Examination(cfg) if dataset.test_wanted(cfg) else None
     base = examination.base() if examination else ({}, [])
-    state: model.State = {}
+    state: State = {}
     done = 0
     if cfg["resume"] and (newest := checkpoint.newest(folder)):
-        state, done, seconds = checkpoint.load(newest, server.strategy)
+        state, done, seconds = checkpoint.load(newest, server.aggregation)
         started -= seconds
         journal.go_on(done)
         say(f"Going on after round {done}.")
@@ -92,7 +75,7 @@ def run(
     try:
         measured: list[Scores] = []
         if not done:
-            state = server.initial_adapter()
+            state = server.initial_state()
             journal.write_before(base[0] | server.evaluate_round(0, state))
         progress.begin({} if done else journal.before)
         for server_round in range(done + 1, cfg["num_rounds"] + 1):
@@ -100,12 +83,12 @@ def run(
             if due(cfg, server_round, default=1):
                 entry |= server.evaluate_round(server_round, new_state)
             if examination and due(cfg, server_round, default=0):
-                each = adapters(cfg, new_state).values()
-                measured = [examination.measure(adapter) for adapter in each]
+                measured = [*map(examination.measure, adapters(new_state).values())]
                 entry |= mean(measured)
             journal.write_round(entry, new_state)
             seconds = time.monotonic() - started
-            checkpoint.save(folder, server_round, new_state, server.strategy, seconds)
+            memory = server.aggregation.memory()
+            checkpoint.save(folder, server_round, new_state, memory, seconds)
             state, done = new_state, server_round
             progress.advance(entry)
         scores = {}
@@ -137,7 +120,7 @@ def conclude(
     cfg: dict[str, Any],
     examination: Examination,
     before: tuple[Scores, list[str]],
-    state: model.State,
+    state: State,
     measured: list[Scores],
     folder: Path,
 ) -> dict[str, Any]:
@@ -148,10 +131,12 @@ def conclude(
     has an adapter of its own the scores are their means, and the answers those of the
     client in the middle.
     """
-    final = [*adapters(cfg, state).values()]
+    final = adapters(state)
     after = [
         examination.tuned(adapter, known)
-        for adapter, known in zip(final, measured or [None] * len(final), strict=True)
+        for adapter, known in zip(
+            final.values(), measured or [None] * len(final), strict=True
+        )
     ]
     each = [scores for scores, _ in after]
     told = {f"{name}_before": score for name, score in before[0].items()}
@@ -165,7 +150,7 @@ def conclude(
         "tuned": mean([scores.questions for scores in each]),
     }
     write_json(folder / "test_scores.json", questions)
-    if cfg["mode"] == "local":
+    if "" not in final:
         clients = [{"partition": i, **scores} for i, scores in enumerate(each)]
         told["clients"] = clients
     if cfg["evaluate"]["exact_match"]:
@@ -204,49 +189,54 @@ class Server:
         self.cfg = cfg
         self.grid = grid
         self.told = told or {}
-        self.strategy = build(cfg["strategy"])
+        self.aggregation = aggregate.build(cfg["strategy"])
+        self.steps = steps.build(cfg)
+        self.dtype = cfg["comm"]["dtype"]
         self.frame = model.skeleton(cfg["model"], cfg["peft"])
-        self.expected = {
-            name: parameter
-            for name, parameter in self.frame.named_parameters()
-            if parameter.requires_grad
-        }
-        # The number that a node goes by here, and in a simulation its partition.
-        self.partitions: dict[int, int] = {}
-        self.refused: dict[int, str] = {}  # by node: why it takes no part
+        # All that the adapter holds. Less of it may be trained, or sent.
+        self.held = {n: p for n, p in self.frame.named_parameters() if p.requires_grad}
         self.singly = False  # whether replies are fetched one by one
-        self._wait_for_nodes(cfg["num_clients"])
+        self.clients = Clients(cfg, grid, named=bool(self.told))
+        self.clients.wait_for(cfg["num_clients"])
 
-    def _available(self) -> list[int]:
-        """Nodes that are connected and take part, in the order in which they were seen."""
-        # Their ids are random in every run; ascending, they are as good as any.
-        connected = sorted(self.grid.get_node_ids())
-        for node in connected:
-            if node not in self.partitions:
-                self.partitions[node] = len(self.partitions)
-                if self.told:
-                    say(f"Client {self.partitions[node]} is node {node}.")
-        willing = set(connected) - self.refused.keys()
-        return sorted(willing, key=self.partitions.__getitem__)
+    # --- messages -------------------------------------------------------------------------
 
-    def _wait_for_nodes(self, wanted: int) -> None:
-        # They connect while this already runs, and get their numbers all at once.
-        started = time.monotonic()
-        told = False
-        while (here := len({*self.grid.get_node_ids()} - self.refused.keys())) < wanted:
-            look_for_stop()
-            waited = time.monotonic() - started
-            if waited > NODES_TIMEOUT:
-                raise RunFailed(
-                    f"Only {here} of {wanted} clients connected within "
-                    f"{NODES_TIMEOUT:.0f} s (num_clients={self.cfg['num_clients']})."
-                )
-            if waited > 5 and not told:
-                say(f"Waiting for {wanted} clients; {here} are connected.")
-                told = True
-            STOP.wait(0.1)
+    def _exchange(self, kind: str, nodes: list[int], write: Any, read: Any) -> Exchange:
+        partitions = {node: self.clients.partitions[node] for node in nodes}
+        timeout = self.cfg["train"]["round_timeout"]
+        return Exchange(self.grid, kind, partitions, write, read, timeout, self.singly)
 
-    def initial_adapter(self) -> model.State:
+    def _replies(self, exchange: Exchange, server_round: int) -> Iterator[Any]:
+        """What is usable of them; at the end, who failed is told and who refused noted."""
+        yield from exchange.replies()
+        self.clients.refused |= exchange.refused
+        self.singly = exchange.singly
+        report_failures(server_round, exchange.failures)
+
+    def _config(
+        self, partition: int, more: dict[str, Any] | None = None
+    ) -> ConfigRecord:
+        return ConfigRecord({**(more or {}), **self.told, "partition": partition})
+
+    def _packed(
+        self, state: State, nodes: list[int]
+    ) -> tuple[dict[int, State], dict[int, ArrayRecord]]:
+        """By partition, the adapter that each of these is sent, and as it is sent."""
+        partitions = [self.clients.partitions[node] for node in nodes]
+        down = {i: self.aggregation.down(state, i) for i in partitions}
+        # Packed once, however many get it.
+        each = {id(adapter): adapter for adapter in down.values()}
+        packed = {k: ArrayRecord(wire.pack(v, self.dtype)[0]) for k, v in each.items()}
+        return down, {i: packed[id(adapter)] for i, adapter in down.items()}
+
+    # --- the first adapter ----------------------------------------------------------------
+
+    def initial_state(self) -> State:
+        """The state before round 1, of `initial_adapter`."""
+        first = self.initial_adapter()
+        return self.aggregation.start(first, self.cfg["num_clients"])
+
+    def initial_adapter(self) -> State:
         """The first adapter: as far as the seed decides it made here, the rest by clients.
 
         What PEFT reads from the base's weights (DoRA's magnitudes) only clients can make;
@@ -258,28 +248,29 @@ class Server:
         try:
             first = model.seeded(self.cfg["model"], self.cfg["peft"], self.cfg["seed"])
         except UserError:  # no adapter at all can be made without the weights
-            first = {k: torch.full(v.shape, math.nan) for k, v in self.expected.items()}
+            first = {k: torch.full(v.shape, math.nan) for k, v in self.held.items()}
         unknown = [name for name, v in first.items() if not torch.isfinite(v).all()]
         retries = self.cfg["strategy"]["max_round_retries"]
         tried: set[int] = set()
         for attempt in range(1 + retries):
-            made: list[tuple[model.State, list[dict[str, Any]]]] = []  # by whom, alike
-            nodes = self._cohort(
+            made: list[tuple[State, list[dict[str, Any]]]] = []  # by whom, alike
+            nodes = self.clients.sample(
                 "fraction_fit", 1, attempt, tried, least=3 if unknown else 1
-            ).nodes
-            messages = [
-                Message(RecordDict(), node, MessageType.QUERY) for node in nodes
-            ]
-            exchange = Exchange(self, messages)
+            )
+            exchange = self._exchange(
+                MessageType.QUERY,
+                nodes,
+                lambda partition: RecordDict({"config": self._config(partition)}),
+                self._read_first,
+            )
             # To the last: a reply that nobody fetches stays in Flower's store, and its
             # engine would look at it again for every node until the run ends.
-            for state, client in exchange.replies():
+            for state, client in self._replies(exchange, 0):
                 own = {name: state[name] for name in unknown}
                 group = next((who for one, who in made if alike(one, own)), None)
                 if group is None:
                     made.append((own, group := []))
                 group.append(client)
-            report_failures(0, exchange.failures)
             tried |= set(nodes)
             made.sort(key=lambda one: -len(one[1]))
             replied = sum(len(who) for _, who in made)
@@ -304,20 +295,23 @@ class Server:
                 f"The first adapter cannot be sent as comm.dtype={dtype}: {name} holds "
                 "values that are not finite in it. Set comm.dtype=float32."
             )
-        if self.cfg["mode"] == "local":
-            return {
-                f"{partition}/{name}": tensor
-                for partition in range(self.cfg["num_clients"])
-                for name, tensor in first.items()
-            }
         return first
 
+    def _read_first(
+        self, partition: int, content: RecordDict
+    ) -> tuple[State, dict[str, Any]]:
+        # As it was made: in float32.
+        made = wire.decode(arrays_of(content), self.held, "float32")
+        return made, {"partition": partition}
+
+    # --- a round ----------------------------------------------------------------------------
+
     def train_round(
-        self, server_round: int, state: model.State
-    ) -> tuple[model.State, dict[str, Any]]:
+        self, server_round: int, state: State
+    ) -> tuple[State, dict[str, Any]]:
         """Send the adapter out, check what comes back and aggregate it.
 
-        Returns the new adapter and the round's entry for `history.json`. Where the replies
+        Returns the new state and the round's entry for `history.json`. Where the replies
         are too few, or make no adapter that could be sent out again, others are asked,
         `strategy.max_round_retries` times.
         """
@@ -327,41 +321,42 @@ class Server:
         tried: set[int] = set()
         out: set[int] = set()  # who is left out of the whole round
         for attempt in range(1 + settings["max_round_retries"]):
-            cohort = self._cohort("fraction_fit", server_round, attempt, tried, out)
-            before = copy.deepcopy(self.strategy)
-            messages = self.strategy.configure_train(
-                server_round, ArrayRecord(state), ConfigRecord(), cohort
+            nodes = self.clients.sample(
+                "fraction_fit", server_round, attempt, tried, out
             )
-            exchange = Exchange(self, messages, state)
-            aggregator = aggregator_for(self.cfg["mode"], self.strategy, state)
+            exchange, bytes_down = self._training(server_round, nodes, state)
+            self.aggregation.begin(state, server_round)
+            memory = self.aggregation.memory()
             seconds_aggregate = 0.0
             lengths: dict[int, float] = {}
-            for update, client in exchange.replies():
+            clients: list[dict[str, Any]] = []
+            for one, client in self._replies(exchange, server_round):
                 received = time.monotonic()
-                lengths[client["partition"]] = norm(update)
-                aggregator.add(update, client, self._weight(client))
+                lengths[one.partition] = steps.norm(one.update)
+                self.aggregation.add(one)
+                clients.append(client)
                 seconds_aggregate += time.monotonic() - received
             failures += exchange.failures
-            report_failures(server_round, exchange.failures)
-            tried |= set(cohort.nodes)
+            tried |= set(nodes)
             received = time.monotonic()
-            few = len(lengths) < settings["min_fit_replies"]
+            few = len(clients) < settings["min_fit_replies"]
             try:
                 if few:
                     raise Unusable(
-                        f"{len(lengths)} usable replies where "
+                        f"{len(clients)} usable replies where "
                         f"strategy.min_fit_replies={settings['min_fit_replies']}"
                     )
-                new_state = aggregator.aggregate(server_round)
-                self._check(new_state)
+                mean = self.steps.total(self.aggregation.gathered(), len(clients))
+                new_state = self.aggregation.apply(mean)
+                self._check(new_state, state)
             except Unusable as error:
                 say(f"round {server_round}: {error}.")
-                self.strategy = before  # what it keeps may have taken up what is no use
+                self.aggregation.recall(memory)  # it may have taken up what is no use
                 lost = few and exchange.failures
                 cause = exchange.failures[-1]["cause"] if lost else str(error)
                 if isinstance(error, OutOfRange):
                     longest = max(lengths, key=lengths.__getitem__)
-                    numbers = self.partitions.items()
+                    numbers = self.clients.partitions.items()
                     out |= {node for node, number in numbers if number == longest}
                     why = "its update is the longest of those that make no adapter"
                     failures.append({"partition": longest, "cause": why})
@@ -375,7 +370,7 @@ class Server:
                 f"cause: {cause}."
             )
         seconds_aggregate += time.monotonic() - received
-        clients = sorted(exchange.clients, key=lambda client: client["partition"])
+        clients.sort(key=lambda client: client["partition"])
         arguments = self.cfg["train"]["training_arguments"]
         report_memory(server_round, clients, arguments["per_device_train_batch_size"])
         weights = [self._weight(client) for client in clients]
@@ -386,11 +381,11 @@ class Server:
             "train_loss": float(np.average(losses, weights=weights)),
             "learning_rate": learning_rate(self.cfg, server_round),
             **totals(clients, seconds),
-            "sampled": len(cohort.nodes),
+            "sampled": len(nodes),
             "replied": len(clients),
             "retries": attempt,
             "failures": failures,
-            "bytes_down": len(cohort.nodes) * exchange.bytes_down,
+            "bytes_down": bytes_down,
             "bytes_up": sum(client["bytes_up"] for client in clients),
             "peak_memory_client": max(client["peak_memory"] for client in clients),
             "peak_memory_server": peak_memory(),
@@ -399,40 +394,76 @@ class Server:
             "seconds": seconds,
         }
 
-    def _check(self, state: model.State) -> None:
-        """Raise `OutOfRange` for adapters that would not arrive as they are sent out."""
-        dtype = self.cfg["comm"]["dtype"]
-        for adapter in adapters(self.cfg, state).values():
-            if fault := wire.misshapen(adapter, self.expected):
-                raise Unusable(f"the aggregate is no adapter: {fault}")
-            if name := wire.lost(adapter, dtype):
-                raise OutOfRange(
-                    f"the aggregate cannot be sent as comm.dtype={dtype}: {name} holds "
-                    "values that are not finite in it"
+    def _training(
+        self, server_round: int, nodes: list[int], state: State
+    ) -> tuple[Exchange, int]:
+        """The exchange of a round's adapters for updates, and the bytes that it sends.
+
+        Of each reply it reads the `Contribution`, and the client's figures.
+        """
+        before, packed = self._packed(state, nodes)
+        told = self.aggregation.told(server_round)
+
+        def write(partition: int) -> RecordDict:
+            config = self._config(partition, told)
+            return RecordDict({"arrays": packed[partition], "config": config})
+
+        def read(
+            partition: int, content: RecordDict
+        ) -> tuple[Contribution, dict[str, Any]]:
+            client = {
+                "partition": partition,
+                "bytes_down": num_bytes(packed[partition]),
+            }
+            client |= self._figures(MessageType.TRAIN, partition, content)
+            weight = self._weight(client)
+            arrays = arrays_of(content)
+            one = self.steps.arrive(
+                Contribution(
+                    partition, before[partition], arrays, weight, client["train_loss"]
                 )
+            )
+            after = {name: one.before[name] + one.update[name] for name in one.update}
+            if name := wire.lost(after, self.dtype):
+                raise Unusable(
+                    f"with its update {name} would hold values beyond "
+                    f"comm.dtype={self.dtype}"
+                )
+            return one, client | {"bytes_up": num_bytes(arrays)}
+
+        exchange = self._exchange(MessageType.TRAIN, nodes, write, read)
+        return exchange, sum(num_bytes(arrays) for arrays in packed.values())
+
+    def _figures(
+        self, kind: str, partition: int, content: RecordDict
+    ) -> dict[str, Any]:
+        """What a reply tells of itself, with its partition. Raises `Unusable`."""
+        figures = read_figures(kind, content.metric_records.get("metrics", {}))
+        client = {"partition": partition, **figures}
+        bound(self.cfg, client, kind, federated=bool(self.told))
+        return client
+
+    def _check(self, state: State, before: State) -> None:
+        """Raise `Unusable` for what is no state, `OutOfRange` for one that would not arrive
+        as it is sent out."""
+        if fault := wire.misshapen(state, before):
+            raise Unusable(f"the aggregate is no adapter: {fault}")
+        if name := wire.lost(state, self.dtype):
+            raise OutOfRange(
+                f"the aggregate cannot be sent as comm.dtype={self.dtype}: {name} holds "
+                "values that are not finite in it"
+            )
 
     def _weight(self, client: dict[str, Any]) -> int:
         """What a client counts for in the mean, in examples or records."""
-        return client[WEIGHTS[self.cfg["strategy"]["weighted_by"]]]
+        weight = aggregate.WEIGHTS[self.cfg["strategy"]["weighted_by"]]
+        if weight not in client:
+            raise Unusable(f"its metrics lack {weight}")
+        return client[weight]
 
-    def bound(self, client: dict[str, Any], kind: str) -> None:
-        """Hold a client's word for how much it used against what the server knows.
+    # --- evaluation ---------------------------------------------------------------------------
 
-        In a simulation the server knows all of it, and more is a lie: raises `Unusable`.
-        In a federation records, and processes that train side by side, are a node's own:
-        more counts for what one process takes, or for `strategy.max_weight`.
-        """
-        federated, partition = bool(self.told), client["partition"]
-        most = self.cfg["strategy"]["max_weight"] or math.inf
-        for name in ("num-examples", "records"):
-            if name not in client:
-                continue
-            known = most_used(self.cfg, kind, name, partition, federated)
-            if client[name] > known and not federated:
-                raise Unusable(f"its {name} is above {known}, which is all that it has")
-            client[name] = min(client[name], known, most)
-
-    def evaluate_round(self, server_round: int, state: model.State) -> dict[str, Any]:
+    def evaluate_round(self, server_round: int, state: State) -> dict[str, Any]:
         """Let a share of the clients measure the new adapter on records held back.
 
         In round 0 the base without any, by those who will be asked last: before and after
@@ -443,13 +474,22 @@ class Server:
         if not self.cfg["strategy"]["fraction_evaluate"]:
             return {}
         asked = server_round or self.cfg["num_rounds"]
-        cohort = self._cohort("fraction_evaluate", asked)
-        messages = self.strategy.configure_evaluate(
-            server_round, ArrayRecord(state), ConfigRecord(), cohort
-        )
-        exchange = Exchange(self, messages, state)
-        clients = [client for _, client in exchange.replies()]
-        report_failures(server_round, exchange.failures)
+        nodes = self.clients.sample("fraction_evaluate", asked)
+        _, packed = self._packed(state, nodes)
+
+        def write(partition: int) -> RecordDict:
+            config = self._config(partition, {"server-round": server_round})
+            return RecordDict({"arrays": packed[partition], "config": config})
+
+        def read(partition: int, content: RecordDict) -> dict[str, Any]:
+            client = {
+                "partition": partition,
+                "bytes_down": num_bytes(packed[partition]),
+            }
+            return client | self._figures(MessageType.EVALUATE, partition, content)
+
+        exchange = self._exchange(MessageType.EVALUATE, nodes, write, read)
+        clients = [*self._replies(exchange, server_round)]
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
             clients.sort(key=lambda client: client["partition"])
@@ -468,34 +508,12 @@ class Server:
             result["eval_clients"] = clients
         return result
 
-    def _cohort(
-        self,
-        fraction: str,
-        server_round: int,
-        attempt: int = 0,
-        tried: set[int] | None = None,
-        out: set[int] | None = None,
-        least: int = 1,
-    ) -> Cohort:
-        """The nodes that take part, in order of their numbers; waits until there is one.
 
-        Those that were `tried` in this round already come in only if the others are too few,
-        and those in `out` not at all. `least` of them, where there are as many. Raises
-        `RunFailed` when all that ever came refuse.
-        """
-        if not (nodes := self._available()):
-            if self.refused and self.refused.keys() >= self.partitions.keys():
-                [*_, cause] = self.refused.values()
-                raise RunFailed(f"All {len(self.refused)} clients refused: {cause}.")
-            self._wait_for_nodes(1)
-            nodes = self._available()
-        size = max(least, cohort_size(len(nodes), self.cfg["strategy"][fraction]))
-        nodes = [node for node in nodes if node not in (out or ())] or nodes
-        size = min(size, len(nodes))
-        others = [node for node in nodes if node not in (tried or ())]
-        parts = [self.cfg["seed"], fraction, server_round]
-        seed = mix_seed(*parts, attempt) if attempt else mix_seed(*parts)
-        return Cohort(sample(others if len(others) >= size else nodes, size, seed))
+def alike(one: State, other: State) -> bool:
+    """Whether two fresh adapters are the same but for what bfloat16 rounds away (2**-8)."""
+    return all(
+        torch.allclose(one[name], other[name], rtol=2**-7, atol=1e-6) for name in one
+    )
 
 
 def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

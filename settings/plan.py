@@ -14,7 +14,7 @@ import torch
 import dataset
 import model
 from compute.vram import allocated, at_peak, estimate_vram, occupied
-from methods.aggregate import AVERAGING
+from methods import aggregate
 from server.cohort import cohort_size
 from server.journal import quantised_on_cpu
 from server.rounds import due
@@ -204,8 +204,7 @@ def _work(cfg: dict[str, Any]) -> Rows:
 
 def _weight(cfg: dict[str, Any]) -> Rows:
     """What clients weigh in the mean, where there is one of several."""
-    kind = cfg["strategy"]["_target_"].rpartition(".")[2]
-    if cfg["mode"] != "federated" or kind not in {c.__name__ for c in AVERAGING}:
+    if cfg["mode"] != "federated" or not aggregate.build(cfg["strategy"]).linear:
         return []
     by_steps = cfg["train"]["training_arguments"]["max_steps"] > 0
     if cfg["strategy"].get("weighted_by", "examples") == "records":

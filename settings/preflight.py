@@ -227,7 +227,8 @@ def check_strategy(cfg: dict[str, Any], deployed: bool = False) -> None:
     from server.cohort import cohort_size
 
     node = cfg["strategy"]
-    check_kinds("strategy", node, type(aggregate.build(node)))
+    made = aggregate.build(node)
+    check_kinds("strategy", node, type(getattr(made, "strategy", made)))
     for name, value in node.items():
         if is_number(value) and value < 0:
             raise UserError(f"strategy.{name}={value}: it must be 0 or more.")
@@ -278,7 +279,11 @@ def settle_mode(cfg: dict[str, Any]) -> None:
         arguments["num_train_epochs"] *= cohort / clients
         arguments["max_steps"] *= cohort if arguments["max_steps"] > 0 else 1
     # The mean of one is the one.
-    cfg["strategy"] = {"_target_": "flwr.serverapp.strategy.FedAvg", **ours}
+    kinds = {
+        "centralized": "flwr.serverapp.strategy.FedAvg",
+        "local": "methods.aggregate.Alone",
+    }
+    cfg["strategy"] = {"_target_": kinds[cfg["mode"]], **ours}
 
 
 def check_training_arguments(cfg: dict[str, Any]) -> None:
@@ -434,7 +439,8 @@ def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> 
 def check_progress(cfg: dict[str, Any], folder: Path) -> None:
     """That what a run has left in `folder` can be read, fits, and is not all of it."""
     import model
-    from server import checkpoint, journal, runs
+    from methods.base import adapters
+    from server import checkpoint, runs
 
     if (newest := checkpoint.newest(folder)) is None:
         return
@@ -443,7 +449,7 @@ def check_progress(cfg: dict[str, Any], folder: Path) -> None:
     runs.read_before(folder)
     frame = model.skeleton(cfg["model"], cfg["peft"])
     expected = {n: p for n, p in frame.named_parameters() if p.requires_grad}
-    for adapter in journal.adapters(cfg, state).values():
+    for adapter in adapters(state).values():
         if fault := wire.mismatch(adapter, expected):
             raise UserError(
                 f"resume={folder}: {newest} does not fit the base: {fault}."

@@ -22,7 +22,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
 from hydra.errors import CompactHydraException
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +30,7 @@ from safetensors.torch import load_file, save_file
 import dataset
 import model
 from methods import aggregate
+from methods.base import Contribution
 from node import permit
 from server import checkpoint, journal, rounds, runs
 from settings import preflight, schema
@@ -124,6 +124,17 @@ def change(name: str, **values: Any) -> Made:
 
 
 def drop(name: str, key: str) -> Made:
+    def made(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        del content[key]
+        (folder / name).write_text(json.dumps(content))
+
+    return made
+
+
+def lacks(name: str, key: str) -> Made:
+    """Take a key out of a JSON file."""
+
     def made(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
         del content[key]
@@ -961,8 +972,11 @@ CHECKPOINTS = [
     ),
     (
         "a momentum of other tensors",
-        change(f"{NEWEST}/about.json", strategy={"v_t": ["dict", []]}),
-        "the strategy's v_t is none of this adapter",
+        tensors(
+            f"{NEWEST}/strategy.safetensors",
+            lambda kept: dict(sorted(kept.items())[1:]),
+        ),
+        "KeyError: 'v_t/",
     ),
     (
         "another precision",
@@ -979,9 +993,14 @@ CHECKPOINTS = [
         "KeyError: 'nothing'",
     ),
     (
-        "an unknown kind of state",
-        change(f"{NEWEST}/about.json", strategy={"v_t": ["pickle", []]}),
-        "KeyError: 'pickle'",
+        "an unknown momentum",
+        change(f"{NEWEST}/about.json", memory=["pickle"]),
+        "KeyError: 'pickle/",
+    ),
+    (
+        "one of an earlier version",
+        lacks(f"{NEWEST}/about.json", "memory"),
+        "an earlier version of this program wrote it",
     ),
     ("a pickle", put(f"{NEWEST}/adapter.safetensors", PICKLE), "SafetensorError"),
 ]
@@ -1098,10 +1117,8 @@ def run(tmp_path_factory) -> Path:
     record(config, overrides, folder)
     cfg = preflight.check(config)
     state = random_state(model.skeleton(cfg["model"], cfg["peft"]))
-    server = aggregate.build(cfg["strategy"])
-    server.v_t = {name: value.numpy() for name, value in state.items()}
     for done in (1, 2):
-        checkpoint.save(folder, done, state, server, 1.0)
+        checkpoint.save(folder, done, state, {"v_t": state}, 1.0)
     write_json(folder / "history.json", TOLD)
     return folder
 
@@ -1197,7 +1214,7 @@ def test_newest_checkpoint(made, message, run, tmp_path, capsys):
     server = aggregate.build({"_target_": "flwr.serverapp.strategy.FedAdam"})
     state, done, _ = checkpoint.load(newest, server)
     assert done == 1
-    assert server.v_t.keys() == good.keys()
+    assert server.strategy.v_t.keys() == good.keys()
     assert all(state[name].equal(good[name]) for name in good)
     said = capsys.readouterr().out
     assert f"{folder / NEWEST} cannot be read (" in said
@@ -1264,14 +1281,11 @@ def go_on_in(folder: Path, cfg: dict[str, Any]) -> None:
     told = journal.Journal(cfg, model.skeleton(cfg["model"], cfg["peft"]), folder)
     told.go_on(done)
     told.track()
-    server.configure_train(3, ArrayRecord(state), ConfigRecord(), aggregate.Cohort([1]))
-    mean = aggregate.Mean(server, state)
-    mean.add({name: torch.ones_like(value) for name, value in state.items()}, CLIENT, 1)
-    told.write_round(ENTRY | {"round": done + 1}, mean.aggregate(3))
+    server.begin(state, 3)
+    update = {name: torch.ones_like(value) for name, value in state.items()}
+    server.add(Contribution(0, state, update, weight=1, loss=1.0))
+    told.write_round(ENTRY | {"round": done + 1}, server.apply(server.gathered()))
     told.write_summary({})
-
-
-CLIENT = {"num-examples": 1, "partition": 0, "train_loss": 1.0}
 
 
 @pytest.fixture

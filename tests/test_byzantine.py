@@ -57,7 +57,7 @@ class Round:
         )
         grid.tamper = self.note
         server = rounds.Server(cfg, grid)
-        server.expected = start = {"w": torch.ones(SHAPE)}
+        start = {"w": torch.ones(SHAPE)}
         state, self.entry = server.train_round(number, start)
         self.moved = state["w"] - start["w"]
         others = sorted(self.sent.keys() - self.malicious)

@@ -56,9 +56,3 @@ def test_integers_without_fitting_scales_are_refused():
             spoiled["matrix:scale"] = broken
         with pytest.raises(ValueError, match="matrix has no scale"):
             wire.unpack(spoiled)
-
-
-def test_update_is_what_training_changed():
-    before = {"w": torch.tensor([1.0, 2.0])}
-    after = {"w": torch.tensor([1.5, 1.0])}
-    assert wire.update(after, before)["w"].tolist() == [0.5, -1.0]

@@ -33,7 +33,7 @@ import dataset
 import model
 import utils
 from evaluation import examine
-from methods import aggregate, wire
+from methods import aggregate, steps, wire
 from server import exchange, rounds
 from settings import preflight
 from settings.compose import compose, resolve
@@ -117,7 +117,7 @@ def serve(composed, frame, loopback, monkeypatch):
         grid.client_app = HONEST_APP
         grid.tamper = lambda who, reply: tamper(reply) if who == HOSTILE else reply
         server = rounds.Server(cfg, grid, told)
-        server.expected = START
+        server.held = START
         return server
 
     return make
@@ -424,7 +424,7 @@ def test_an_error_is_told_in_one_line(name, serve, capsys):
     server.grid.push_messages = note
     cause = left_out(server, capsys)
     assert "\x1b" not in cause
-    assert len(server.refused) == (name == "a refusal")
+    assert len(server.clients.refused) == (name == "a refusal")
 
 
 ASKED: dict[str, Message] = {}
@@ -870,7 +870,7 @@ def test_an_update_that_would_not_arrive_is_left_out(dtype, value, serve, capsys
     assert f"beyond comm.dtype={dtype}" in failure["cause"]
     assert wire.lost(state, dtype) is None
     # Clipped it can do no harm, and is taken.
-    server.cfg["strategy"]["clip_norm"] = 1e-3
+    server.steps = steps.Steps(steps.Clip(1e-3), steps.Wire(dtype))
     server.grid.tamper = fill({HOSTILE: value / 2}, dtype)
     _, entry = server.train_round(1, {k: v * 0 for k, v in start.items()})
     assert entry["replied"] == 4
@@ -883,7 +883,7 @@ def test_a_momentum_that_leads_out_of_range_leaves_out_the_longest(serve, capsys
         "server_learning_rate": 8.0,
     }
     server = serve(strategy__max_round_retries=1)
-    server.strategy = aggregate.build(node)
+    server.aggregation = aggregate.build(node)
     server.grid.tamper = fill({HOSTILE: 65000.0, 0: 1.0})
     # Each by itself is within float16, and so is the mean, but not eight times the mean.
     state, entry = server.train_round(1, START)
@@ -915,7 +915,7 @@ def test_what_the_server_broke_is_no_refusal_of_the_clients(configure):
 
 def test_a_strategy_that_fails_is_asked_again_and_then_named(serve):
     server = serve(strategy__max_round_retries=1)
-    server.strategy = aggregate.build(
+    server.aggregation = aggregate.build(
         {"_target_": "flwr.serverapp.strategy.Bulyan", "num_malicious_nodes": 1}
     )
     with pytest.raises(
@@ -1048,7 +1048,7 @@ def test_a_first_adapter_that_would_not_arrive_is_not_sent(serve, read_from_the_
 
 def test_the_settings_of_a_round_arrive_under_whatever_name(serve):
     server = serve()
-    server.strategy.configrecord_key = "mine"
+    server.aggregation.strategy.configrecord_key = "mine"
     server.train_round(3, START)
     configs = [message.content["config"] for message in server.grid.sent]
     assert [config["server-round"] for config in configs] == [3] * 4
@@ -1075,7 +1075,7 @@ def test_three_are_asked_for_what_the_base_decides_even_if_fewer_train(
 
 def test_who_cannot_load_the_base_is_replaced_by_others(serve, capsys):
     server = serve(strategy__fraction_fit=0.25, strategy__max_round_retries=3)
-    first = server._cohort("fraction_fit", 1).nodes
+    first = server.clients.sample("fraction_fit", 1)
     broken = {server.partitions[node] for node in first}
 
     def fail(who: int, reply: Message) -> Message:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from methods import aggregate, store
+from methods import store
 from server import checkpoint, rounds
 from settings.compose import compose, record, resumed
 from settings.preflight import check
@@ -156,8 +156,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins(
 
 
 def test_half_a_checkpoint_is_none(tmp_path):
-    fedavg = aggregate.build({"_target_": "flwr.serverapp.strategy.FedAvg"})
-    checkpoint.save(tmp_path, 3, {"w": torch.zeros(1)}, fedavg, 1.0)
+    checkpoint.save(tmp_path, 3, {"w": torch.zeros(1)}, {}, 1.0)
     whole = tmp_path / "checkpoints/000003"
 
     def write_half() -> None:
@@ -189,14 +188,16 @@ def test_what_a_killed_run_left_of_later_rounds_is_done_again(
 
 
 def test_error_feedback_of_a_round_that_is_done_again_is_not_used(tmp_path):
+    kept = [store.Kept(tmp_path, 0, number) for number in range(5)]
     for number in (1, 2, 3):
-        left = {"w": torch.tensor([float(number)])}
-        store.save_residual(tmp_path, 0, number, left)
-    store.save_residual(tmp_path, 10, 2, {"w": torch.tensor([9.0])})
-    assert store.load_residual(tmp_path, 0, 3)["w"].item() == 2
-    assert store.load_residual(tmp_path, 0, 4)["w"].item() == 3
-    assert store.load_residual(tmp_path, 0, 1) is None
-    assert len(list(tmp_path.glob("0-*"))) == 2
+        kept[number].save("residual", {"w": torch.tensor([float(number)])})
+    store.Kept(tmp_path, 10, 2).save("residual", {"w": torch.tensor([9.0])})
+    kept[2].save("own", {"w": torch.tensor([7.0])})
+    assert kept[3].load("residual")["w"].item() == 2
+    assert kept[4].load("residual")["w"].item() == 3
+    assert kept[1].load("residual") is None
+    assert kept[4].load("own")["w"].item() == 7
+    assert len(list(tmp_path.glob("0-residual-*"))) == 2
 
 
 @pytest.fixture

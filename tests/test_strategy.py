@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message
+from flwr.app import ArrayRecord, Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
@@ -16,6 +16,8 @@ import dataset
 import model
 from evaluation import examine
 from methods import aggregate
+from methods.base import Contribution
+from methods.steps import Clip
 from methods.wire import pack, unpack
 from records import templates
 from server import cohort
@@ -172,7 +174,9 @@ def test_a_round_with_too_few_replies_is_repeated_with_others(configure, loopbac
     grid = loopback(cfg)
     server = Server(cfg, grid)
     state = server.initial_adapter()
-    first = {server.partitions[n] for n in server._cohort("fraction_fit", 1).nodes}
+    first = {
+        server.clients.partitions[n] for n in server.clients.sample("fraction_fit", 1)
+    }
     broken_in(grid, {min(first)})
     _, entry = server.train_round(1, state)
     assert {c["partition"] for c in entry["clients"]} == {0, 1, 2, 3} - first
@@ -257,10 +261,10 @@ def test_clipping_bounds_what_one_client_can_do(configure, loopback):
     length = sum(tensor.square().sum() for tensor in moved.values()).sqrt()
     # Half of what is left of the long one, which is 3, and of the other, which is 0.
     assert length.item() == pytest.approx(1.5, rel=1e-4)
-    short = {"w": torch.tensor([3.0, 4.0])}
-    assert aggregate.clip(short, 5.0)["w"].tolist() == [3.0, 4.0]
-    assert aggregate.clip(short, 2.5)["w"].tolist() == [1.5, 2.0]
-    assert aggregate.clip(short, None) is short
+    short = Contribution(0, {}, {"w": torch.tensor([3.0, 4.0])}, weight=1, loss=0.0)
+    assert Clip(5.0).arrive(short).update["w"].tolist() == [3.0, 4.0]
+    assert Clip(2.5).arrive(short).update["w"].tolist() == [1.5, 2.0]
+    assert Clip(None).arrive(short) is short
 
 
 @pytest.mark.slow
@@ -374,17 +378,12 @@ def test_the_running_mean_equals_the_batch(name, configure):
     )
     results = []
     for gather in (aggregate.Mean, aggregate.Mean, aggregate.All):
-        server = aggregate.build(settings)
-        messages = server.configure_train(
-            1, ArrayRecord(start), ConfigRecord(), aggregate.Cohort([1])
-        )
-        assert len(list(messages)) == 1
-        gathered = gather(server, start)
+        gathered = gather(aggregate.build(settings).strategy)
+        gathered.begin(start, 1)
         # The second time in reversed order of arrival.
         for i in reversed(range(6)) if len(results) == 1 else range(6):
-            client = {"partition": i, "train_loss": 1.0}
-            gathered.add(updates[i], client, examples[i])
-        results.append(gathered.aggregate(1))
+            gathered.add(Contribution(i, start, updates[i], examples[i], loss=1.0))
+        results.append(gathered.apply(gathered.gathered()))
     running, backwards, batch = results
     assert all(torch.equal(running[k], backwards[k]) for k in start)
     assert all(torch.allclose(running[k], batch[k], atol=1e-6) for k in start)

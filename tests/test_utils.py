@@ -22,7 +22,6 @@ from omegaconf import OmegaConf
 import app
 import model
 import utils
-from methods import aggregate
 from reporting import figures
 from server import checkpoint, runs
 from server.runs import LEFT, begin, own
@@ -216,7 +215,7 @@ WRITERS = {
         folder / "peft_1",
     ),
     "checkpoint": lambda cfg, frame, state, folder: checkpoint.save(
-        folder, 1, state, aggregate.build(cfg["strategy"]), 1.0
+        folder, 1, state, {}, 1.0
     ),
     "json": lambda cfg, frame, state, folder: utils.write_json(
         folder / "history.json", {"rounds": ["x" * 10**6]}

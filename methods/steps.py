@@ -1,0 +1,36 @@
+"""What is done to updates on their way, as the configuration has it."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from methods.base import Contribution, State, Step, Steps
+from methods.wire import Wire
+
+
+def build(cfg: dict[str, Any]) -> Steps:
+    """The steps of a run, in the order in which a client takes them."""
+    return Steps(Clip(cfg["strategy"]["clip_norm"]), Wire(cfg["comm"]["dtype"]))
+
+
+class Clip(Step):
+    """Updates scaled down to an L2 norm of `longest` over all tensors, if they are longer.
+
+    By the server, who need not trust the clients for it. What one can do to a mean is then
+    bounded (Sun et al. 2019, arXiv 1911.07963). None: as they are.
+    """
+
+    def __init__(self, longest: float | None) -> None:
+        self.longest = longest
+
+    def arrive(self, one: Contribution) -> Contribution:
+        if self.longest is None:
+            return one
+        scale = min(1.0, self.longest / max(norm(one.update), 1e-12))
+        return replace(one, update={k: v * scale for k, v in one.update.items()})
+
+
+def norm(update: State) -> float:
+    """The L2 norm over all tensors."""
+    squares = sum(tensor.double().square().sum().item() for tensor in update.values())
+    return math.sqrt(squares)
