@@ -196,22 +196,22 @@ def train(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    from methods import sharing, steps, store, wire
+    from methods import sharing, steps, store
     from node import processes
 
     config = message.content["config"]
     number = int(config["server-round"])
-    received = wire.unpack(message.content["arrays"].to_torch_state_dict())
-    trained, metrics = processes.train(
+    kept = store.Kept(Path(cfg["residuals"]), partition, number)
+    part = sharing.build(cfg["sharing"])
+    before = part.join(_received(message), kept)
+    after, metrics = processes.train(
         cfg,
-        received,
+        before,
         partition=partition,
         server_round=number,
         proximal_mu=config.get("proximal-mu", 0.0),
     )
-    update = sharing.Adapter().outgoing(received, trained)
-    kept = store.Kept(Path(cfg["residuals"]), partition, number)
-    packed = steps.build(cfg).leave(update, kept)
+    packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
     return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
 
 
@@ -219,13 +219,21 @@ def evaluate(
     cfg: dict[str, Any], partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The metrics of the adapter that came in; of the base before round 1."""
-    from methods import wire
+    from methods import sharing, store
     from node import processes
 
-    received = wire.unpack(message.content["arrays"].to_torch_state_dict())
-    base = message.content["config"]["server-round"] == 0
-    metrics = processes.evaluate(cfg, received, partition=partition, base=base)
+    number = int(message.content["config"]["server-round"])
+    # What has stayed here up to this round is evaluated with what came.
+    kept = store.Kept(Path(cfg["residuals"]), partition, number + 1)
+    adapter = sharing.build(cfg["sharing"]).join(_received(message), kept)
+    metrics = processes.evaluate(cfg, adapter, partition=partition, base=number == 0)
     return RecordDict({"metrics": MetricRecord(metrics)})
+
+
+def _received(message: Message) -> dict[str, Any]:
+    from methods import wire
+
+    return wire.unpack(message.content["arrays"].to_torch_state_dict())
 
 
 server = federation_server()

@@ -6,7 +6,8 @@ No Flower type comes in here. `cfg` is the resolved configuration as a plain dic
 import resource
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import dataset
 import model
 from compute.loss import answer_loss
 from evaluation import examine
+from methods import sharing
 from records import templates
 from utils import learning_rate, mix_seed
 
@@ -70,22 +72,24 @@ def train(
     )
     examples = dataset.group_by_length(examples, batch, seed)
     clock.lap("tokenise")
+    trains = sharing.build(cfg["sharing"]).trains(state.keys(), server_round)
 
     def fit(arguments: TrainingArguments) -> float:
         model.set_adapter_state(net, state)
         clock.lap("set")
-        trainer = LocalTrainer(
-            model=net,
-            args=arguments,
-            train_dataset=fill(examples, batch)
-            if arguments.world_size > 1
-            else examples,
-            data_collator=_collator(cfg, tokenizer),
-            proximal_mu=proximal_mu,
-        )
-        if not cfg["verbose"]:
-            trainer.remove_callback(PrinterCallback)
-        return trainer.mean(trainer.train().training_loss)
+        with frozen(net, state.keys() - set(trains)):
+            trainer = LocalTrainer(
+                model=net,
+                args=arguments,
+                train_dataset=fill(examples, batch)
+                if arguments.world_size > 1
+                else examples,
+                data_collator=_collator(cfg, tokenizer),
+                proximal_mu=proximal_mu,
+            )
+            if not cfg["verbose"]:
+                trainer.remove_callback(PrinterCallback)
+            return trainer.mean(trainer.train().training_loss)
 
     loss = None
     try:
@@ -112,6 +116,19 @@ def train(
         "peak_memory": peak_memory(),
         **clock.seconds(),
     }
+
+
+@contextmanager
+def frozen(net: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Keep these of the adapter's parameters as they are."""
+    kept = [parameter for name, parameter in net.named_parameters() if name in names]
+    for parameter in kept:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in kept:
+            parameter.requires_grad_(True)
 
 
 def smaller(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def build(node: dict[str, Any]) -> Aggregation:
     Raises `UserError` for settings that it does not take.
     """
     settings = {k: v for k, v in node.items() if k not in OURS}
-    if node["_target_"] == f"{__name__}.{Alone.__name__}":
-        return Alone()
+    if node["_target_"].startswith(f"{__name__}."):
+        return construct(settings, __name__)
     # Whom a round asks is not its choice, so it is shown nobody.
     nobody = {
         "fraction_train": 1.0,
@@ -55,8 +55,8 @@ def rehearse(node: dict[str, Any], count: int) -> None:
     made = build(node)
     log = logging.getLogger("flwr")
     log.disabled, before = True, log.disabled
-    state = made.start({"a": torch.ones(2, 3), "b": torch.zeros(4)}, count)
     try:
+        state = made.start({"a": torch.ones(2, 3), "b": torch.zeros(4)}, count)
         made.begin(state, 1)
         for i in range(count):
             start = made.down(state, i)
@@ -127,26 +127,18 @@ class Flower(Aggregation):
         return aggregated.to_torch_state_dict()
 
     def memory(self) -> dict[str, State]:
-        """What the strategy has in `keeps`: a dict of arrays, or a list in their order."""
-        found = {name: getattr(self.strategy, name) for name in self.keeps}
+        """What the strategy has in the attributes of `keeps`: arrays, by name."""
         return {
-            name: {
-                k: torch.from_numpy(np.array(array))
-                for k, array in zip(self.state, _values(kept), strict=True)
-            }
-            for name, kept in found.items()
-            if kept is not None
+            attribute: {k: torch.from_numpy(np.array(v)) for k, v in kept.items()}
+            for attribute in self.keeps
+            if (kept := getattr(self.strategy, attribute)) is not None
         }
 
     def recall(self, memory: dict[str, State]) -> None:
-        for name in self.keeps:
-            kept = memory.get(name)
+        for attribute in self.keeps:
+            kept = memory.get(attribute)
             arrays = {k: v.numpy() for k, v in kept.items()} if kept else None
-            setattr(self.strategy, name, arrays)
-
-
-def _values(kept: Any) -> list[np.ndarray]:
-    return list(kept.values() if isinstance(kept, dict) else kept)
+            setattr(self.strategy, attribute, arrays)
 
 
 class Mean(Flower):
@@ -187,14 +179,21 @@ class Mean(Flower):
 
 
 class Momentum(Mean):
-    """FedAvgM's: a list in the order of the adapter's names."""
+    """FedAvgM's, which is a list in the order of the adapter's tensors."""
 
     keeps = ("momentum_vector",)
+
+    def memory(self) -> dict[str, State]:
+        kept = self.strategy.momentum_vector
+        if kept is None:
+            return {}
+        named = zip(self.state, map(torch.from_numpy, kept), strict=True)
+        return {"momentum_vector": dict(named)}
 
     def recall(self, memory: dict[str, State]) -> None:
         super().recall(memory)
         if kept := self.strategy.momentum_vector:
-            self.strategy.momentum_vector = _values(kept)
+            self.strategy.momentum_vector = [*kept.values()]
 
 
 class Moments(Mean):

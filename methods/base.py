@@ -77,7 +77,7 @@ class Aggregation:
     """The server's half: what each client is sent, and how updates become the next state.
 
     A round is `begin`, `add` for each update, `gathered`, `apply`. It may fail and be begun
-    again, after `recall` of what `memory` gave before.
+    again, after `recall` of what `memory` gave once it was begun.
     """
 
     linear = False  # whether `gathered` is the weighted mean of the updates

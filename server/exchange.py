@@ -139,8 +139,8 @@ class Exchange:
     what it needs. `timeout` is in seconds. `singly`: replies are fetched one by one, which
     the exchange begins to do itself where one cannot be fetched.
 
-    Afterwards `failures` holds who failed and why, and `refused` which nodes will not take
-    part in any other.
+    Afterwards `failures` holds who failed and why, `refused` which nodes will not take part
+    in any other, and `bytes_down` is the size of all arrays that were sent.
     """
 
     def __init__(
@@ -172,6 +172,9 @@ class Exchange:
             Message(self.write(partition), node, self.kind)
             for node, partition in self.nodes.items()
         ]
+        self.bytes_down = sum(
+            num_bytes(message.content["arrays"]) for message in messages
+        )
         pushed = set(self.grid.push_messages(messages))
         waiting = {}
         for message in messages:

@@ -7,7 +7,7 @@ counts, and each round is on disk before the next one begins.
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import aggregate, steps, wire
+from methods import aggregate, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint
 from server.cohort import Clients, RunFailed
@@ -75,7 +75,8 @@ def run(
     try:
         measured: list[Scores] = []
         if not done:
-            state = server.initial_state()
+            first = server.initial_adapter()
+            state = server.aggregation.start(first, cfg["num_clients"])
             journal.write_before(base[0] | server.evaluate_round(0, state))
         progress.begin({} if done else journal.before)
         for server_round in range(done + 1, cfg["num_rounds"] + 1):
@@ -190,6 +191,7 @@ class Server:
         self.grid = grid
         self.told = told or {}
         self.aggregation = aggregate.build(cfg["strategy"])
+        self.sharing = sharing.build(cfg["sharing"])
         self.steps = steps.build(cfg)
         self.dtype = cfg["comm"]["dtype"]
         self.frame = model.skeleton(cfg["model"], cfg["peft"])
@@ -199,12 +201,41 @@ class Server:
         self.clients = Clients(cfg, grid, named=bool(self.told))
         self.clients.wait_for(cfg["num_clients"])
 
-    # --- messages -------------------------------------------------------------------------
+    def _exchange(
+        self,
+        kind: str,
+        nodes: list[int],
+        read: Callable[[RecordDict, dict[str, Any], State], Any],
+        state: State | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> Exchange:
+        """An exchange with these nodes: the adapter that each gets of `state`, and its settings.
 
-    def _exchange(self, kind: str, nodes: list[int], write: Any, read: Any) -> Exchange:
+        `read` is given a reply's content, its figures, and the adapter that was sent.
+        """
         partitions = {node: self.clients.partitions[node] for node in nodes}
+        down = {
+            i: self.aggregation.down(state, i) if state else {}
+            for i in partitions.values()
+        }
+        # Packed once, however many get it.
+        each = {id(adapter): adapter for adapter in down.values()}
+        packed = {k: ArrayRecord(wire.pack(v, self.dtype)[0]) for k, v in each.items()}
+
+        def write(partition: int) -> RecordDict:
+            config = {**(more or {}), **self.told, "partition": partition}
+            arrays = packed[id(down[partition])]
+            return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+
+        def use(partition: int, content: RecordDict) -> Any:
+            sent = num_bytes(packed[id(down[partition])])
+            client = {"partition": partition, "bytes_down": sent}
+            client |= read_figures(kind, content.metric_records.get("metrics", {}))
+            bound(self.cfg, client, kind, federated=bool(self.told))
+            return read(content, client, down[partition])
+
         timeout = self.cfg["train"]["round_timeout"]
-        return Exchange(self.grid, kind, partitions, write, read, timeout, self.singly)
+        return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
 
     def _replies(self, exchange: Exchange, server_round: int) -> Iterator[Any]:
         """What is usable of them; at the end, who failed is told and who refused noted."""
@@ -212,29 +243,6 @@ class Server:
         self.clients.refused |= exchange.refused
         self.singly = exchange.singly
         report_failures(server_round, exchange.failures)
-
-    def _config(
-        self, partition: int, more: dict[str, Any] | None = None
-    ) -> ConfigRecord:
-        return ConfigRecord({**(more or {}), **self.told, "partition": partition})
-
-    def _packed(
-        self, state: State, nodes: list[int]
-    ) -> tuple[dict[int, State], dict[int, ArrayRecord]]:
-        """By partition, the adapter that each of these is sent, and as it is sent."""
-        partitions = [self.clients.partitions[node] for node in nodes]
-        down = {i: self.aggregation.down(state, i) for i in partitions}
-        # Packed once, however many get it.
-        each = {id(adapter): adapter for adapter in down.values()}
-        packed = {k: ArrayRecord(wire.pack(v, self.dtype)[0]) for k, v in each.items()}
-        return down, {i: packed[id(adapter)] for i, adapter in down.items()}
-
-    # --- the first adapter ----------------------------------------------------------------
-
-    def initial_state(self) -> State:
-        """The state before round 1, of `initial_adapter`."""
-        first = self.initial_adapter()
-        return self.aggregation.start(first, self.cfg["num_clients"])
 
     def initial_adapter(self) -> State:
         """The first adapter: as far as the seed decides it made here, the rest by clients.
@@ -257,12 +265,7 @@ class Server:
             nodes = self.clients.sample(
                 "fraction_fit", 1, attempt, tried, least=3 if unknown else 1
             )
-            exchange = self._exchange(
-                MessageType.QUERY,
-                nodes,
-                lambda partition: RecordDict({"config": self._config(partition)}),
-                self._read_first,
-            )
+            exchange = self._exchange(MessageType.QUERY, nodes, self._read_first)
             # To the last: a reply that nobody fetches stays in Flower's store, and its
             # engine would look at it again for every node until the run ends.
             for state, client in self._replies(exchange, 0):
@@ -290,21 +293,18 @@ class Server:
             cause = "its first adapter is not the one that more than half have made"
             report_failures(0, [who | {"cause": cause} for who in others])
         first |= made[0][0]
-        if name := wire.lost(first, dtype := self.cfg["comm"]["dtype"]):
+        if name := wire.lost(first, self.dtype):
             raise RunFailed(
-                f"The first adapter cannot be sent as comm.dtype={dtype}: {name} holds "
+                f"The first adapter cannot be sent as comm.dtype={self.dtype}: {name} holds "
                 "values that are not finite in it. Set comm.dtype=float32."
             )
         return first
 
     def _read_first(
-        self, partition: int, content: RecordDict
+        self, content: RecordDict, client: dict[str, Any], _: State
     ) -> tuple[State, dict[str, Any]]:
         # As it was made: in float32.
-        made = wire.decode(arrays_of(content), self.held, "float32")
-        return made, {"partition": partition}
-
-    # --- a round ----------------------------------------------------------------------------
+        return wire.decode(arrays_of(content), self.held, "float32"), client
 
     def train_round(
         self, server_round: int, state: State
@@ -324,7 +324,10 @@ class Server:
             nodes = self.clients.sample(
                 "fraction_fit", server_round, attempt, tried, out
             )
-            exchange, bytes_down = self._training(server_round, nodes, state)
+            told = self.aggregation.told(server_round)
+            exchange = self._exchange(
+                MessageType.TRAIN, nodes, self._read_update, state, told
+            )
             self.aggregation.begin(state, server_round)
             memory = self.aggregation.memory()
             seconds_aggregate = 0.0
@@ -385,7 +388,7 @@ class Server:
             "replied": len(clients),
             "retries": attempt,
             "failures": failures,
-            "bytes_down": bytes_down,
+            "bytes_down": exchange.bytes_down,
             "bytes_up": sum(client["bytes_up"] for client in clients),
             "peak_memory_client": max(client["peak_memory"] for client in clients),
             "peak_memory_server": peak_memory(),
@@ -394,54 +397,21 @@ class Server:
             "seconds": seconds,
         }
 
-    def _training(
-        self, server_round: int, nodes: list[int], state: State
-    ) -> tuple[Exchange, int]:
-        """The exchange of a round's adapters for updates, and the bytes that it sends.
-
-        Of each reply it reads the `Contribution`, and the client's figures.
-        """
-        before, packed = self._packed(state, nodes)
-        told = self.aggregation.told(server_round)
-
-        def write(partition: int) -> RecordDict:
-            config = self._config(partition, told)
-            return RecordDict({"arrays": packed[partition], "config": config})
-
-        def read(
-            partition: int, content: RecordDict
-        ) -> tuple[Contribution, dict[str, Any]]:
-            client = {
-                "partition": partition,
-                "bytes_down": num_bytes(packed[partition]),
-            }
-            client |= self._figures(MessageType.TRAIN, partition, content)
-            weight = self._weight(client)
-            arrays = arrays_of(content)
-            one = self.steps.arrive(
-                Contribution(
-                    partition, before[partition], arrays, weight, client["train_loss"]
-                )
+    def _read_update(
+        self, content: RecordDict, client: dict[str, Any], before: State
+    ) -> tuple[Contribution, dict[str, Any]]:
+        weight, loss = self._weight(client), client["train_loss"]
+        arrays = arrays_of(content)
+        goes = self.sharing.goes(before.keys(), self.aggregation.number)
+        sent = {name: before[name] for name in goes}
+        one = Contribution(client["partition"], sent, arrays, weight, loss)
+        one = self.steps.arrive(one)
+        after = {name: one.before[name] + one.update[name] for name in one.update}
+        if name := wire.lost(after, self.dtype):
+            raise Unusable(
+                f"with its update {name} would hold values beyond comm.dtype={self.dtype}"
             )
-            after = {name: one.before[name] + one.update[name] for name in one.update}
-            if name := wire.lost(after, self.dtype):
-                raise Unusable(
-                    f"with its update {name} would hold values beyond "
-                    f"comm.dtype={self.dtype}"
-                )
-            return one, client | {"bytes_up": num_bytes(arrays)}
-
-        exchange = self._exchange(MessageType.TRAIN, nodes, write, read)
-        return exchange, sum(num_bytes(arrays) for arrays in packed.values())
-
-    def _figures(
-        self, kind: str, partition: int, content: RecordDict
-    ) -> dict[str, Any]:
-        """What a reply tells of itself, with its partition. Raises `Unusable`."""
-        figures = read_figures(kind, content.metric_records.get("metrics", {}))
-        client = {"partition": partition, **figures}
-        bound(self.cfg, client, kind, federated=bool(self.told))
-        return client
+        return one, client | {"bytes_up": num_bytes(arrays)}
 
     def _check(self, state: State, before: State) -> None:
         """Raise `Unusable` for what is no state, `OutOfRange` for one that would not arrive
@@ -461,8 +431,6 @@ class Server:
             raise Unusable(f"its metrics lack {weight}")
         return client[weight]
 
-    # --- evaluation ---------------------------------------------------------------------------
-
     def evaluate_round(self, server_round: int, state: State) -> dict[str, Any]:
         """Let a share of the clients measure the new adapter on records held back.
 
@@ -475,20 +443,13 @@ class Server:
             return {}
         asked = server_round or self.cfg["num_rounds"]
         nodes = self.clients.sample("fraction_evaluate", asked)
-        _, packed = self._packed(state, nodes)
-
-        def write(partition: int) -> RecordDict:
-            config = self._config(partition, {"server-round": server_round})
-            return RecordDict({"arrays": packed[partition], "config": config})
-
-        def read(partition: int, content: RecordDict) -> dict[str, Any]:
-            client = {
-                "partition": partition,
-                "bytes_down": num_bytes(packed[partition]),
-            }
-            return client | self._figures(MessageType.EVALUATE, partition, content)
-
-        exchange = self._exchange(MessageType.EVALUATE, nodes, write, read)
+        exchange = self._exchange(
+            MessageType.EVALUATE,
+            nodes,
+            lambda content, client, sent: client,
+            state,
+            {"server-round": server_round},
+        )
         clients = [*self._replies(exchange, server_round)]
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:

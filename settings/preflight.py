@@ -223,10 +223,11 @@ def check_launch(cfg: dict[str, Any]) -> None:
 
 def check_strategy(cfg: dict[str, Any], deployed: bool = False) -> None:
     """That the strategy takes its settings and makes an adapter of a round's replies."""
-    from methods import aggregate
+    from methods import aggregate, sharing
     from server.cohort import cohort_size
 
     node = cfg["strategy"]
+    sharing.build(cfg["sharing"])
     made = aggregate.build(node)
     check_kinds("strategy", node, type(getattr(made, "strategy", made)))
     for name, value in node.items():

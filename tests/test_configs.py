@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from peft import PeftConfig
 
 import client
-from methods import aggregate
+from methods import aggregate, sharing
 from server import journal, rounds
 from settings import preflight
 from settings.compose import compose
@@ -131,11 +131,17 @@ def test_partitioner_builds(name):
 @pytest.mark.parametrize("name", names("strategy"))
 def test_strategy_builds(name):
     node = plain(f"experiment=quickstart strategy={name}")["strategy"]
-    made = aggregate.build(node)
+    made = aggregate.build(node).strategy
     assert node["_target_"] == f"flwr.serverapp.strategy.{type(made).__name__}"
     assert type(made).__name__.lower() == name
     assert 0 < node["fraction_fit"] <= 1
     assert node["fraction_evaluate"] == 0
+
+
+@pytest.mark.parametrize("name", names("sharing"))
+def test_sharing_builds(name):
+    node = plain(f"experiment=quickstart sharing={name}")["sharing"]
+    assert type(sharing.build(node)).__name__.lower() == name
 
 
 @pytest.mark.parametrize("group", ["model", "dataset"])
@@ -174,7 +180,15 @@ def test_file_opens_with_a_command_that_composes(name):
 
 
 def test_every_group_is_covered_here():
-    covered = ["peft", "partitioner", "strategy", "model", "dataset", "launch"]
+    covered = [
+        "peft",
+        "partitioner",
+        "strategy",
+        "sharing",
+        "model",
+        "dataset",
+        "launch",
+    ]
     covered += ["experiment", "tracking"]  # the last in test_tracking.py
     expected = Counter(
         f"{group}/{name}.yaml" for group in covered for name in names(group)

@@ -1076,7 +1076,7 @@ def test_three_are_asked_for_what_the_base_decides_even_if_fewer_train(
 def test_who_cannot_load_the_base_is_replaced_by_others(serve, capsys):
     server = serve(strategy__fraction_fit=0.25, strategy__max_round_retries=3)
     first = server.clients.sample("fraction_fit", 1)
-    broken = {server.partitions[node] for node in first}
+    broken = {server.clients.partitions[node] for node in first}
 
     def fail(who: int, reply: Message) -> Message:
         if who in broken:
@@ -1122,7 +1122,7 @@ def test_a_stop_is_heard_while_nodes_are_waited_for(serve, stop, monkeypatch):
 
     server.grid.get_node_ids = nobody
     with pytest.raises(utils.Stopped):
-        server._wait_for_nodes(4)
+        server.clients.wait_for(4)
     assert len(asked) == 3
 
 
@@ -1170,7 +1170,7 @@ def test_when_all_have_refused_the_run_says_so_at_once(serve, monkeypatch):
         return Message(Error(Refusal.code, "it has 3 records"), reply_to=message)
 
     server.grid.tamper = refuse
-    monkeypatch.setattr(server, "_wait_for_nodes", pytest.fail)
+    monkeypatch.setattr(server.clients, "wait_for", pytest.fail)
     with pytest.raises(rounds.RunFailed, match="Round 1 failed 1 times"):
         server.train_round(1, START)
     with pytest.raises(
