@@ -32,9 +32,10 @@ class Wire(Step):
         self.dtype = dtype
 
     def leave(self, update: State, kept: Any) -> State:
-        packed, left = pack(update, self.dtype, kept.load("residual"))
+        before = kept.load("residual") or {}
+        packed, left = pack(update, self.dtype, before)
         if left is not None:
-            kept.save("residual", left)
+            kept.save("residual", before | left)
         return packed
 
     def arrive(self, one: Contribution) -> Contribution:
@@ -54,7 +55,7 @@ def pack(
     packed: State = {}
     left: State = {}
     for name, tensor in state.items():
-        whole = tensor + residual[name] if residual else tensor
+        whole = tensor + residual[name] if name in (residual or {}) else tensor
         rows = whole.reshape(len(whole) if whole.ndim > 1 else 1, -1)
         scale = rows.abs().amax(dim=1) / 127
         steps = rows / torch.where(scale > 0, scale, 1)[:, None]

@@ -4,7 +4,6 @@ What a method is stands in `methods`; the loop here names none. A reply is check
 counts, and each round is on disk before the next one begins.
 """
 
-import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
@@ -22,7 +20,7 @@ import model
 from evaluation.examine import Examination, Scores
 from methods import aggregate, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
-from server import checkpoint
+from server import checkpoint, first
 from server.cohort import Clients, RunFailed
 from server.exchange import Exchange, arrays_of, bound, num_bytes, read_figures
 from server.journal import Journal, report_failures, report_memory
@@ -31,7 +29,6 @@ from utils import (
     Progress,
     Stopped,
     Unwritable,
-    UserError,
     command,
     learning_rate,
     override,
@@ -75,8 +72,9 @@ def run(
     try:
         measured: list[Scores] = []
         if not done:
-            first = server.initial_adapter()
-            state = server.aggregation.start(first, cfg["num_clients"])
+            state = server.aggregation.start(
+                server.initial_adapter(), cfg["num_clients"]
+            )
             journal.write_before(base[0] | server.evaluate_round(0, state))
         progress.begin({} if done else journal.before)
         for server_round in range(done + 1, cfg["num_rounds"] + 1):
@@ -245,60 +243,17 @@ class Server:
         report_failures(server_round, exchange.failures)
 
     def initial_adapter(self) -> State:
-        """The first adapter: as far as the seed decides it made here, the rest by clients.
+        """The first adapter, which the clients that train first are asked for.
 
-        What PEFT reads from the base's weights (DoRA's magnitudes) only clients can make;
-        it is what more than half of them have made alike, of three at least where there are
-        as many. The clients that train first are asked in any case: so their workers load
-        the base side by side, and who cannot take part is known. Who fails is replaced by
-        others, `strategy.max_round_retries` times.
+        So their workers load the base side by side, and who cannot take part is known.
         """
-        try:
-            first = model.seeded(self.cfg["model"], self.cfg["peft"], self.cfg["seed"])
-        except UserError:  # no adapter at all can be made without the weights
-            first = {k: torch.full(v.shape, math.nan) for k, v in self.held.items()}
-        unknown = [name for name, v in first.items() if not torch.isfinite(v).all()]
-        retries = self.cfg["strategy"]["max_round_retries"]
-        tried: set[int] = set()
-        for attempt in range(1 + retries):
-            made: list[tuple[State, list[dict[str, Any]]]] = []  # by whom, alike
-            nodes = self.clients.sample(
-                "fraction_fit", 1, attempt, tried, least=3 if unknown else 1
-            )
+
+        def ask(attempt: int, tried: set[int], least: int) -> first.Asked:
+            nodes = self.clients.sample("fraction_fit", 1, attempt, tried, least=least)
             exchange = self._exchange(MessageType.QUERY, nodes, self._read_first)
-            # To the last: a reply that nobody fetches stays in Flower's store, and its
-            # engine would look at it again for every node until the run ends.
-            for state, client in self._replies(exchange, 0):
-                own = {name: state[name] for name in unknown}
-                group = next((who for one, who in made if alike(one, own)), None)
-                if group is None:
-                    made.append((own, group := []))
-                group.append(client)
-            tried |= set(nodes)
-            made.sort(key=lambda one: -len(one[1]))
-            replied = sum(len(who) for _, who in made)
-            enough = not unknown or replied >= min(3, len(nodes)) or attempt == retries
-            if made and enough and len(made[0][1]) > replied / 2:
-                break
-        else:
-            if not made:
-                cause = exchange.failures[-1]["cause"]
-                raise RunFailed(f"No client could load the model: {cause}.")
-            raise RunFailed(
-                f"The {replied} clients that were asked make {len(made)} different first "
-                f"adapters, and none is made by more than half: {unknown[0]} differs. "
-                "They have different bases."
-            )
-        for _, others in made[1:]:
-            cause = "its first adapter is not the one that more than half have made"
-            report_failures(0, [who | {"cause": cause} for who in others])
-        first |= made[0][0]
-        if name := wire.lost(first, self.dtype):
-            raise RunFailed(
-                f"The first adapter cannot be sent as comm.dtype={self.dtype}: {name} holds "
-                "values that are not finite in it. Set comm.dtype=float32."
-            )
-        return first
+            return nodes, self._replies(exchange, 0), exchange.failures
+
+        return first.adapter(self.cfg, self.held, ask)
 
     def _read_first(
         self, content: RecordDict, client: dict[str, Any], _: State
@@ -468,13 +423,6 @@ class Server:
                 result["eval_loss_spread"] = float(np.std(losses))
             result["eval_clients"] = clients
         return result
-
-
-def alike(one: State, other: State) -> bool:
-    """Whether two fresh adapters are the same but for what bfloat16 rounds away (2**-8)."""
-    return all(
-        torch.allclose(one[name], other[name], rtol=2**-7, atol=1e-6) for name in one
-    )
 
 
 def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
