@@ -78,8 +78,11 @@ class Alone(Aggregation):
     """Every client's own adapter, which nobody else gets: what `mode=local` names."""
 
     def start(self, adapter: State, clients: int) -> State:
+        # Copies: a checkpoint takes no tensors that share memory.
         return {
-            f"{i}/{name}": adapter[name] for i in range(clients) for name in adapter
+            f"{i}/{name}": tensor.clone()
+            for i in range(clients)
+            for name, tensor in adapter.items()
         }
 
     def begin(self, state: State, server_round: int) -> None:
