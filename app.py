@@ -12,6 +12,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ from hydra.errors import HydraException
 
 import utils
 from node import permit
-from server import runs
-from settings import compose, preflight
 
 # Seconds, unless train.round_timeout says otherwise. A SuperNode that is started again with
 # the same key is online, and will never answer what its predecessor was asked.
@@ -81,35 +80,32 @@ def federation_server() -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        log = logging.getLogger("flwr")
-        log.addFilter(shorten)
+        from main import start
+        from server import runs
+        from settings.compose import compose_run
+
+        logging.getLogger("flwr").addFilter(shorten)
         overrides = str(context.run_config["overrides"])
         config = permit.compose(permit.parse(overrides))  # as every node does
-        _, folder, named = compose.compose_run(overrides)
-        chosen = shlex.split(overrides)
-        if config.resume:
-            folder = Path(config.resume)
-            config, chosen = compose.resumed(config.resume, chosen)
-            permit.parse(shlex.join(chosen))
         if not config.verbose:
-            utils.quiet()
-            log.setLevel(logging.WARNING)
-        if not utils.local_path(str(config.model.name)):
-            utils.offline_if_unreachable()
-        from server import journal, rounds
+            logging.getLogger("flwr").setLevel(logging.WARNING)
+        _, folder, named = compose_run(overrides)
 
-        cfg = preflight.check(config, deployed=True)
-        cfg["train"]["round_timeout"] = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
-        if not cfg["resume"]:
-            folder = runs.begin(folder, named)
-        folder = folder.resolve()
-        with runs.own(folder, without=() if cfg["resume"] else runs.LEFT):
-            utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
-            compose.record(config, chosen, folder)
+        def train(cfg: utils.Settings, folder: Path, chosen: list[str]) -> None:
+            from server import rounds
+
             # A run that goes on was begun with other overrides than it is gone on with.
             told = {"overrides": shlex.join(chosen), "run": run_name(folder)}
-            rounds.run(cfg, grid, folder, told)
-            journal.report(cfg, folder)
+            permit.parse(told["overrides"])
+            timeout = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
+            cfg = cfg | {"train": cfg["train"] | {"round_timeout": timeout}}
+            rounds.run(cfg, grid, folder.resolve(), told)
+
+        with ExitStack() as held:
+            if not config.resume:
+                folder = runs.begin(folder, named).resolve()
+                held.enter_context(runs.own(folder))
+            start(config, shlex.split(overrides), folder, train, deployed=True)
 
     return app
 

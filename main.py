@@ -7,11 +7,12 @@ Every setting is in `conf/`; any of them can be given here: `num_rounds=50`.
 """
 
 import logging
+import math
 import os
 import secrets
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,57 +28,81 @@ from server import runs
 from settings import compose
 from settings.compose import check_choices, resolve, resumed
 from settings.preflight import check, check_nodes
-from settings.schema import check_values
+from settings.schema import is_number, validated
+from utils import Settings
+
+# Trains what the settings say in the run's folder, given the overrides that make them.
+Train = Callable[[Settings, Path, list[str]], None]
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float:
+    """A run in Flower's simulation; its `optimized_metric`, for a sweeper that optimises."""
     utils.on_interrupt()  # until there is something to be saved
-    check_values(resolve(config))  # every key that is used below is there
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     # Not resolved: one may refer to another setting.
     task = HydraConfig.get().overrides.task
     overrides = OmegaConf.to_container(task, resolve=False)
+    return start(config, overrides, folder, simulate)
+
+
+def start(
+    config: DictConfig,
+    overrides: list[str],
+    folder: Path,
+    train: Train,
+    deployed: bool = False,
+) -> float:
+    """Check a configuration, train as it says, and say what came of it.
+
+    `folder` is the run's, and this process owns it; another's, that `resume` names, is made
+    its own. `deployed`: this is the server of a federation. Returns `optimized_metric`, NaN
+    for a plan. Raises `UserError`.
+    """
+    validated(resolve(config))  # every key that is used below is there
     with ExitStack() as held:
         if config.resume:
             folder = Path(config.resume)
             config, overrides = resumed(config.resume, overrides)
             held.enter_context(runs.own(folder, without=()))
-        run(config, overrides, folder)
+        if not config.verbose:
+            utils.quiet()
+        here = deployed or config.dataset.get("path")
+        if not (utils.local_path(str(config.model.name)) and here):
+            utils.offline_if_unreachable()
+        cfg = check(config, deployed)
+        if cfg["dry_run"]:
+            from settings import plan
+
+            utils.say(plan.show(cfg, None if deployed else folder))
+            return math.nan
+        # Imported here, so that a mistake is answered without waiting for it.
+        from server import journal
+
+        utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
+        if not deployed and (note := journal.quantised_on_cpu(cfg)):
+            utils.say(f"Note: {note}.")
+        if deployed or cfg["resume"]:  # which Hydra has not written
+            compose.record(config, overrides, folder)
+        train(cfg, folder, overrides)
+        journal.report(cfg, folder)
+        return metric(cfg["optimized_metric"], folder)
 
 
-def run(config: DictConfig, overrides: list[str], folder: Path) -> None:
-    """The run that the configuration describes, in a folder that this process owns."""
-    if not config.verbose:
-        utils.quiet()
-    if not (utils.local_path(str(config.model.name)) and config.dataset.get("path")):
-        utils.offline_if_unreachable()
-    cfg = check(config)
-    if cfg["dry_run"]:
-        from settings import plan
-
-        utils.say(plan.show(cfg, folder))
-        return
-    # Imported here, so that a mistake is answered without waiting for them.
-    from server import journal
-    from server.rounds import Stopped
-
-    utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
-    if note := journal.quantised_on_cpu(cfg):
-        utils.say(f"Note: {note}.")
-    if cfg["resume"]:
-        compose.record(config, overrides, folder)
-    try:
-        simulate(cfg, folder)
-    except Stopped as error:
-        with suppress(OSError):  # it may have stopped because nobody listens
-            print(error, file=sys.stderr)
-        raise SystemExit(utils.INTERRUPTED) from error
-    journal.report(cfg, folder)
+def metric(name: str, folder: Path) -> float:
+    """A number of a finished run's summary. Raises `UserError` where it has none of that name."""
+    summary = utils.read_json(folder / "summary.json")
+    numbers = {key: value for key, value in summary.items() if is_number(value)}
+    if name not in numbers:
+        raise utils.UserError(
+            f"optimized_metric={name}: {folder}/summary.json has no such number. Take "
+            f"{', '.join(numbers)}."
+        )
+    return numbers[name]
 
 
-def simulate(cfg: dict[str, Any], folder: Path) -> None:
-    """Run the app in Flower's simulation engine.
+def simulate(cfg: Settings, folder: Path, overrides: list[str]) -> None:
+    """Run the app in Flower's simulation engine. Exits where the run was stopped.
 
     Raises `UserError`; what else goes wrong in there, Ray's death say, is one of those too,
     with the traceback in the log and how to go on in its text.
@@ -85,7 +110,7 @@ def simulate(cfg: dict[str, Any], folder: Path) -> None:
     from flwr.simulation import run_simulation
 
     from app import make_client_app, make_server_app
-    from server.rounds import STOP
+    from server.rounds import STOP, Stopped
 
     with start_ray(cfg), watched(folder):
         utils.on_interrupt(STOP.set)  # Ray has just put a handler of its own there
@@ -99,6 +124,10 @@ def simulate(cfg: dict[str, Any], folder: Path) -> None:
                     "client_resources": {**cfg["client_resources"], "max_restarts": -1}
                 },
             )
+        except Stopped as error:
+            with suppress(OSError):  # it may have stopped because nobody listens
+                print(error, file=sys.stderr)
+            raise SystemExit(utils.INTERRUPTED) from error
         except HydraException:
             raise
         except Exception as error:

@@ -136,6 +136,19 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
+class Settings(dict[str, Any]):
+    """A dict whose keys are attributes as well: `cfg.train.seq_length`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __or__(self, more: dict[str, Any]) -> "Settings":
+        return Settings({**self, **more})
+
+
 def construct(node: Any, package: str, **more: Any) -> Any:
     """Build the class that `node._target_` names, if it lives directly in `package`.
 
@@ -144,7 +157,7 @@ def construct(node: Any, package: str, **more: Any) -> Any:
 
     Raises `UserError` for another target or for arguments the class does not take.
     """
-    arguments = OmegaConf.to_container(OmegaConf.create(node), resolve=True) | more
+    arguments = OmegaConf.to_container(OmegaConf.create({**node}), resolve=True) | more
     target = arguments.pop("_target_")
     module, _, name = target.rpartition(".")
     made = getattr(importlib.import_module(package), name, None)

@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import utils
-from settings import preflight, schema
-from settings.compose import resolve
+from settings import schema
+from settings.compose import decided, resolve
 from utils import HUB_NAME, PROJECT, Refusal, UserError, flat, mix_seed
 
 # Every key that `--node-config` may hold, and its type.
@@ -100,8 +100,7 @@ def settle(
         own = check_settings(node_config)
         choose_device(own.get("device"))
         overrides = parse(str(told["overrides"]))
-        cfg = resolve(compose(overrides))
-        schema.check_values(cfg)
+        cfg = schema.validated(resolve(compose(overrides)))
         if (
             cfg["mode"] != "federated"
         ):  # centralized would read the data num_clients times
@@ -125,8 +124,8 @@ def settle(
         settle_resources(cfg, own, simulated)
         if not simulated:
             check_demands(cfg, own)
-        preflight.check_training_arguments(cfg)
-        preflight.settle_checkpointing(cfg)
+        schema.check_training_arguments(cfg)
+        cfg = decided(cfg)
         cfg["records"] = check_data(cfg, partition)
         if not simulated:
             check_demands(cfg, own, cfg["records"])
@@ -189,7 +188,9 @@ def parse(overrides: str) -> Overrides:
 def groups() -> dict[str, list[str]]:
     """The groups of `conf/`, and the files that each lets one choose among."""
     folders = [path for path in CONF.iterdir() if path.is_dir()]
-    return {path.name: [file.stem for file in path.glob("*.yaml")] for path in folders}
+    return {
+        path.name: [file.stem for file in path.glob("[!_]*.yaml")] for path in folders
+    }
 
 
 def misuse(key: str, value: Any) -> str | None:

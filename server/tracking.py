@@ -4,6 +4,7 @@ Each is a few calls of its library, which is imported when a run begins. They ru
 journal is kept, on the server; a node of a federation starts none.
 """
 
+import json
 import logging
 import os
 import time
@@ -109,7 +110,7 @@ class TensorBoard(Tracker):
         purge = last + 1 if going_on else None
         self.settings = {name: str(value) for name, value in flat(cfg).items()}
         self.writer = SummaryWriter(str(folder), purge_step=purge)
-        text = OmegaConf.to_yaml(OmegaConf.create(cfg))
+        text = OmegaConf.to_yaml(json.loads(json.dumps(cfg)))
         self.writer.add_text("configuration", f"```yaml\n{text}```")
         return last if going_on else -1
 

@@ -1,5 +1,7 @@
 """A run's settings put together out of `conf/`, and those of a run to go on with."""
 
+import itertools
+import os
 import re
 import shlex
 from pathlib import Path
@@ -13,8 +15,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from settings.schema import MAY_CHANGE, NO_NAME
-from utils import PROJECT, UserError, flat, literal, override, read_yaml, writing
+from settings.schema import NO_NAME, may_change
+from utils import (
+    PROJECT,
+    Settings,
+    UserError,
+    flat,
+    literal,
+    one_line,
+    override,
+    read_yaml,
+    writing,
+)
 
 
 def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
@@ -41,23 +53,37 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
             "that the run named as its results, outputs/<date>/<time>."
         ) from error
     ours = re.compile(r"resume|hydra[./].*")
-    chosen = [
-        word for word, key in zip(words, keys, strict=True) if not ours.fullmatch(key)
-    ]
+    own = [not ours.fullmatch(key) for key in keys]
+    chosen = list(itertools.compress(words, own))
+    try:
+        today = compose(shlex.join(itertools.compress(begun_with, own)))
+    except HydraException as error:
+        raise UserError(
+            f"resume={folder}: it was begun with other settings than conf/ has now. "
+            f"{one_line(error)}"
+        ) from error
     config = compose(shlex.join(chosen))
     config.resume = literal(folder)
-    old, new = flat(before), flat(resolve(config))
+    # What conf/ has got since the run was begun counts as the run itself would set it now.
+    old, new = flat(resolve(today)) | flat(before), flat(resolve(config))
+    free = tuple(may_change())
     changed = [
         f"{key} was {old.get(key)} and would be {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+        if _name(key, old.get(key)) != _name(key, new.get(key))
+        and not key.startswith(free)
     ]
     if changed:
         raise UserError(
             f"resume={folder}: a run goes on as it was begun. {'; '.join(changed)}. What "
-            f"may change: {', '.join(MAY_CHANGE)}."
+            f"may change: {', '.join(free)}."
         )
     return config, chosen
+
+
+def _name(key: str, value: Any) -> Any:
+    """A class by its name alone, because its module may have been moved."""
+    return str(value).rpartition(".")[2] if key.endswith("_target_") else value
 
 
 def check_choices(words: list[str]) -> None:
@@ -69,7 +95,7 @@ def check_choices(words: list[str]) -> None:
         if word.startswith("="):
             raise UserError(f"{word}: the name of a setting is missing.")
         if folder.is_dir() and NO_NAME.fullmatch(choice):
-            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            names = ", ".join(sorted(path.stem for path in folder.glob("[!_]*.yaml")))
             raise UserError(f"{word}: {group} is one of {names}.")
         if "=" in word and not word.startswith("-"):
             parse(word)
@@ -87,7 +113,63 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         raise UserError(f"{error.full_key}: {error.msg}") from None
 
 
-# --- configuration ---------------------------------------------------------------------
+def decided(cfg: dict[str, Any]) -> Settings:
+    """`cfg` with true or false in the place of `model.gradient_checkpointing=auto`."""
+    settings = cfg["model"]
+    if settings["gradient_checkpointing"] != "auto":
+        return Settings(cfg)
+    needed = {"gradient_checkpointing": needs_checkpointing(cfg)}
+    return Settings({**cfg, "model": Settings({**settings, **needed})})
+
+
+def needs_checkpointing(cfg: dict[str, Any]) -> bool:
+    """Whether a client's step would not fit its share of the GPU (or memory) without.
+
+    True as well where that is not known. False where base or adapter do not allow it.
+    """
+    import torch
+
+    import model
+    from compute.vram import occupied
+
+    share = cfg["client_resources"]["num_gpus"]
+    if share and torch.cuda.device_count():
+        room = torch.cuda.get_device_properties(0).total_memory * min(share, 1)
+    elif share:
+        room = 0  # planning elsewhere for a GPU that is not here to be asked
+    else:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = pages * cfg["client_resources"]["num_cpus"] / (os.cpu_count() or 1)
+    settings = {**cfg["model"], "gradient_checkpointing": False}
+    if not share:
+        settings["quantization"] = None  # a CPU computes on the unpacked base
+    frame = model.skeleton(settings, cfg["peft"])
+    terms = estimate({**cfg, "model": settings}, frame)
+    if not isinstance(terms, str) and occupied(terms) <= 0.9 * room:
+        return False
+    try:
+        model.skeleton({**settings, "gradient_checkpointing": True}, cfg["peft"])
+    except UserError:
+        return False
+    return True
+
+
+def estimate(cfg: dict[str, Any], frame: Any) -> dict[str, int] | str:
+    """`estimate_vram` of a client, or why it does not know this base or this adapter."""
+    from compute.vram import estimate_vram
+
+    virtual = getattr(frame.peft_config["default"], "num_virtual_tokens", 0) or 0
+    try:
+        return estimate_vram(
+            frame,
+            cfg["model"]["quantization"],
+            cfg["train"]["training_arguments"]["per_device_train_batch_size"],
+            # Prompt methods put tokens of their own before the text.
+            cfg["train"]["seq_length"] + virtual,
+            cfg["model"]["gradient_checkpointing"],
+        )
+    except Exception as error:  # an architecture of other parts than it reckons with
+        return f"{type(error).__name__}: {error}"
 
 
 def compose(overrides: str = "") -> DictConfig:

@@ -13,12 +13,13 @@ import torch
 
 import dataset
 import model
-from compute.vram import allocated, at_peak, estimate_vram, occupied
+from compute.vram import allocated, at_peak, occupied
 from methods import aggregate
 from server.cohort import cohort_size
 from server.journal import quantised_on_cpu
 from server.rounds import due
 from settings import heterogeneity
+from settings.compose import estimate
 from utils import UserError, learning_rate
 
 Rows = list[tuple[str, str]]  # label and value
@@ -119,49 +120,6 @@ def steps_per_client(cfg: dict[str, Any]) -> int:
     each = arguments["per_device_train_batch_size"] * cfg["launch"]["processes"]
     batches = math.ceil(examples / each)
     return math.ceil(batches / arguments["gradient_accumulation_steps"])
-
-
-def needs_checkpointing(cfg: dict[str, Any]) -> bool:
-    """Whether a client's step would not fit its share of the GPU (or memory) without.
-
-    True as well where that is not known. False where base or adapter do not allow it.
-    """
-    share = cfg["client_resources"]["num_gpus"]
-    if share and torch.cuda.device_count():
-        room = torch.cuda.get_device_properties(0).total_memory * min(share, 1)
-    elif share:
-        room = 0  # planning elsewhere for a GPU that is not here to be asked
-    else:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        room = pages * cfg["client_resources"]["num_cpus"] / (os.cpu_count() or 1)
-    settings = {**cfg["model"], "gradient_checkpointing": False}
-    if not share:
-        settings["quantization"] = None  # a CPU computes on the unpacked base
-    frame = model.skeleton(settings, cfg["peft"])
-    terms = _estimate({**cfg, "model": settings}, frame)
-    if not isinstance(terms, str) and occupied(terms) <= 0.9 * room:
-        return False
-    try:
-        model.skeleton({**settings, "gradient_checkpointing": True}, cfg["peft"])
-    except UserError:
-        return False
-    return True
-
-
-def _estimate(cfg: dict[str, Any], frame: torch.nn.Module) -> dict[str, int] | str:
-    """`estimate_vram` of a client, or why it does not know this base or this adapter."""
-    virtual = getattr(frame.peft_config["default"], "num_virtual_tokens", 0) or 0
-    try:
-        return estimate_vram(
-            frame,
-            cfg["model"]["quantization"],
-            cfg["train"]["training_arguments"]["per_device_train_batch_size"],
-            # Prompt methods put tokens of their own before the text.
-            cfg["train"]["seq_length"] + virtual,
-            cfg["model"]["gradient_checkpointing"],
-        )
-    except Exception as error:  # an architecture of other parts than it reckons with
-        return f"{type(error).__name__}: {error}"
 
 
 def _trained(frame: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -268,7 +226,7 @@ def _ram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     # A CPU computes on a 4-bit base unpacked once.
     bits = cfg["model"]["quantization"]
     settings = {**cfg["model"], "quantization": None if bits == 4 else bits}
-    terms = _estimate({**cfg, "model": settings}, frame)
+    terms = estimate({**cfg, "model": settings}, frame)
     cores, each = os.cpu_count() or 1, cfg["client_resources"]["num_cpus"]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     busy = min(max(1, int(cores / each)), _cohort(cfg, "fraction_fit"))
@@ -292,7 +250,7 @@ def _ram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
 
 
 def _vram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
-    terms = _estimate(cfg, frame)
+    terms = estimate(cfg, frame)
     if isinstance(terms, str):
         return [("VRAM a client", f"not known: {terms}")]
     rows = [

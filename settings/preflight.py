@@ -4,109 +4,37 @@ The quickest checks come first, and a library is imported only where it is neede
 commonest mistakes are answered in a second or two.
 """
 
-import dataclasses
-import difflib
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from methods import wire
-from settings.compose import resolve
-from settings.schema import check_kinds, check_values, is_number
-from utils import UserError, local_path, say
-
-# The fields of TrainingArguments that do here what transformers says they do. The last six
-# change no adapter: those of logging are for verbose=true, one is for a GPU's memory, and
-# those of saving stand in published settings and want save_strategy="no".
-TAKEN = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("max_steps", "num_train_epochs", "learning_rate", "max_grad_norm"),
-    *("optim", "optim_args", "weight_decay", "neftune_noise_alpha"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("report_to", "save_strategy"),  # see TAKEN_VALUES
-    *("logging_steps", "logging_strategy", "logging_first_step"),
-    *("torch_empty_cache_steps", "save_steps", "save_total_limit"),
+from settings.compose import decided, resolve
+from settings.schema import (
+    check_kinds,
+    check_training_arguments,
+    is_number,
+    validated,
 )
-
-TAKEN_VALUES = {
-    "report_to": ((None, "none"), "null; a tracker is tracking=wandb"),
-    "save_strategy": (("no",), "no; adapters are saved by train.save_every_round"),
-}
-
-# All others do nothing in this loop, or too much, or fail; and where to turn instead. One that
-# stands in neither table, which a later transformers has brought, is refused as well.
-INSTEAD = {
-    "is set by hydra.run.dir here": "output_dir",
-    "is set by seed here": (
-        "seed data_seed full_determinism train_sampling_strategy length_column_name"
-    ),
-    "is set by dataset.columns here": "remove_unused_columns label_names",
-    "is set by verbose here": (
-        "disable_tqdm log_level log_level_replica log_on_each_node"
-    ),
-    "is set by client_resources.num_gpus here": "use_cpu",
-    "is set by model.gradient_checkpointing here": (
-        "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
-        "activation_checkpointing_kwargs"
-    ),
-    "is set by launch=ddp and launch=fsdp here": (
-        "fsdp fsdp_config deepspeed accelerator_config parallelism_config local_rank "
-        "average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb "
-        "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout"
-    ),
-    "is not taken here: the device decides (bfloat16 where it computes in it)": (
-        "bf16 fp16 bf16_full_eval fp16_full_eval tf32"
-    ),
-    "is not taken here: the loss is the answers' cross entropy, computed in parts": (
-        "label_smoothing_factor use_liger_kernel liger_kernel_config"
-    ),
-    "is not taken here: clients evaluate by strategy.fraction_evaluate, the server by "
-    "evaluate.every_round": (
-        "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start "
-        "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
-        "per_device_eval_batch_size prediction_loss_only include_for_metrics "
-        "batch_eval_metrics load_best_model_at_end metric_for_best_model "
-        "greater_is_better"
-    ),
-    "is not taken here: adapters are saved by train.save_every_round, and resume=... goes "
-    "on with a run": (
-        "save_only_model save_on_each_node enable_jit_checkpoint resume_from_checkpoint "
-        "ignore_data_skip restore_callback_states_from_checkpoint"
-    ),
-    "is not taken here: an adapter is shared by reporting.export": (
-        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
-        "hub_always_push hub_revision"
-    ),
-    "is not taken here: a tracker and its settings are tracking=wandb's": (
-        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
-    ),
-    "is not taken here: a client tokenises and orders its records before a round": (
-        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
-        "dataloader_persistent_workers dataloader_prefetch_factor "
-        "dataloader_multiprocessing_context dataloader_in_order"
-    ),
-    "is not taken here: a client short of GPU memory takes smaller parts by itself": (
-        "auto_find_batch_size"
-    ),
-}
+from utils import Settings, UserError, local_path, say
 
 
-def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
+def check(config: DictConfig, deployed: bool = False) -> Settings:
     """Resolve the configuration and hold it against this machine and its data.
 
     `deployed`: this is the server of a federation, where data, devices and the base's
-    weights are the nodes' own affair. Returns the configuration as a plain dict. Raises
-    `UserError` with what is wrong and what to do.
+    weights are the nodes' own affair. Returns what a run is to read: a new configuration, with what a baseline's
+    mode means put in and gradient_checkpointing=auto decided. Raises `UserError` with what is
+    wrong and what to do.
     """
     from server import tracking
 
-    cfg = resolve(config)
-    check_values(cfg)
+    cfg = validated(resolve(config))
     tracking.make(cfg["tracking"])  # whose library has to be here
     if not (cfg["dry_run"] or deployed):
         address = cfg["simulation"]["init_args"]["address"]
@@ -122,7 +50,7 @@ def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
             f"mode={cfg['mode']} is a baseline for simulations: the data of a federation "
             "cannot be pooled, and its nodes need no server to train alone."
         )
-    settle_mode(cfg)
+    cfg = as_baseline(cfg)
     by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
     import dataset
 
@@ -131,6 +59,8 @@ def check(config: DictConfig, deployed: bool = False) -> dict[str, Any]:
     if not deployed and (by_epochs or not cfg["dry_run"] or cfg["dataset"]["path"]):
         for note in dataset.check(cfg):
             say(note)
+    with naming(cfg["model"]["name"]):
+        cfg = decided(cfg)
     check_model(cfg, weights=not (cfg["dry_run"] or deployed))
     if cfg["resume"]:
         check_progress(cfg, Path(cfg["resume"]))
@@ -259,89 +189,56 @@ def check_strategy(cfg: dict[str, Any], deployed: bool = False) -> None:
         )
 
 
-def settle_mode(cfg: dict[str, Any]) -> None:
-    """Put into the other settings what a baseline means: the same steps, differently spent.
+def as_baseline(cfg: dict[str, Any]) -> Settings:
+    """What the settings come to in a mode to compare with, as `cfg.baseline` has it.
 
-    centralized: in a round one client takes all the steps of a cohort, on everybody's data.
-    local: all clients take their steps in every round, and nobody sees another's.
+    The steps are those of mode=federated, differently spent.
     """
     from methods import aggregate
     from server.cohort import cohort_size
 
-    if cfg["mode"] == "federated":
-        return
-    clients, node = cfg["num_clients"], cfg["strategy"]
-    arguments = cfg["train"]["training_arguments"]
-    cohort = cohort_size(clients, node["fraction_fit"])
+    if (told := cfg["baseline"]) is None:
+        return Settings(cfg)
+    clients, node, train = cfg["num_clients"], cfg["strategy"], cfg["train"]
+    fraction = 1.0 if told["clients"] == "all" else 1 / clients
     ours = {name: node[name] for name in aggregate.OURS}
-    ours |= {"fraction_fit": 1.0, "min_fit_replies": 1, "clip_norm": None}
-    if cfg["mode"] == "centralized":
-        ours["fraction_fit"] = 1 / clients
+    strategy = Settings({**ours, **told["strategy"], "fraction_fit": fraction})
+    arguments = Settings(train["training_arguments"])
+    if told["steps"] == "cohort":
+        cohort = cohort_size(clients, node["fraction_fit"])
         arguments["num_train_epochs"] *= cohort / clients
         arguments["max_steps"] *= cohort if arguments["max_steps"] > 0 else 1
-    # The mean of one is the one.
-    kinds = {
-        "centralized": "flwr.serverapp.strategy.FedAvg",
-        "local": "methods.aggregate.Alone",
-    }
-    cfg["strategy"] = {"_target_": kinds[cfg["mode"]], **ours}
+    train = Settings({**train, "training_arguments": arguments})
+    return Settings({**cfg, "strategy": strategy, "train": train})
 
 
-def check_training_arguments(cfg: dict[str, Any]) -> None:
-    """That each of `train.training_arguments` has its effect here.
-
-    null stands for one that is not given.
-    """
-    import client
-
-    fields = dataclasses.fields(client.TrainingArguments)
-    defaults = {field.name: field.default for field in fields}
-    reasons = {
-        name: reason for reason, names in INSTEAD.items() for name in names.split()
-    }
-    given = cfg["train"]["training_arguments"]
-    for name, value in given.items():
-        key = f"train.training_arguments.{name}"
-        if name not in defaults:
-            near = difflib.get_close_matches(name, TAKEN, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"{key}: transformers.TrainingArguments has no such field.{hint}"
-            )
-        if name not in TAKEN and value is not None:
-            raise UserError(f"{key} {reasons.get(name, 'is not taken here')}.")
-        allowed, take = TAKEN_VALUES.get(name, ((value,), ""))
-        if value not in allowed:
-            raise UserError(f"{key}={value}: take {take}.")
-    check_kinds("train.training_arguments", given, client.TrainingArguments)
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Turn what a library makes of a base that is broken or not there into `UserError`."""
     try:
-        moved = client.rehearse(cfg)
-    except Exception as error:  # whatever the libraries make of a value
-        raise UserError(f"train.training_arguments: {error}") from error
-    for name in client.REHEARSED:
-        if given.get(name, defaults[name]) in (None, defaults[name]):
-            continue
-        train = {**cfg["train"], "training_arguments": {**given, name: None}}
-        try:
-            useless = client.rehearse({**cfg, "train": train}).equal(moved)
-        except (TypeError, ValueError):  # what cannot be left out has an effect
-            continue
-        if useless:
-            optim = given.get("optim") or defaults["optim"]
-            raise UserError(
-                f"train.training_arguments.{name}={given[name]} changes nothing with optim="
-                f"{optim} and lr_scheduler_type={given['lr_scheduler_type']}."
-            )
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        found = local_path(name) is not None
+        with suppress(HFValidationError):
+            found |= isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if found:
+            raise UserError(f"model.name={name}: {error}") from error
+        raise UserError(
+            f"model.name={name} is neither a local folder nor reachable on the hub. Check "
+            "the name, the network and, for a gated model, `hf auth login`."
+        ) from error
 
 
 def check_model(cfg: dict[str, Any], weights: bool) -> None:
     """That the base can be found and takes this adapter; needs its `config.json` only.
 
-    `weights`: they and the tokenizer are needed here. Settles
-    `model.gradient_checkpointing=auto` on the way.
+    `weights`: they and the tokenizer are needed here.
     """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
     from safetensors import SafetensorError, safe_open
 
     import dataset
@@ -363,8 +260,7 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
             raise UserError(
                 f"model.name={name}: {file} is broken ({error})."
             ) from error
-    try:
-        settle_checkpointing(cfg)
+    with naming(name):
         frame = model.skeleton(cfg["model"], cfg["peft"])
         check_kinds("peft", cfg["peft"], type(frame.peft_config["default"]))
         model.rehearse(
@@ -373,18 +269,6 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
         if cfg["dry_run"]:
             return
         tokenizer = model.load_tokenizer(name, cfg["model"]["use_fast_tokenizer"])
-    except UserError:
-        raise
-    except Exception as error:  # whatever a library makes of a broken file
-        found = path is not None
-        with suppress(HFValidationError):
-            found |= isinstance(try_to_load_from_cache(name, "config.json"), str)
-        if found:
-            raise UserError(f"model.name={name}: {error}") from error
-        raise UserError(
-            f"model.name={name} is neither a local folder nor reachable on the hub. Check "
-            "the name, the network and, for a gated model, `hf auth login`."
-        ) from error
     if not any(p.numel() for p in frame.parameters() if p.requires_grad):
         raise UserError(
             f"{cfg['peft']['_target_']} with these settings trains nothing."
@@ -460,11 +344,3 @@ def check_progress(cfg: dict[str, Any], folder: Path) -> None:
             f"resume={folder}: {done} rounds are done, and num_rounds="
             f"{cfg['num_rounds']}. Set num_rounds={done} or more."
         )
-
-
-def settle_checkpointing(cfg: dict[str, Any]) -> None:
-    """Put true or false in the place of `model.gradient_checkpointing=auto`."""
-    if cfg["model"]["gradient_checkpointing"] == "auto":
-        from settings import plan
-
-        cfg["model"]["gradient_checkpointing"] = plan.needs_checkpointing(cfg)

@@ -1,203 +1,390 @@
-"""What each setting of `conf/` may be: its type, its range, whether it may be null or changed."""
+"""What each setting of `conf/` is: its type, its range, what it means, and whether a run that
+goes on may have it otherwise.
 
+`validated` holds a configuration against `Run`, one class a section. A class that is `Open`
+also takes what a constructor takes that its `_target_` names.
+"""
+
+import dataclasses
+import difflib
 import inspect
 import math
 import re
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, get_args
 
-from utils import UserError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-# Likewise, what ray.init takes.
-OURS_OF_RAY = {
-    "log_to_driver": "verbose",
-    "logging_level": "verbose",
-    "runtime_env": "main.py",
-}
-
-ANY = float("inf")
+from utils import Settings, UserError
 
 # What Hydra reads as nothing, a truth value or a number.
 NO_NAME = re.compile(r"null|true|false|[\d.+-]+", re.IGNORECASE)
 
-# What a run that goes on may have otherwise than when it was begun.
-MAY_CHANGE = (
-    "num_rounds",
-    "resume",
-    "verbose",
-    "dry_run",
-    "client_resources",
-    "simulation",
-    "tracking",
-    "evaluate.choices",
-    "evaluate.every_round",
-    "evaluate.exact_match",
-    "evaluate.max_new_tokens",
-    "train.save_every_round",
-    "train.round_timeout",
-)
 
-# What holds settings, and is none itself.
-SECTIONS = (
-    "client_resources",
-    "comm",
-    "dataset",
-    "dataset.columns",
-    "evaluate",
-    "launch",
-    "model",
-    "model.lora",
-    "partitioner",
-    "peft",
-    "simulation",
-    "simulation.init_args",
-    "strategy",
-    "tracking",
-    "train",
-    "train.training_arguments",
-)
-
-TEXTS = (
-    "model.name",
-    "dataset.name",
-    "dataset.path",
-    "dataset.test_path",
-    "dataset.label",
-    "dataset.template",
-    "dataset.columns.instruction",
-    "dataset.columns.input",
-    "dataset.columns.output",
-    "evaluate.choices",
-    "partitioner._target_",
-    "partitioner.partition_by",
-    "peft._target_",
-    "strategy._target_",
-    "tracking._target_",
-    "resume",
-)
-
-MAY_BE_NULL = (
-    "dataset.name",
-    "dataset.path",
-    "dataset.test_path",
-    "dataset.label",
-    "dataset.columns.input",
-    "evaluate.choices",
-    "partitioner.num_clusters",
-    "partitioner.num_partitions",
-    "partitioner.partition_by",
-    "resume",
-    "strategy.clip_norm",
-    "strategy.max_weight",
-    "train.round_timeout",
-    "train.training_arguments.learning_rate",
-    "train.training_arguments.neftune_noise_alpha",
-    "train.training_arguments.max_grad_norm",
-    "train.training_arguments.weight_decay",
-)
+def setting(meaning: str, later: bool = False, **limits: Any) -> Any:
+    """A field that must be given. `later`: a run that goes on may have it otherwise."""
+    return Field(description=meaning, json_schema_extra={"later": later}, **limits)
 
 
-def check_values(cfg: dict[str, Any]) -> None:
-    """Each setting by itself: its type and its range."""
-    for key in SECTIONS:
-        if not isinstance(value := _at(cfg, key), dict):
-            raise UserError(f"{key}={value}: it holds settings, and is none itself.")
-    for key in TEXTS:
-        value = _at(cfg, key)
-        if value is None and key in MAY_BE_NULL:
-            continue
-        if not isinstance(value, str) or not value:
-            number = not isinstance(value, str) and is_number(value)
-            hint = f" A number takes quotes: {key}='\"{value}\"'" if number else ""
-            raise UserError(f"{key}={value}: text is needed.{hint}")
-    whole = int
-    for key, kind, low, high in (
-        ("num_clients", whole, 1, 1_000_000),
-        ("num_rounds", whole, 1, ANY),
-        ("seed", whole, 0, 2**32 - 1),
-        ("client_resources.num_cpus", float, 1, ANY),
-        ("client_resources.num_gpus", float, 0, ANY),
-        ("launch.processes", whole, 1, ANY),
-        ("model.lora.peft_lora_r", whole, 1, ANY),
-        ("model.lora.peft_lora_alpha", float, 1e-9, ANY),
-        ("model.lora.peft_lora_dropout", float, 0, 0.99),
-        ("partitioner.num_clusters", whole, 1, 1000),
-        ("partitioner.num_partitions", whole, 1, 1_000_000),  # as num_clients
-        ("strategy.fraction_fit", float, 1e-9, 1),
-        ("strategy.fraction_evaluate", float, 0, 1),
-        ("strategy.min_fit_replies", whole, 1, ANY),
-        ("strategy.max_round_retries", whole, 0, ANY),
-        ("strategy.clip_norm", float, 1e-9, ANY),
-        ("strategy.max_weight", whole, 1, ANY),
-        ("train.save_every_round", whole, 1, ANY),
-        ("train.round_timeout", float, 1, ANY),
-        ("train.min_records", whole, 1, ANY),
-        ("train.seq_length", whole, 2, ANY),
-        ("train.learning_rate_max", float, 0, ANY),
-        ("train.learning_rate_min", float, 0, ANY),
-        ("evaluate.every_round", whole, 0, ANY),
-        ("evaluate.max_new_tokens", whole, 1, ANY),
-        ("evaluate.holdout", float, 0.01, 0.9),
-        ("train.training_arguments.per_device_train_batch_size", whole, 1, ANY),
-        ("train.training_arguments.gradient_accumulation_steps", whole, 1, ANY),
-        ("train.training_arguments.max_steps", whole, -1, ANY),
-        ("train.training_arguments.num_train_epochs", float, 1e-9, ANY),
-        ("train.training_arguments.learning_rate", float, 1e-12, ANY),
-        ("train.training_arguments.neftune_noise_alpha", float, 1e-9, ANY),
-        ("train.training_arguments.max_grad_norm", float, 0, ANY),
-        ("train.training_arguments.weight_decay", float, 0, ANY),
-    ):
-        value = _at(cfg, key)
-        if value is None and key in MAY_BE_NULL:
-            continue
-        if not is_number(value) or (kind is whole and not isinstance(value, int)):
-            raise UserError(
-                f"{key}={value}: a {'whole ' if kind is whole else ''}number is needed."
-            )
-        if not low <= value <= high:
-            bounds = (
-                f"above 0 and up to {high}" if low == 1e-9 else f"{low:g} to {high}"
-            )
-            bounds = f"{low:g} or more" if high == ANY and low != 1e-9 else bounds
-            raise UserError(f"{key}={value}: it must be {bounds}.")
-    for key, allowed in (
-        ("mode", ("federated", "centralized", "local")),
-        ("model.quantization", (4, 8, None)),
-        ("model.use_fast_tokenizer", (True, False)),
-        ("model.gradient_checkpointing", (True, False, "auto")),
-        ("train.padding_side", ("left", "right")),
-        ("comm.dtype", ("float32", "float16", "int8")),
-        ("strategy.weighted_by", ("examples", "records")),
-        ("verbose", (True, False)),
-        ("dry_run", (True, False)),
-        ("launch.sharded", (True, False)),
-        ("evaluate.exact_match", (True, False)),
-    ):
-        value = _at(cfg, key)
-        # By type as well: 1 equals True, and 4.0 equals 4.
-        if not any(value == one and type(value) is type(one) for one in allowed):
-            names = ["null" if one is None else str(one).lower() for one in allowed]
-            raise UserError(
-                f"{key}={value}: take {', '.join(names[:-1])} or {names[-1]}."
-            )
-    for name, value in cfg["simulation"]["init_args"].items():
-        key = f"simulation.init_args.{name}"
-        if name in OURS_OF_RAY:
-            raise UserError(f"{key} is set by {OURS_OF_RAY[name]} here.")
-        if name == "address" and not isinstance(value, str):
-            raise UserError(f"{key}={value}: take local, auto or host:port.")
-    low, high = (cfg["train"][f"learning_rate_{name}"] for name in ("min", "max"))
-    if low > high:
-        raise UserError(
-            f"train.learning_rate_min={low} is above train.learning_rate_max={high}."
-        )
-
-
-def _at(cfg: dict[str, Any], key: str) -> Any:
-    """The value at a dotted key, or None where there is none."""
-    value: Any = cfg
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+def _exact(value: Any) -> Any:
+    """Literals are compared by ==, and 4.0 equals 4."""
+    if isinstance(value, float):
+        raise PydanticCustomError("literal_error", "a float is none of them")
     return value
+
+
+Name = Annotated[str, Field(min_length=1)]
+Bits = Annotated[Literal[4, 8, None], BeforeValidator(_exact)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Open(Section):
+    """With keys of a constructor's beside those that are named here."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Target(Open):
+    target: Name = Field(alias="_target_", description="the class that is made")
+
+
+class ClientResources(Section):
+    num_cpus: float = setting("cores of one client", ge=1)
+    num_gpus: float = setting("GPUs of one client", ge=0)
+
+
+class Comm(Section):
+    dtype: Literal["float32", "float16", "int8"] = setting(
+        "type of adapters on the wire"
+    )
+
+
+class Columns(Section):
+    instruction: Name
+    input: Name | None
+    output: Name
+
+
+class Dataset(Section):
+    name: Name | None = setting("a dataset of the hub")
+    path: Name | None = setting("a file or folder of records, instead")
+    test_path: Name | None = setting("a file or folder of test questions")
+    columns: Columns
+    label: Name | None = setting("the column that records are dealt out by")
+    template: Name = setting("how a question is put: alpaca, vicuna or chat")
+
+
+class Evaluate(Section):
+    every_round: int = setting(
+        "rounds between two examinations; 0: none", later=True, ge=0
+    )
+    exact_match: bool = setting("have the test questions answered", later=True)
+    max_new_tokens: int = setting("length of an answer", later=True, ge=1)
+    choices: Name | None = setting("the column of answers to choose from", later=True)
+    holdout: float = setting(
+        "share of a client's records that is held back", ge=0.01, le=0.9
+    )
+
+
+class Launch(Section):
+    processes: int = setting("processes of one client, a GPU each", ge=1)
+    sharded: bool = setting("each process holds a part of the base")
+
+
+class Lora(Section):
+    peft_lora_r: int = setting("rank of the adapter", ge=1)
+    peft_lora_alpha: float = setting("scale of the adapter, times its rank", gt=0)
+    peft_lora_dropout: float = setting("share of inputs left out", ge=0, le=0.99)
+    target_modules: Any = setting("names of layers, all-linear, or null: PEFT's choice")
+
+
+class Model(Section):
+    name: Name = setting("a model of the hub, or a folder")
+    quantization: Bits = setting("bits of the base's weights")
+    gradient_checkpointing: Literal[True, False, "auto"] = setting(
+        "compute activations twice instead of keeping them"
+    )
+    use_fast_tokenizer: bool
+    lora: Lora
+
+
+class Partitioner(Target):
+    num_clusters: int | None = Field(None, ge=1, le=1000)
+    num_partitions: int | None = Field(None, ge=1, le=1_000_000)  # as num_clients
+    partition_by: Name | None = None
+
+
+class InitArgs(Open):
+    """Arguments of `ray.init`, but for those that are set elsewhere."""
+
+    address: str = setting("local, auto or host:port of Ray's head")
+
+    @model_validator(mode="before")
+    @classmethod
+    def ours(cls, values: Any) -> Any:
+        by = {"log_to_driver": "verbose", "logging_level": "verbose"}
+        by["runtime_env"] = "main.py"
+        for name in by.keys() & (values if isinstance(values, dict) else {}):
+            raise ValueError(f"simulation.init_args.{name} is set by {by[name]} here.")
+        return values
+
+
+class Simulation(Section):
+    init_args: InitArgs
+
+
+class Strategy(Target):
+    fraction_fit: float = setting("share of the clients that train", gt=0, le=1)
+    fraction_evaluate: float = setting("share that measures", ge=0, le=1)
+    min_fit_replies: int = setting("replies that a round needs", ge=1)
+    max_round_retries: int = setting("repetitions of a round with fewer replies", ge=0)
+    clip_norm: float | None = setting("largest L2 norm of an update", gt=0)
+    weighted_by: Literal["examples", "records"] = setting("what a client counts for")
+    max_weight: int | None = setting("largest weight of a client", ge=1)
+
+
+class TrainingArguments(Open):
+    """The fields of transformers.TrainingArguments that do here what they say there.
+
+    The last six change no adapter: those of logging are for verbose=true, one is for a
+    GPU's memory, and those of saving stand in published settings. `check_training_arguments`
+    refuses all others.
+    """
+
+    per_device_train_batch_size: int = setting("examples of a forward", ge=1)
+    gradient_accumulation_steps: int = setting("forwards of a step", ge=1)
+    max_steps: int = setting("steps of a client in a round; -1: by epochs", ge=-1)
+    num_train_epochs: float = setting("epochs of a client in a round", gt=0)
+    learning_rate: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(None, ge=0)
+    optim: Any = None
+    optim_args: Any = None
+    weight_decay: float | None = Field(None, ge=0)
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    adam_beta1: float | None = None
+    adam_beta2: float | None = None
+    adam_epsilon: float | None = None
+    lr_scheduler_type: Any
+    lr_scheduler_kwargs: Any = None
+    warmup_steps: float | None = None
+    report_to: Literal[None, "none"] = setting("a tracker is tracking=wandb")
+    save_strategy: Literal["no"] = setting(
+        "adapters are saved by train.save_every_round"
+    )
+    logging_steps: float | None = None
+    logging_strategy: Any = None
+    logging_first_step: bool | None = None
+    torch_empty_cache_steps: Any = None
+    save_steps: float | None = None
+    save_total_limit: Any = None
+
+
+class Train(Section):
+    save_every_round: int = setting("rounds between two adapters", later=True, ge=1)
+    round_timeout: float | None = setting(
+        "seconds to wait for a round", later=True, ge=1
+    )
+    min_records: int = setting("records of a node that takes part", ge=1)
+    seq_length: int = setting("tokens of an example", ge=2)
+    padding_side: Literal["left", "right"]
+    learning_rate_max: float = setting("learning rate of the first round", ge=0)
+    learning_rate_min: float = setting("learning rate that the last round nears", ge=0)
+    training_arguments: TrainingArguments
+
+    @model_validator(mode="after")
+    def falls(self) -> "Train":
+        low, high = self.learning_rate_min, self.learning_rate_max
+        if low > high:
+            raise ValueError(
+                f"train.learning_rate_min={low} is above train.learning_rate_max={high}."
+            )
+        return self
+
+
+class Baseline(Section):
+    """What a mode to compare with means: the same steps, differently spent."""
+
+    clients: Literal[1, "all"] = setting("that train in a round")
+    steps: Literal["own", "cohort"] = setting("of each of them in a round")
+    strategy: Target
+
+
+class Run(Section):
+    mode: Literal["federated", "centralized", "local"]
+    baseline: Baseline | None
+    num_clients: int = setting(
+        "clients among whom the data is dealt out", ge=1, le=1_000_000
+    )
+    num_rounds: int = setting("rounds to train", later=True, ge=1)
+    seed: int = setting("seed of all that is drawn", ge=0, le=2**32 - 1)
+    verbose: bool = setting("show the workers' output", later=True)
+    resume: Name | None = setting("the folder of a run to go on with", later=True)
+    optimized_metric: Name = setting("of summary.json, for a sweeper", later=True)
+    dry_run: bool = setting("print the plan, and stop", later=True)
+    client_resources: ClientResources = setting("of one client", later=True)
+    comm: Comm
+    dataset: Dataset
+    evaluate: Evaluate
+    launch: Launch
+    model: Model
+    partitioner: Partitioner
+    peft: Target
+    sharing: Target = setting("what of the adapter comes, is trained and goes")
+    simulation: Simulation = setting("where the clients run", later=True)
+    strategy: Strategy
+    tracking: Target = setting("what follows the run", later=True)
+    train: Train
+
+
+# All other fields of transformers' do nothing in this loop, or too much, or fail; and where to
+# turn instead. One that stands in neither, which a later transformers has brought, is refused.
+INSTEAD = {
+    "is set by hydra.run.dir here": "output_dir",
+    "is set by seed here": (
+        "seed data_seed full_determinism train_sampling_strategy length_column_name"
+    ),
+    "is set by dataset.columns here": "remove_unused_columns label_names",
+    "is set by verbose here": (
+        "disable_tqdm log_level log_level_replica log_on_each_node"
+    ),
+    "is set by client_resources.num_gpus here": "use_cpu",
+    "is set by model.gradient_checkpointing here": (
+        "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
+        "activation_checkpointing_kwargs"
+    ),
+    "is set by launch=ddp and launch=fsdp here": (
+        "fsdp fsdp_config deepspeed accelerator_config parallelism_config local_rank "
+        "average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb "
+        "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout"
+    ),
+    "is not taken here: the device decides (bfloat16 where it computes in it)": (
+        "bf16 fp16 bf16_full_eval fp16_full_eval tf32"
+    ),
+    "is not taken here: the loss is the answers' cross entropy, computed in parts": (
+        "label_smoothing_factor use_liger_kernel liger_kernel_config"
+    ),
+    "is not taken here: clients evaluate by strategy.fraction_evaluate, the server by "
+    "evaluate.every_round": (
+        "do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start "
+        "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
+        "per_device_eval_batch_size prediction_loss_only include_for_metrics "
+        "batch_eval_metrics load_best_model_at_end metric_for_best_model "
+        "greater_is_better"
+    ),
+    "is not taken here: adapters are saved by train.save_every_round, and resume=... goes "
+    "on with a run": (
+        "save_only_model save_on_each_node enable_jit_checkpoint resume_from_checkpoint "
+        "ignore_data_skip restore_callback_states_from_checkpoint"
+    ),
+    "is not taken here: an adapter is shared by reporting.export": (
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
+        "hub_always_push hub_revision"
+    ),
+    "is not taken here: a tracker and its settings are tracking=wandb's": (
+        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    ),
+    "is not taken here: a client tokenises and orders its records before a round": (
+        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
+        "dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order"
+    ),
+    "is not taken here: a client short of GPU memory takes smaller parts by itself": (
+        "auto_find_batch_size"
+    ),
+}
+
+
+def validated(cfg: dict[str, Any]) -> Settings:
+    """`cfg` as `Settings`, when each setting fits its type and range.
+
+    No value is changed or put in. Raises `UserError` with the first that does not fit.
+    """
+    check_against(Run, cfg)
+    return _settings(Run, cfg)
+
+
+def check_against(model: type[BaseModel], values: Any, path: str = "") -> None:
+    """Raise `UserError` for the first of `values`, settings below `path`, that does not fit."""
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_told(model, error.errors()[0], path)) from None
+
+
+def check_kinds(path: str, settings: dict[str, Any], made: type) -> None:
+    """That a number, or true or false, stands where the constructor of `made` defaults to one
+    and takes no word in its place."""
+    kinds: dict[str, Any] = {}
+    for name, parameter in inspect.signature(made).parameters.items():
+        words = re.search(r"\bstr\b|Literal", str(parameter.annotation))
+        kind = bool if isinstance(parameter.default, bool) else float
+        if not words and isinstance(parameter.default, (bool, int, float)):
+            kinds[name] = (kind | None, None)
+    check_against(create_model(made.__name__, __base__=Open, **kinds), settings, path)
+
+
+def check_training_arguments(cfg: dict[str, Any]) -> None:
+    """That each of `train.training_arguments` has its effect here.
+
+    null stands for one that is not given.
+    """
+    import client
+
+    fields = dataclasses.fields(client.TrainingArguments)
+    defaults = {field.name: field.default for field in fields}
+    reasons = {
+        name: reason for reason, names in INSTEAD.items() for name in names.split()
+    }
+    given, taken = cfg["train"]["training_arguments"], TrainingArguments.model_fields
+    for name in [name for name in given if name not in taken]:
+        key = f"train.training_arguments.{name}"
+        if name not in defaults:
+            hint = _near(name, taken)
+            raise UserError(
+                f"{key}: transformers.TrainingArguments has no such field.{hint}"
+            )
+        if given[name] is not None:
+            raise UserError(f"{key} {reasons.get(name, 'is not taken here')}.")
+    try:
+        moved = client.rehearse(cfg)
+    except Exception as error:  # whatever the libraries make of a value
+        raise UserError(f"train.training_arguments: {error}") from error
+    for name in client.REHEARSED:
+        if given.get(name, defaults[name]) in (None, defaults[name]):
+            continue
+        train = {**cfg["train"], "training_arguments": {**given, name: None}}
+        try:
+            useless = client.rehearse({**cfg, "train": train}).equal(moved)
+        except (TypeError, ValueError):  # what cannot be left out has an effect
+            continue
+        if useless:
+            optim = given.get("optim") or defaults["optim"]
+            raise UserError(
+                f"train.training_arguments.{name}={given[name]} changes nothing with optim="
+                f"{optim} and lr_scheduler_type={given['lr_scheduler_type']}."
+            )
+
+
+def may_change(model: type[BaseModel] = Run, path: str = "") -> Iterator[str]:
+    """The keys, sections among them, that a run which goes on may have otherwise."""
+    for name, field in model.model_fields.items():
+        if (field.json_schema_extra or {}).get("later"):
+            yield path + name
+        elif inner := _section(field):
+            yield from may_change(inner, f"{path}{name}.")
 
 
 def is_number(value: Any) -> bool:
@@ -205,14 +392,77 @@ def is_number(value: Any) -> bool:
     return kind and math.isfinite(value)
 
 
-def check_kinds(path: str, settings: dict[str, Any], made: type) -> None:
-    """That a number, or true or false, stands where the constructor of `made` defaults to one
-    and takes no word in its place."""
-    for name, parameter in inspect.signature(made).parameters.items():
-        value = settings.get(name)
-        if value is None or re.search(r"\bstr\b|Literal", str(parameter.annotation)):
-            continue
-        if isinstance(parameter.default, bool) and not isinstance(value, bool):
-            raise UserError(f"{path}.{name}={value}: take true or false.")
-        if is_number(parameter.default) and not is_number(value):
-            raise UserError(f"{path}.{name}={value}: a number is needed.")
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _section(field: FieldInfo | None) -> type[BaseModel] | None:
+    """The class of a field that is a section, or may be one."""
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    classes = (kind for kind in kinds if isinstance(kind, type))
+    return next((kind for kind in classes if issubclass(kind, BaseModel)), None)
+
+
+def _settings(model: type[BaseModel], values: dict[str, Any]) -> Settings:
+    """The same values, sections as `Settings`."""
+    inner = {name: _section(field) for name, field in _fields(model).items()}
+    return Settings(
+        (name, _settings(inner[name], value) if inner.get(name) and value else value)
+        for name, value in values.items()
+    )
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _told(model: type[BaseModel], error: dict[str, Any], path: str) -> str:
+    """An error of pydantic's in a line: the key, what is wrong with it, what to set."""
+    if "error" in error.get("ctx", {}):  # a validator's own words
+        return str(error["ctx"]["error"])
+    field: FieldInfo | None = None
+    section: type[BaseModel] | None = model
+    for name in error["loc"]:
+        known = _fields(section)
+        field = known.get(name)
+        section = _section(field)
+    key = ".".join([*filter(None, [path]), *error["loc"]])
+    value, kind = error["input"], error["type"]
+    if field is None:
+        return f"{key}={value}: there is no such setting.{_near(name, known)}"
+    if section:
+        one = f"{key}.{next(iter(_fields(section)))}=..."
+        if kind == "missing":
+            return f"{key} is missing, a section. Set its keys: +{one}"
+        return f"{key}={value}: {key} is a section, not a value. Set its keys: {one}"
+    if kind == "missing":
+        return f"{key} is missing, and has no default. Set it: +{key}=..."
+    limits = {
+        name: limit
+        for name in ("ge", "gt", "le")
+        for one in field.metadata
+        if (limit := getattr(one, name, None)) is not None
+    }
+    meaning = f" ({field.description})" if field.description else ""
+    if kind == "literal_error":
+        allowed = ["null" if x is None else x for x in get_args(field.annotation)]
+        words = [str(x).lower() for x in allowed]
+        wanted = f"take {' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}"
+    elif kind == "bool_type":
+        wanted = "take true or false"
+    elif kind.startswith("string"):
+        wanted = "text is needed"
+        if is_number(value):
+            meaning = f". A number takes quotes: {key}='\"{value}\"'"
+    elif kind.startswith("int"):
+        wanted = "a whole number is needed"
+    elif kind.startswith(("float", "finite")):
+        wanted = "a number is needed"
+    elif "gt" in limits:
+        above = f" and up to {limits['le']}" if "le" in limits else ""
+        wanted = f"it must be above {limits['gt']}{above}"
+    else:
+        most = f"to {limits['le']}" if "le" in limits else "or more"
+        wanted = f"it must be {limits['ge']} {most}"
+    return f"{key}={value}: {wanted}{meaning}."

@@ -19,7 +19,7 @@ import model
 import utils
 from compute import cpu, loss
 from settings import plan
-from settings.compose import compose
+from settings.compose import compose, needs_checkpointing
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -230,8 +230,8 @@ def test_what_a_step_takes_is_known_or_said_not_to_be(name, tmp_path):
     model_cfg, peft_cfg = settings(name, tmp_path)
     cfg = OmegaConf.to_container(compose("experiment=quickstart"), resolve=True)
     cfg = {**cfg, "model": cfg["model"] | model_cfg, "peft": peft_cfg}
-    needed = plan.needs_checkpointing(cfg)
-    estimate = plan._estimate(cfg, model.skeleton(model_cfg, peft_cfg))
+    needed = needs_checkpointing(cfg)
+    estimate = plan.estimate(cfg, model.skeleton(model_cfg, peft_cfg))
     if isinstance(estimate, dict):
         assert not needed  # of this size
         return

@@ -199,15 +199,31 @@ SETTINGS = [
         "train.learning_rate_max=1e-5 train.learning_rate_min=1e-4",
         "train.learning_rate_min=0.0001 is above train.learning_rate_max=1e-05",
     ),
-    ("a value for a section", "train=5", "train=5: it holds settings, and is none"),
-    ("a section away", "~comm", "comm=None: it holds settings, and is none itself"),
-    ("no columns", "dataset.columns=null", "dataset.columns=None: it holds settings"),
+    (
+        "a value for a section",
+        "train=5",
+        "train=5: train is a section, not a value. Set",
+    ),
+    (
+        "a section away",
+        "~comm",
+        "comm is missing, a section. Set its keys: +comm.dtype=",
+    ),
+    (
+        "no columns",
+        "dataset.columns=null",
+        "dataset.columns=None: dataset.columns is a section",
+    ),
     (
         "an inner section away",
         "simulation.init_args=5",
-        "simulation.init_args=5: it holds settings, and is none itself",
+        "simulation.init_args=5: simulation.init_args is a section, not a value",
     ),
-    ("a setting away", "~train.seq_length", "train.seq_length=None: a whole number"),
+    (
+        "a setting away",
+        "~train.seq_length",
+        "train.seq_length is missing, and has no default",
+    ),
     ("a mistyped setting", "train.seq_lenght=5", "Could not override 'train.seq_leng"),
     ("a mistyped choice", "model=tinny", "Could not find 'model/tinny'"),
     (
@@ -230,7 +246,7 @@ SETTINGS = [
     ("two paths", "dataset.path=[a,b]", "dataset.path=['a', 'b']: text is needed"),
     ("a number for a name", "model.name=5", "text is needed. A number takes quotes"),
     ("no name", "model.name=''", "model.name=: text is needed"),
-    ("no class", "~peft._target_", "peft._target_=None: text is needed"),
+    ("no class", "~peft._target_", "peft._target_ is missing, and has no default"),
     ("a number to resume", "resume=5", "resume=5: text is needed"),
     ("two runs to resume", "resume=[a,b]", "resume=['a', 'b']: text is needed"),
     (
@@ -1314,7 +1330,7 @@ def test_any_damage_to_settings_is_answered_or_does_no_harm(made, run):
         folder = shutil.copytree(run, Path(name) / "run")
         made(folder)
         with contextlib.suppress(CompactHydraException):
-            schema.check_values(resolve(resumed(str(folder), [])[0]))
+            schema.validated(resolve(resumed(str(folder), [])[0]))
 
 
 @table(NODES)

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 import architectures
 import client
 import model
-from settings import preflight
+from settings import preflight, schema
 from settings.compose import compose
 from utils import PROJECT, UserError
 
@@ -72,9 +72,12 @@ SETTINGS = [
     ),
     (
         "train.training_arguments.save_strategy=steps",
-        "save_strategy=steps: take no; adapters are saved by train.save_every_round",
+        "save_strategy=steps: take no (adapters are saved by train.save_every_round)",
     ),
-    ("train.training_arguments.report_to=tensorboard", "take null; a tracker is"),
+    (
+        "train.training_arguments.report_to=tensorboard",
+        "take null or none (a tracker is",
+    ),
     ("+train.training_arguments.optim=galore_adamw", "install `galore_torch`"),
     ("+train.training_arguments.optim=lomo", "install `lomo_optim`"),
     ("+train.training_arguments.optim=schedule_free_adamw", "install `schedulefree`"),
@@ -313,14 +316,14 @@ NO_EFFECT = {
 @pytest.mark.slow
 def test_each_argument_that_is_taken_has_its_effect(configure):
     """As a client trains by it; and as `transformers` has none of what is not taken."""
-    assert {*EFFECTS, *NO_EFFECT} == {*preflight.TAKEN}
+    assert {*EFFECTS, *NO_EFFECT} == {*schema.TrainingArguments.model_fields}
     before = configure()
     first = client.initial_adapter(before)
 
     def trained(given: dict) -> tuple:
         cfg = copy.deepcopy(before)
         cfg["train"]["training_arguments"] |= given
-        preflight.check_training_arguments(cfg)
+        schema.check_training_arguments(cfg)
         state, metrics = client.train(cfg, first, partition=0, server_round=1)
         return metrics["train_loss"], torch.cat([x.flatten() for x in state.values()])
 
@@ -351,17 +354,19 @@ def test_every_other_argument_is_refused(configure):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client, "TrainingArguments", Later)
         for field in dataclasses.fields(Later):
-            if field.name in preflight.TAKEN:
+            if field.name in schema.TrainingArguments.model_fields:
                 continue
             changed = {**given, field.name: True}
             with pytest.raises(UserError, match=f"{field.name} is (set|not taken)"):
-                preflight.check_training_arguments(
+                schema.check_training_arguments(
                     {**cfg, "train": {**cfg["train"], "training_arguments": changed}}
                 )
-    named = " ".join(preflight.INSTEAD.values()).split()
+    named = " ".join(schema.INSTEAD.values()).split()
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert {*named, *preflight.TAKEN} <= fields
-    assert len({*named, *preflight.TAKEN}) == len(named) + len(preflight.TAKEN)
+    assert {*named, *schema.TrainingArguments.model_fields} <= fields
+    assert len({*named, *schema.TrainingArguments.model_fields}) == len(named) + len(
+        schema.TrainingArguments.model_fields
+    )
 
 
 def test_null_stands_for_an_argument_that_is_not_given(configure):

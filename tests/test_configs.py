@@ -1,5 +1,8 @@
 """pytest tests/test_configs.py: every shipped YAML composes and builds what it names."""
 
+import copy
+import json
+import pickle
 import re
 import tomllib
 from collections import Counter
@@ -16,7 +19,7 @@ from peft import PeftConfig
 import client
 from methods import aggregate, sharing
 from server import journal, rounds
-from settings import preflight
+from settings import preflight, schema
 from settings.compose import compose
 from utils import PROJECT, UserError, construct
 
@@ -79,7 +82,7 @@ MEDICAL = {
 
 
 def names(group):
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
 def plain(overrides):
@@ -174,7 +177,8 @@ def test_file_opens_with_a_command_that_composes(name):
     if "--multirun" in overrides:
         overrides = [text for text in overrides if text.startswith("experiment=")]
     group, _, option = name.removesuffix(".yaml").rpartition("/")
-    if group and name != "dataset/tiny_qa.yaml":  # which the quickstart uses
+    # The quickstart uses the one, and files of their group the others.
+    if group and name != "dataset/tiny_qa.yaml" and option != "_base":
         assert f"{group}={option}" in overrides
     compose_raw(" ".join(overrides))
 
@@ -189,11 +193,46 @@ def test_every_group_is_covered_here():
         "dataset",
         "launch",
     ]
-    covered += ["experiment", "tracking"]  # the last in test_tracking.py
+    covered += ["experiment", "mode", "tracking"]  # the last in test_tracking.py
     expected = Counter(
         f"{group}/{name}.yaml" for group in covered for name in names(group)
     )
-    assert Counter(FILES) == expected + Counter(["config.yaml"])
+    shared = ["config.yaml", "dataset/_base.yaml", "model/_base.yaml"]
+    assert Counter(FILES) == expected + Counter(shared)
+
+
+@pytest.mark.parametrize("group", ["launch", "mode", "model", "dataset", "peft"])
+def test_a_group_has_one_kind_of_file(group):
+    """All of them hold one section, or all say what they change elsewhere."""
+    texts = [(CONF / group / f"{name}.yaml").read_text() for name in names(group)]
+    assert len({text.startswith("# @package _global_\n") for text in texts}) == 1
+
+
+def test_what_a_baseline_means_is_in_the_configuration():
+    assert plain("mode=federated")["baseline"] is None
+    for mode, clients in (("local", "all"), ("centralized", 1)):
+        cfg = plain(f"mode={mode}")
+        assert (cfg["mode"], cfg["baseline"]["clients"]) == (mode, clients)
+
+
+def test_every_setting_of_conf_is_in_the_schema_and_is_settings():
+    cfg = schema.validated(plain("experiment=quickstart"))
+    assert cfg.train.seq_length == cfg["train"]["seq_length"] == 128
+    for copied in (copy.deepcopy(cfg), pickle.loads(pickle.dumps(cfg)), cfg | {}):
+        assert copied == cfg
+        assert copied.model.lora.peft_lora_r == 16
+    assert json.loads(json.dumps(cfg)) == {**cfg} == plain("experiment=quickstart")
+    with pytest.raises(AttributeError):
+        _ = cfg.train.seq_lenght
+
+
+def test_a_check_changes_nothing():
+    cfg = compose("experiment=quickstart mode=local model.gradient_checkpointing=auto")
+    before = copy.deepcopy(cfg)
+    settled = preflight.check(cfg)
+    assert cfg == before
+    assert settled.strategy.fraction_fit == 1
+    assert settled.model.gradient_checkpointing is False
 
 
 # --- published values --------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """pytest tests/test_utils.py: a run's folder has one owner, and what is printed can be typed."""
 
+import json
 import os
 import re
 import resource
@@ -221,7 +222,7 @@ WRITERS = {
         folder / "history.json", {"rounds": ["x" * 10**6]}
     ),
     "configuration": lambda cfg, frame, state, folder: record(
-        OmegaConf.create(cfg), [], folder
+        OmegaConf.create(json.loads(json.dumps(cfg))), [], folder
     ),
     "picture": lambda cfg, frame, state, folder: figures.plot_sweep(
         {"one": {1: 3.0, 2: 2.0}}, folder / "losses.png"
