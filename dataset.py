@@ -1,8 +1,4 @@
-"""The data: load, deal out to clients, put into a prompt template, tokenise, mask, batch.
-
-The templates live here alone. Training, evaluation and `test.py` all ask `prompt` for the
-text before an answer, so that a model is asked in the words that it was trained with.
-"""
+"""The data: load, deal out to clients, draw, batch."""
 
 import json
 import math

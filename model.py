@@ -42,6 +42,7 @@ from transformers.utils import cached_file
 from compute import patches
 from compute.loss import hidden_states
 from methods.wire import mismatch, misshapen
+from records import templates
 from utils import (
     PROJECT,
     Refusal,
@@ -586,11 +587,14 @@ def save_adapter(
     """Write a PEFT adapter folder that stands alone.
 
     `frame` is a `skeleton`; `about` says how to ask the adapter (base model, quantisation,
-    template). The folder appears under its name only when it is complete.
+    template). Its tokenizer carries that template, so that a server's chat asks in the words
+    of training. The folder appears under its name only when it is complete.
     """
+    asking = copy.copy(tokenizer)
+    asking.chat_template = templates.chat_template(about["template"], tokenizer)
     with commit(folder) as temporary:
         _write(frame, state, about["model"]["name"], temporary)
-        tokenizer.save_pretrained(temporary)
+        asking.save_pretrained(temporary)
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -609,8 +613,6 @@ def read_about(folder: str) -> dict[str, Any]:
 
     Raises `UserError` where `folder` is not a complete adapter folder of this project.
     """
-    from records.templates import TEMPLATES
-
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"--peft-path={folder}: there is no such folder.")
@@ -630,7 +632,7 @@ def read_about(folder: str) -> dict[str, Any]:
         template, base = about["template"], about["model"]["name"]
         if not isinstance(about["round"], int):
             raise ValueError(f"its round is {about['round']!r}")
-        if template not in TEMPLATES:
+        if template not in templates.TEMPLATES:
             raise ValueError(f"the template {template!r} is unknown")
         if about["model"]["quantization"] not in (4, 8, None):
             raise ValueError("the base is quantised to neither 4 nor 8 bits")
@@ -662,8 +664,6 @@ def open_adapter(
     `UserError` where anything in `folder` is broken, does not fit the base, or names code to
     import. What can be read without the base is read before it.
     """
-    from records.templates import check_template
-
     try:
         part = "adapter_config.json"
         settings = _settings(folder)
@@ -671,7 +671,7 @@ def open_adapter(
         _compare(settings, about, folder)
         part = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        check_template(about["template"], tokenizer)
+        templates.check_template(about["template"], tokenizer)
         part = "the base"
         base = load_base(about["model"]["name"], about["model"]["quantization"], device)
         if unpacked:

@@ -104,7 +104,7 @@ def test_only_the_answer_and_its_end_are_labelled(case, tokenizer):
     whole = tokenizer(text + between + ANSWER, add_special_tokens=special)["input_ids"]
     answer = [*whole[len(before) :], tokenizer.eos_token_id]
 
-    assert templates.TEMPLATES[template]([question], tokenizer) == text
+    assert templates.text(template, [question], tokenizer) == text
     assert templates.prompt(template, [question], tokenizer) == before
     assert before.count(tokenizer.bos_token_id) == 1
     example = templates.encode(question | {"output": ANSWER}, template, tokenizer, 512)
