@@ -17,10 +17,9 @@ import model
 from compute import patches
 from compute.loss import answer_loss
 from evaluation import examine
+from methods.wire import State
 from records import templates
 from utils import learning_rate, mix_seed
-
-State = dict[str, torch.Tensor]
 
 Metrics = dict[str, float]
 

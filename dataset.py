@@ -184,6 +184,11 @@ def _partitioner(cfg: dict[str, Any]) -> "Partitioner":
     )
 
 
+def forget() -> None:
+    """Let go of the data that is kept as divided."""
+    _partitioner_once.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _partitioner_once(key: str) -> "Partitioner":
     dataset, settings, seed = json.loads(key)

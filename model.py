@@ -41,7 +41,7 @@ from transformers.utils import cached_file
 
 from compute import patches
 from compute.loss import hidden_states
-from methods.wire import mismatch, misshapen
+from methods.wire import State, mismatch, misshapen
 from records import templates
 from utils import (
     PROJECT,
@@ -76,8 +76,6 @@ EXAMINED = {
     "batch_size": 16,
     "max_new_tokens": 32,
 }
-
-State = dict[str, torch.Tensor]
 
 
 def default_device() -> torch.device:
@@ -273,6 +271,11 @@ def build_once(
     """
     key = json.dumps([model_cfg, peft_cfg, seed], sort_keys=True)
     return _build_once(key, device)[0]
+
+
+def forget() -> None:
+    """Let go of the model that `build_once` keeps."""
+    _build_once.cache_clear()
 
 
 def first_state(

@@ -21,6 +21,7 @@ SCALE = ":scale"  # no parameter's name holds a colon
 
 HEADER = 1024  # bytes of `np.save` before the values: 128 for an adapter's shapes
 
+# An adapter, or a change to one: on the CPU, by name, in float32 or as packed.
 State = dict[str, torch.Tensor]
 
 

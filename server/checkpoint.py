@@ -15,11 +15,10 @@ import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file, save_file
 
+from methods.wire import State
 from utils import UserError, commit, read_json, say
 
 KEPT = 2  # the newest ones: who deletes the last goes back by a round
-
-State = dict[str, torch.Tensor]
 
 
 def save(folder: Path, done: int, state: State, strategy: Any, seconds: float) -> None:

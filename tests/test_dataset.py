@@ -642,7 +642,7 @@ def asked(configure, tmp_path, train, test, *overrides):
         "test_path": f"{tmp_path}/test.parquet",
     }
     cfg["evaluate"]["exact_match"] = True
-    dataset._partitioner_once.cache_clear()
+    dataset.forget()
     return cfg
 
 
@@ -716,7 +716,7 @@ def parts(configure, tmp_path):
 
     def deal(*overrides):
         # The process keeps the last division; each call is to make its own.
-        dataset._partitioner_once.cache_clear()
+        dataset.forget()
         cfg = configure(
             f"dataset=local dataset.path={tmp_path}/data.jsonl dataset.label=label "
             "dataset.columns.input=null",
