@@ -15,13 +15,13 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, get_schedu
 
 import dataset
 import model
+from compute import patches
 from compute.loss import answer_loss
 from evaluation import examine
 from methods import sharing
+from methods.base import State
 from records import templates
 from utils import learning_rate, mix_seed
-
-State = dict[str, torch.Tensor]
 
 Metrics = dict[str, float]
 
@@ -257,9 +257,7 @@ def training_arguments(
         use_cpu=model.default_device().type == "cpu",
         **settings,
     )
-    # The Trainer would divide each batch among all GPUs in sight, quantised bases excepted,
-    # and multiply its size by their number for all of them.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    patches.use_one_gpu(arguments)
     return arguments
 
 

@@ -1,8 +1,4 @@
-"""The data: load, deal out to clients, put into a prompt template, tokenise, mask, batch.
-
-The templates live here alone. Training, evaluation and `test.py` all ask `prompt` for the
-text before an answer, so that a model is asked in the words that it was trained with.
-"""
+"""The data: load, deal out to clients, draw, batch."""
 
 import json
 import math
@@ -186,6 +182,11 @@ def _partitioner(cfg: dict[str, Any]) -> "Partitioner":
     return _partitioner_once(
         json.dumps([cfg["dataset"], cfg["partitioner"], cfg["seed"]], sort_keys=True)
     )
+
+
+def forget() -> None:
+    """Let go of the data that is kept as divided."""
+    _partitioner_once.cache_clear()
 
 
 @lru_cache(maxsize=1)

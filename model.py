@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -38,10 +39,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from compute import cpu
+from compute import patches
 from compute.loss import hidden_states
-from compute.vram import release_inputs
-from methods.wire import mismatch, misshapen
+from methods.base import State, mismatch, misshapen
+from records import templates
 from utils import (
     PROJECT,
     Refusal,
@@ -52,6 +53,8 @@ from utils import (
     local_path,
     mix_seed,
 )
+
+patches.attend_in_blocks()
 
 
 class Misfit(Refusal, ValueError):
@@ -73,8 +76,6 @@ EXAMINED = {
     "batch_size": 16,
     "max_new_tokens": 32,
 }
-
-State = dict[str, torch.Tensor]
 
 
 def default_device() -> torch.device:
@@ -122,7 +123,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu._is_avx512_bf16_supported()
+        native = patches.cpu_has_bfloat16()
     return torch.bfloat16 if native else torch.float32
 
 
@@ -217,7 +218,7 @@ def load_base(
     if kept and not stored:
         _keep(base, kept)
     if quantization == 8:
-        release_inputs(base)
+        patches.release_inputs(base)
     return base.requires_grad_(False)
 
 
@@ -270,6 +271,11 @@ def build_once(
     """
     key = json.dumps([model_cfg, peft_cfg, seed], sort_keys=True)
     return _build_once(key, device)[0]
+
+
+def forget() -> None:
+    """Let go of the model that `build_once` keeps."""
+    _build_once.cache_clear()
 
 
 def first_state(
@@ -327,13 +333,7 @@ def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
     )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    blank: dict[int, torch.nn.Parameter] = {}  # tied weights stay one
-    for module in base.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                nans = torch.full((), math.nan).expand(weight.shape)
-                made = torch.nn.Parameter(nans, requires_grad=False)
-                module._parameters[name] = blank.setdefault(id(weight), made)
+    _refill(base, lambda weight: torch.full((), math.nan).expand(weight.shape))
     return adapter_state(_with_adapter(base, model_cfg, peft_cfg, seed))
 
 
@@ -372,7 +372,7 @@ def _with_adapter(
     if start is not None:
         model.peft_config["default"].init_lora_weights = start
     if base.device.type == "cpu":
-        cpu.quicken_dropout(model)
+        patches.quicken_dropout(model)
     return model
 
 
@@ -394,23 +394,31 @@ def stand_in(
             copy.deepcopy(config), dtype=torch.float32, experts_implementation="eager"
         )
     generator = torch.Generator().manual_seed(seed)
-    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied weights are one
+
+    def values(weight: torch.Tensor) -> torch.Tensor:
+        window = _window(weight.shape, generator)
+        return window.contiguous() if whole else window
+
+    _refill(base, values)
     for module in base.modules():
-        module._is_hf_initialized = False  # of its buffers, below
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if parameter not in made:
-                values = _window(parameter.shape, generator)
-                values = values.contiguous() if whole else values
-                made[parameter] = torch.nn.Parameter(values, requires_grad=False)
-                made[parameter]._is_hf_initialized = True
-            module._parameters[name] = made[parameter]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
-    base.initialize_weights()  # the buffers: rotary frequencies, masks
+        own = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, buffer in list(own):
+            setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+    patches.fill_buffers(base)
     return base
+
+
+def _refill(
+    base: torch.nn.Module, values: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Put frozen weights with other values in the place of all; tied ones stay one."""
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for module in base.modules():
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, old in list(own):
+            if old not in made:
+                made[old] = torch.nn.Parameter(values(old), requires_grad=False)
+            setattr(module, name, made[old])
 
 
 def _window(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -537,15 +545,8 @@ def autocast(model: torch.nn.Module) -> Iterator[None]:
         yield
         return
     # PEFT's LoRA layers would cast inputs to float32, and autocast cast them back.
-    casting = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
-    for module in casting:
-        module.cast_input_dtype_enabled = False
-    try:
-        with torch.autocast(device.type, dtype):
-            yield
-    finally:
-        for module in casting:
-            module.cast_input_dtype_enabled = True
+    with disable_input_dtype_casting(model), torch.autocast(device.type, dtype):
+        yield
 
 
 # --- the adapter, in memory --------------------------------------------------------------
@@ -589,11 +590,14 @@ def save_adapter(
     """Write a PEFT adapter folder that stands alone.
 
     `frame` is a `skeleton`; `about` says how to ask the adapter (base model, quantisation,
-    template). The folder appears under its name only when it is complete.
+    template). Its tokenizer carries that template, so that a server's chat asks in the words
+    of training. The folder appears under its name only when it is complete.
     """
+    asking = copy.copy(tokenizer)
+    asking.chat_template = templates.chat_template(about["template"], tokenizer)
     with commit(folder) as temporary:
         _write(frame, state, about["model"]["name"], temporary)
-        tokenizer.save_pretrained(temporary)
+        asking.save_pretrained(temporary)
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -612,8 +616,6 @@ def read_about(folder: str) -> dict[str, Any]:
 
     Raises `UserError` where `folder` is not a complete adapter folder of this project.
     """
-    from records.templates import TEMPLATES
-
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"--peft-path={folder}: there is no such folder.")
@@ -633,7 +635,7 @@ def read_about(folder: str) -> dict[str, Any]:
         template, base = about["template"], about["model"]["name"]
         if not isinstance(about["round"], int):
             raise ValueError(f"its round is {about['round']!r}")
-        if template not in TEMPLATES:
+        if template not in templates.TEMPLATES:
             raise ValueError(f"the template {template!r} is unknown")
         if about["model"]["quantization"] not in (4, 8, None):
             raise ValueError("the base is quantised to neither 4 nor 8 bits")
@@ -665,8 +667,6 @@ def open_adapter(
     `UserError` where anything in `folder` is broken, does not fit the base, or names code to
     import. What can be read without the base is read before it.
     """
-    from records.templates import check_template
-
     try:
         part = "adapter_config.json"
         settings = _settings(folder)
@@ -674,7 +674,7 @@ def open_adapter(
         _compare(settings, about, folder)
         part = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        check_template(about["template"], tokenizer)
+        templates.check_template(about["template"], tokenizer)
         part = "the base"
         base = load_base(about["model"]["name"], about["model"]["quantization"], device)
         if unpacked:
@@ -747,7 +747,7 @@ def unpack(base: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     base = base.to("cpu")
     if getattr(base, "is_quantized", False):
         base = _dequantized(base, torch.float32)
-    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # no longer, but it says so
+    patches.forget_quantization(base)
     return base.float()
 
 

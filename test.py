@@ -13,17 +13,18 @@ import sys
 from pathlib import Path
 
 import utils
+from evaluation import benchmarks
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description="Ask a trained adapter questions.",
+        parents=[benchmarks.common()],
         epilog="Without --question or --file it is a chat over several turns; Ctrl-D ends "
         "it. Where the file has answers, the scores of a run's end are printed as well. "
-        "--tasks puts benchmarks to the adapter, and has options of its own: --tasks --help.",
+        "--tasks puts benchmarks to the adapter, and has options of its own: --tasks= --help.",
     )
-    parser.add_argument("--peft-path", required=True, help="an adapter: .../peft_100")
     parser.add_argument(
         "--question", action="append", default=[], help="may be given several times"
     )
@@ -39,18 +40,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "in training)",
     )
     parser.add_argument("--choices", help="the file's column of answers to choose from")
-    parser.add_argument("--out", help="write the file's answers and scores here (json)")
     parser.add_argument(
         "--max-new-tokens", type=int, help="(default: 256; with --file as the run had)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) answers greedily"
-    )
-    parser.add_argument(
-        "--base", action="store_true", help="print the base model's answer as well"
-    )
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if any)"
     )
     options = parser.parse_args(arguments)
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
@@ -68,8 +62,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     if any(word.startswith("--tasks") for word in sys.argv[1:]):
-        from evaluation import benchmarks
-
         return benchmarks.main()
     options = parse()
     utils.quiet()

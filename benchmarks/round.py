@@ -58,7 +58,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import dataset
 import model
 import utils
-from compute import cpu  # noqa: F401 (attention in blocks)
+from compute import patches
 from records import templates
 from settings.compose import compose
 
@@ -440,7 +440,7 @@ def machine() -> str:
                 name = line.partition(":")[2].strip()
                 break
     cores = len(os.sched_getaffinity(0))
-    native = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
+    native = "with" if patches.cpu_has_bfloat16() else "without"
     return f"{name}, {cores} cores, {native} AVX512-BF16"
 
 

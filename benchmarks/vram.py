@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compute.loss import answer_loss
-from compute.vram import allocated, estimate_vram, release_inputs
+from compute.patches import release_inputs
+from compute.vram import allocated, estimate_vram
 from utils import IGNORED
 
 # hidden size, layers, attention heads, intermediate size, vocabulary

@@ -1,8 +1,7 @@
 """What a CPU needs to train fast: attention in blocks of queries, and a quicker dropout.
 
-Importing this puts the attention in the place of the one that transformers registers as
-"sdpa". So it reaches the models that call that one, by transformers' own choice, and no
-other; whatever it does not compute itself goes on to the one that it replaces.
+`patches` puts both in the place of the libraries' own. What the attention does not compute
+itself goes on to transformers' "sdpa", which it replaces.
 """
 
 import inspect
@@ -10,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 BLOCK = 128  # queries
@@ -109,14 +107,3 @@ class Dropout(torch.nn.Dropout):
         bits = draws.random_(-(2**63), None).view(torch.int16)[: x.numel()].view_as(x)
         kept = x.masked_fill(bits < steps - 2**15, 0)
         return kept.mul_(2**16 / (2**16 - steps))
-
-
-def quicken_dropout(model: torch.nn.Module) -> None:
-    """Put `Dropout` in the place of every LoRA layer's own."""
-    for module in model.modules():
-        for name, dropout in getattr(module, "lora_dropout", {}).items():
-            if type(dropout) is torch.nn.Dropout:
-                module.lora_dropout[name] = Dropout(dropout.p)
-
-
-AttentionInterface.register("sdpa", blocked_attention)

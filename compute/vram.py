@@ -1,4 +1,4 @@
-"""GPU memory of a training step: an estimate from shapes alone, and a leak stopped.
+"""GPU memory of a training step: an estimate from shapes alone.
 
 Needs torch alone, and no weights: every figure comes from a model on the meta device.
 """
@@ -123,21 +123,3 @@ def _adapter_input_bytes(skeleton: Any) -> int:
             # The (dropped-out) input, dropout's one-byte mask, and what A makes of it.
             total += lora_a.in_features * (BF16 + dropout) + BF16 * lora_a.out_features
     return total
-
-
-def release_inputs(base: torch.nn.Module) -> None:
-    """Keep bitsandbytes' 8-bit layers from holding their inputs until the backward pass.
-
-    Their autograd functions store the input as an attribute, where gradient checkpointing
-    cannot drop it, though with frozen weights the backward pass never reads it.
-    """
-    for module in base.modules():
-        if type(module).__name__ == "Linear8bitLt":
-            module.register_forward_hook(_release)
-
-
-def _release(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
-    if hasattr(output.grad_fn, "tensors"):  # on a GPU
-        output.grad_fn.tensors = (None, None, None)
-    if hasattr(output.grad_fn, "A"):  # on a CPU
-        output.grad_fn.A = None

@@ -16,12 +16,30 @@ from typing import Any
 import utils
 
 
+def common() -> argparse.ArgumentParser:
+    """The options of every command that asks an adapter."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--peft-path", required=True, help="an adapter: .../peft_100")
+    parser.add_argument(
+        "--base", action="store_true", help="ask the base model beside it"
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if any)"
+    )
+    parser.add_argument(
+        "--out",
+        help="write answers and scores here, as JSON (with --tasks, by default to "
+        "evaluation.json beside the adapter)",
+    )
+    return parser
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Put the field's benchmarks to a trained adapter, with lm-eval."
+        description="Put the field's benchmarks to a trained adapter, with lm-eval.",
+        parents=[common()],
     )
-    parser.add_argument("--peft-path", required=True, help="an adapter: .../peft_100")
     parser.add_argument(
         "--tasks",
         required=True,
@@ -34,15 +52,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="no more than the first so many questions of each task",
     )
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument(
-        "--base", action="store_true", help="evaluate the base model beside it"
-    )
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if any)"
-    )
-    parser.add_argument(
-        "--out", help="the JSON file to write (default: evaluation.json by the adapter)"
-    )
     parser.add_argument(
         "--allow-code-execution",
         action="store_true",
@@ -184,7 +193,3 @@ def number(row: dict[str, Any], key: str, error: Any = None) -> str:
     )
     text = f"{scale * value:{form}}"
     return text + (f" ± {scale * error:{form}}" if isinstance(error, float) else "")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """An adapter under EleutherAI's language model evaluation harness (lm-eval, `requirements.txt`).
 
 lm-eval's tasks become records of ours, so that a model is asked in the words that it was
-trained with: `dataset.prompt` and `dataset.encode` make every token, as in training.
+trained with: `records/templates.py` makes every token, as in training.
 """
 
 import contextlib
@@ -72,7 +72,8 @@ class Adapter(HFLM):
             record = {"instruction": description, "input": question, "output": answer}
         else:
             record = {"instruction": question, "input": "", "output": answer}
-        text = templates.TEMPLATES[self.template]([_asked(record)], self.tokenizer)
+        asked = [templates.question(record)]
+        text = templates.text(self.template, asked, self.tokenizer)
         prompt = Prompt(text + answer)
         prompt.record = record
         return prompt
@@ -117,7 +118,8 @@ class Adapter(HFLM):
     def _tokens(self, record: templates.Record) -> list[int]:
         """The prompt, and the answer as far as there is one, without what ends it."""
         if not record["output"].strip():
-            return templates.prompt(self.template, [_asked(record)], self.tokenizer)
+            asked = [templates.question(record)]
+            return templates.prompt(self.template, asked, self.tokenizer)
         before, after = templates.answered(record, self.template, self.tokenizer)
         return before + after
 
@@ -131,8 +133,7 @@ class Adapter(HFLM):
     ) -> list[str]:
         answers = super().generate_until(requests, disable_tqdm=not sys.stderr.isatty())
         # The space before an answer (vicuna's, for one) is the template's.
-        plain = {"instruction": "a", "input": ""}
-        space = templates.spaced(self.template, plain, "b", self.tokenizer)[:-1]
+        space = templates.space(self.template, self.tokenizer)
         # What ends an answer may be no special token, which lm-eval would have left out.
         _, end = templates.end(self.template, self.tokenizer)
         end = self.tokenizer.convert_ids_to_tokens(end)
@@ -157,10 +158,6 @@ def _hushed() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(logging.NOTSET)
-
-
-def _asked(record: templates.Record) -> templates.Record:
-    return {"instruction": record["instruction"], "input": record["input"]}
 
 
 # --- tasks -----------------------------------------------------------------------------------

@@ -1,21 +1,33 @@
 """A record as text and as tokens: the prompt templates, and the mask of an answer.
 
-The templates live here alone. Training, evaluation and `test.py` all ask `prompt` for the
-text before an answer, so that a model is asked in the words that it was trained with.
+The templates are the jinja files of `prompts/`, and `chat`, the one that came with the
+tokenizer (Flower's bundles take no file whose name ends in .jinja). Training, evaluation and
+`test.py` all ask `prompt` for the text before an answer, and a saved adapter's tokenizer
+carries `chat_template`, so that a model is asked in the words that it was trained with.
 """
 
+import copy
+import json
+import logging
 import re
 import sys
-from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from utils import IGNORED, UserError
 
 Record = dict[str, str]  # instruction, input (may be empty), output
+Example = dict[str, list[int]]  # input_ids and labels, equally long
 
-# A record by which it is found out what a chat template does with one.
+# By name; None is the tokenizer's own.
+TEMPLATES: dict[str, str | None] = {
+    path.name.partition(".")[0]: path.read_text()
+    for path in sorted(Path(__file__).parent.glob("prompts/*.jinja.md"))
+} | {"chat": None}
+
+# A record by which it is found out what a template does with one.
 # Of more lines than one and with what HTML and JSON write otherwise, as templates may.
 PROBE = {
     "instruction": 'What is 2 + 3?\nIs it < 6 & "odd"?',
@@ -23,96 +35,122 @@ PROBE = {
     "output": 'It\'s five.\nIt is < 6 & "odd".',
 }
 
-Example = dict[str, list[int]]  # input_ids and labels, equally long
-
 # --- templates ------------------------------------------------------------------------------
 
 
-def _alpaca(turns: list[Record], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Stanford Alpaca's prompt, with and without input; earlier turns come before it."""
-    text = ""
-    for turn in turns:
-        text += "Below is an instruction that describes a task"
-        if turn["input"]:
-            text += ", paired with an input that provides further context"
-        text += ". Write a response that appropriately completes the request.\n\n"
-        text += f"### Instruction:\n{turn['instruction']}\n\n"
-        if turn["input"]:
-            text += f"### Input:\n{turn['input']}\n\n"
-        text += "### Response:\n"
-        if "output" in turn:
-            text += f"{turn['output']}{tokenizer.eos_token}\n\n"
-    return text
+def messages(template: str, turns: list[Record]) -> list[dict[str, str]]:
+    """Turns as the messages in which a server is asked; an answer is the assistant's.
 
-
-def _vicuna(turns: list[Record], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Vicuna v1.1's conversation."""
-    text = (
-        "A chat between a curious user and an artificial intelligence assistant. The "
-        "assistant gives helpful, detailed, and polite answers to the user's questions. "
-    )
-    for turn in turns:
-        text += f"USER: {_question(turn)} ASSISTANT:"
-        if "output" in turn:
-            text += f" {turn['output']}{tokenizer.eos_token}"
-    return text
-
-
-def _chat(turns: list[Record], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template that came with the tokenizer."""
-    return _render(turns, tokenizer, asking=True)
-
-
-def _render(
-    turns: list[Record], tokenizer: PreTrainedTokenizerBase, asking: bool
-) -> str:
-    """What the tokenizer's chat template makes of turns; `asking`: up to the next answer.
-
-    The template is a program of somebody else's: whatever it raises becomes `UserError`.
+    Where a record has an input, that is the user's message, and its instruction the system's
+    before it; `chat` has both in one, as bases differ in what they make of the other roles.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("this model's tokenizer has no chat template.")
-    messages = []
+    told = []
     for turn in turns:
-        messages.append({"role": "user", "content": _question(turn)})
+        said = {"system": turn["instruction"], "user": turn["input"]}
+        if template == "chat" or not turn["input"]:
+            said = {"user": "\n".join(filter(None, said.values()))}
         if "output" in turn:
-            messages.append({"role": "assistant", "content": turn["output"]})
+            said["assistant"] = turn["output"]
+        told += [{"role": role, "content": words} for role, words in said.items()]
+    return told
+
+
+def text(
+    template: str,
+    turns: list[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    asking: bool = True,
+) -> str:
+    """What the template makes of turns; `asking`: up to the next answer.
+
+    A tokenizer's own is a program of somebody else's, run in transformers' sandbox: whatever
+    it raises becomes `UserError`.
+    """
+    if template == "chat" and tokenizer.chat_template is None:
+        raise UserError("this model's tokenizer has no chat template.")
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=asking
+            messages(template, turns),
+            chat_template=TEMPLATES[template],
+            tokenize=False,
+            add_generation_prompt=asking,
         )
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"this model's chat template fails ({cause}).") from error
 
 
-def spaced(
-    template: str, question: Record, answer: str, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """The answer with the space that the template puts before it, trimmed as it does."""
-    before = TEMPLATES[template]([question], tokenizer)
-    if template == "chat":
-        whole = _render([question | {"output": answer}], tokenizer, asking=False)
-        if answer not in whole[len(before) :]:  # some templates trim a message
-            answer = answer.strip()
-        start = whole.find(answer, len(before))
-        space = whole[len(before) : start] if whole.startswith(before) else ""
-        return space + answer if start > 0 and not space.strip() else answer
-    return " " + answer if template == "vicuna" else answer
-
-
-def end(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """What the template ends an answer with: a text, mostly empty, and then a token.
-
-    The tokenizer's end of sequence, or with `chat` the first token of its own (an added
-    one: `<|im_end|>`, `<end_of_turn>`) that the chat template writes after an answer.
+def chat_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template for a tokenizer to carry as its own: `apply_chat_template` then gives the
+    token ids of `prompt`, what the tokenizer puts before a text included.
     """
-    return _chat_end(tokenizer) if template == "chat" else ("", tokenizer.eos_token_id)
+    if TEMPLATES[template] is None:
+        return tokenizer.chat_template
+    begin = "".join(tokenizer.convert_ids_to_tokens(_beginning(tokenizer)))
+    asked, bearer = [question(PROBE)], copy.copy(tokenizer)
+    # After a special token, some tokenizers no longer see the start of a text, and leave out
+    # the space that they put there.
+    for front in (begin, begin + " ") if begin else ("",):
+        bearer.chat_template = TEMPLATES[template]
+        if front:
+            written = json.dumps(front, ensure_ascii=False)
+            bearer.chat_template = f"{{{{ {written} }}}}{TEMPLATES[template]}"
+        ids = bearer.apply_chat_template(
+            messages(template, asked), add_generation_prompt=True, return_dict=False
+        )
+        if ids == prompt(template, asked, tokenizer):
+            return bearer.chat_template
+    logging.warning(
+        "The chat template that is saved with the adapter begins with other tokens than in "
+        "training. test.py asks in training's."
+    )
+    return bearer.chat_template
+
+
+def _spaced(
+    template: str,
+    asked: Record,
+    answer: str,
+    before: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """The answer with the space that the template puts before it, trimmed as it does.
+
+    `before`: the text of what is `asked`.
+    """
+    if template != "chat":
+        return space(template, tokenizer) + answer
+    whole = text(template, [asked | {"output": answer}], tokenizer, asking=False)
+    if answer not in whole[len(before) :]:  # some templates trim a message
+        answer = answer.strip()
+    start = whole.find(answer, len(before))
+    own = whole[len(before) : start] if whole.startswith(before) else ""
+    return own + answer if start > 0 and not own.strip() else answer
 
 
 @lru_cache(maxsize=4)
-def _chat_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    after = _render([PROBE], tokenizer, asking=False).rpartition(PROBE["output"])[2]
+def _around(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the template writes between a prompt and its answer, and after the answer."""
+    before = text(template, [question(PROBE)], tokenizer)
+    whole = text(template, [PROBE], tokenizer, asking=False)
+    head, _, after = whole.rpartition(PROBE["output"])
+    own = head.removeprefix(before)
+    return own if head.startswith(before) and not own.strip() else "", after
+
+
+def space(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The space that the template puts before an answer: one after `ASSISTANT:`, say."""
+    return _around(template, tokenizer)[0]
+
+
+@lru_cache(maxsize=4)
+def end(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """What the template ends an answer with: a text, mostly empty, and then a token.
+
+    The first added token (`</s>`, `<|im_end|>`, `<end_of_turn>`) that it writes after an
+    answer, or else the tokenizer's end of sequence.
+    """
+    after = _around(template, tokenizer)[1]
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     # Some tokenizers have tokens of line breaks among them.
     names = sorted(filter(str.strip, added), key=len, reverse=True)
@@ -134,9 +172,9 @@ def ends(
 
 def check_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `UserError` for a template that fails, or loses what is asked or answered."""
-    whole = TEMPLATES[template]([question(PROBE)], tokenizer)
     if template == "chat":
-        asked, whole = whole, _render([PROBE], tokenizer, asking=False)
+        asked = text(template, [question(PROBE)], tokenizer)
+        whole = text(template, [PROBE], tokenizer, asking=False)
         said = list(PROBE.values())
         if not (_holds(asked, said[:2]) and _holds(whole, said)):
             raise UserError(
@@ -151,17 +189,6 @@ def _holds(text: str, parts: list[str]) -> bool:
     return re.search(".*".join(map(re.escape, parts)), text, re.DOTALL) is not None
 
 
-def _question(turn: Record) -> str:
-    return "\n".join(filter(None, (turn["instruction"], turn["input"])))
-
-
-TEMPLATES: dict[str, Callable[[list[Record], PreTrainedTokenizerBase], str]] = {
-    "alpaca": _alpaca,
-    "vicuna": _vicuna,
-    "chat": _chat,
-}
-
-
 def prompt(
     template: str, turns: list[Record], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
@@ -171,9 +198,9 @@ def prompt(
     beginning-of-sequence token, where it has one.
     """
     spelt = [_spell(turn, tokenizer) for turn in turns]
-    text = TEMPLATES[template](spelt, tokenizer)
     # A chat template writes its own beginning of sequence.
-    return _tokenise(text, tokenizer, begin=template != "chat")
+    asked = text(template, spelt, tokenizer)
+    return _tokenise(asked, tokenizer, begin=template != "chat")
 
 
 def encode(
@@ -207,12 +234,12 @@ def answered(
     closing: str = "",
 ) -> tuple[list[int], list[int]]:
     """Token ids of a record's prompt, and of its answer with the text `closing` behind it."""
-    before = prompt(template, [question(record)], tokenizer)
     spelt = _spell(record, tokenizer)
     answer = spelt.pop("output")
-    text = TEMPLATES[template]([spelt], tokenizer)
-    answer = spaced(template, spelt, answer, tokenizer) + closing
-    whole = _tokenise(text + answer, tokenizer, begin=template != "chat")
+    asked, begin = text(template, [spelt], tokenizer), template != "chat"
+    answer = _spaced(template, spelt, answer, asked, tokenizer) + closing
+    before = _tokenise(asked, tokenizer, begin)
+    whole = _tokenise(asked + answer, tokenizer, begin)
     # The prompt must have the same tokens as when the model is asked; where the answer's
     # first letters would merge into them, the answer is tokenised by itself.
     if whole[: len(before)] == before:

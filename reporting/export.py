@@ -137,6 +137,7 @@ def export(options: argparse.Namespace) -> Path:
     from transformers import AutoTokenizer, GenerationConfig
 
     import model
+    from records import templates
 
     about = model.read_about(options.peft_path)
     source = Path(options.peft_path).resolve()
@@ -158,6 +159,8 @@ def export(options: argparse.Namespace) -> Path:
             f"{folder.name!r}, or the base's name, holds control characters: rename it."
         )
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # Older adapters carry their base's.
+    tokenizer.chat_template = templates.chat_template(about["template"], tokenizer)
 
     adapter = copy.deepcopy(about)  # as it names its base on this machine
     about["model"]["name"] = settings["base_model_name_or_path"] = public(base)
@@ -239,10 +242,14 @@ class Card:
         self.entry = next(
             (e for e in self.rounds if e["round"] == self.about["round"]), {}
         )  # of the round that made this adapter
-        fill = templates.TEMPLATES[self.template]
-        question = {"instruction": QUESTION, "input": ""}
-        self.prompt = fill([question], self.tokenizer)
-        self.with_input = fill([question | {"input": INPUT}], self.tokenizer)
+        self.prompt, self.with_input = (
+            templates.text(
+                self.template,
+                [{"instruction": QUESTION, "input": given}],
+                self.tokenizer,
+            )
+            for given in ("", INPUT)
+        )
         _, end = templates.end(self.template, self.tokenizer)
         self.end = self.tokenizer.convert_ids_to_tokens(end)
 

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compute import cpu
+from compute import patches
 
 NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 2048  # that of the shipped tokenizer
@@ -207,4 +207,4 @@ def plain_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        AttentionInterface.register("sdpa", cpu.blocked_attention)
+        patches.attend_in_blocks()

@@ -70,7 +70,7 @@ def test_what_a_client_trained_from_is_counted(configure, tmp_path):
 def test_a_reused_model_carries_nothing_over(configure):
     cfg = configure("model.lora.peft_lora_dropout=0.1")
     start = client.initial_adapter(cfg)
-    model._build_once.cache_clear()
+    model.forget()
     fresh, _ = client.train(cfg, start, partition=1, server_round=2)
     for other in range(10):
         client.train(cfg, start, other % 4, server_round=3 + other)
@@ -84,9 +84,9 @@ def test_a_model_that_was_evaluated_still_trains(configure):
     # what is trained afterwards loses its gradients without a word.
     cfg = configure()
     start = client.initial_adapter(cfg)
-    model._build_once.cache_clear()
+    model.forget()
     fresh, _ = client.train(cfg, start, partition=0, server_round=1)
-    model._build_once.cache_clear()
+    model.forget()
     client.evaluate(cfg, start, partition=0)
     evaluated, _ = client.train(cfg, start, partition=0, server_round=1)
     assert equal(fresh, evaluated)
@@ -263,7 +263,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
 ):
     # In bfloat16 the two would differ by its rounding.
     monkeypatch.setattr(model, "compute_dtype", lambda device: torch.float32)
-    model._build_once.cache_clear()
+    model.forget()
     cfg = configure(
         "model.quantization=null",
         "+train.training_arguments.optim=sgd",
@@ -290,7 +290,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
     moved = max((plain[name] - start[name]).abs().max() for name in plain)
     apart = max((plain[name] - halved[name]).abs().max() for name in plain)
     assert apart < 1e-5 * moved
-    model._build_once.cache_clear()
+    model.forget()
 
 
 def test_an_odd_micro_batch_is_divided_by_its_smallest_factor():

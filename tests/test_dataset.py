@@ -104,7 +104,7 @@ def test_only_the_answer_and_its_end_are_labelled(case, tokenizer):
     whole = tokenizer(text + between + ANSWER, add_special_tokens=special)["input_ids"]
     answer = [*whole[len(before) :], tokenizer.eos_token_id]
 
-    assert templates.TEMPLATES[template]([question], tokenizer) == text
+    assert templates.text(template, [question], tokenizer) == text
     assert templates.prompt(template, [question], tokenizer) == before
     assert before.count(tokenizer.bos_token_id) == 1
     example = templates.encode(question | {"output": ANSWER}, template, tokenizer, 512)
@@ -642,7 +642,7 @@ def asked(configure, tmp_path, train, test, *overrides):
         "test_path": f"{tmp_path}/test.parquet",
     }
     cfg["evaluate"]["exact_match"] = True
-    dataset._partitioner_once.cache_clear()
+    dataset.forget()
     return cfg
 
 
@@ -716,7 +716,7 @@ def parts(configure, tmp_path):
 
     def deal(*overrides):
         # The process keeps the last division; each call is to make its own.
-        dataset._partitioner_once.cache_clear()
+        dataset.forget()
         cfg = configure(
             f"dataset=local dataset.path={tmp_path}/data.jsonl dataset.label=label "
             "dataset.columns.input=null",

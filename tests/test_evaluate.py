@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -489,3 +490,16 @@ def test_every_part_of_a_preset_is_a_task_that_is_known():
         assert len(names) >= 2
     with pytest.raises(UserError, match="nonsense is neither a task of lm-eval's"):
         harness.load(["tiny_qa", "nonsense"], allow_code=False)
+
+
+def test_the_help_of_benchmarks_is_where_the_doors_own_says(monkeypatch, capsys):
+    import test as door
+
+    with pytest.raises(SystemExit):
+        door.parse(["--help"])
+    words = re.search(r"--tasks=\s+--help", capsys.readouterr().out)[0].split()
+    monkeypatch.setattr(sys, "argv", ["test.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        door.main()
+    assert ended.value.code == 0
+    assert "--allow-code-execution" in capsys.readouterr().out

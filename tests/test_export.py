@@ -183,10 +183,8 @@ def test_a_merged_folder_holds_a_plain_model(save):
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "transformers"
     assert card.data.base_model_relation == "finetune"
-    assert (
-        tokenizer.chat_template
-        == model.load_tokenizer("assets/tiny_llama").chat_template
-    )
+    training = model.load_tokenizer("assets/tiny_llama")
+    assert tokenizer.chat_template == templates.chat_template("alpaca", training)
     for question in QUESTIONS[:5]:
         asked = [templates.question(question)]
         base = model.load_tokenizer("assets/tiny_llama")
@@ -321,7 +319,7 @@ def test_a_card_tells_what_the_run_tells(save):
     # The prompt of a record with an input is training's too.
     tokenizer = AutoTokenizer.from_pretrained(source)
     asked = {"instruction": export.QUESTION, "input": export.INPUT}
-    prompt = templates.TEMPLATES["alpaca"]([asked], tokenizer)
+    prompt = templates.text("alpaca", [asked], tokenizer)
     assert f"```text\n{prompt}\n```" in card.text
 
 

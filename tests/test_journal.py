@@ -150,7 +150,7 @@ def test_before_training_the_base_is_measured_whatever_the_method(name, configur
     )
     state = {k: v + 0.1 for k, v in client.initial_adapter(cfg).items()}
     found = client.evaluate(cfg, state, partition=0, base=True)
-    model._build_once.cache_clear()
+    model.forget()
     # By the base alone, which has never seen PEFT.
     base = model.load_base(cfg["model"]["name"], None, torch.device("cpu")).eval()
     assert not isinstance(base, PeftModel)

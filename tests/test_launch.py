@@ -58,7 +58,7 @@ PLAIN = (
 @pytest.fixture(scope="module", autouse=True)
 def float32() -> Iterator[None]:
     """One team for all tests, in float32, as is this process."""
-    model._build_once.cache_clear()
+    model.forget()
     processes._team.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "COMMAND", [sys.executable, "-c", MEMBER])
@@ -67,7 +67,7 @@ def float32() -> Iterator[None]:
         yield
     processes._team(2, 1).end()
     processes._team.cache_clear()
-    model._build_once.cache_clear()
+    model.forget()
 
 
 def both(cfg: dict[str, Any], sharded: bool) -> tuple[dict[str, Any], dict[str, Any]]:

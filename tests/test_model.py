@@ -9,12 +9,13 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import architectures
 import model
 from compute import loss
 from methods import wire
+from records import templates
 from settings.compose import compose
 from utils import PROJECT, UserError
 
@@ -131,6 +132,20 @@ def test_plain_peft_loads_what_was_saved(saved):
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "assets/tiny_llama"
+
+
+def test_the_saved_tokenizer_asks_in_the_words_of_training(saved):
+    tokenizer = AutoTokenizer.from_pretrained(saved[0])
+    training = model.load_tokenizer("assets/tiny_llama")
+    question = {"instruction": "Name the young of the animal.", "input": "cow"}
+    turns = [question | {"output": "calf"}, question]
+    asked = tokenizer.apply_chat_template(
+        templates.messages("alpaca", turns),
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert asked == templates.prompt("alpaca", turns, training)
+    assert training.chat_template != tokenizer.chat_template
 
 
 def test_an_adapter_folder_says_how_to_ask_it(saved):

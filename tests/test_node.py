@@ -338,7 +338,7 @@ def test_what_would_take_for_ever_to_compute_with_is_refused(override, message):
 def test_no_answer_tells_what_lies_beside_the_node(key, name, tmp_path, monkeypatch):
     def answer() -> str:
         os.chdir(tmp_path)
-        dataset._partitioner_once.cache_clear()
+        dataset.forget()
         try:
             cfg, _ = settle(SHARE, f"{key}={name}")
             model.load_base(cfg["model"]["name"], None, model.default_device())

@@ -4,6 +4,11 @@ Hypothesis writes the records, with what could be mistaken for the template amon
 an answer ends in a chat is held against transformers' own mask of what the assistant says.
 """
 
+import copy
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -18,6 +23,7 @@ from tokenizers import (
 )
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -25,7 +31,7 @@ from transformers import (
 
 import model
 from records import templates
-from utils import IGNORED, UserError
+from utils import IGNORED, PROJECT, UserError
 
 SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>", "<|eot|>"]
 # In the manner of Llama 3: trims what it is given, and its special tokens are not among
@@ -43,6 +49,15 @@ MISTAKABLE = [
 PIECE = st.one_of(st.text(max_size=20), st.sampled_from(MISTAKABLE))
 TEXT = st.lists(PIECE, max_size=6).map("".join)
 RECORDS = st.fixed_dictionaries({"instruction": TEXT, "input": TEXT, "output": TEXT})
+# Of what spells no special token: a server takes it for one, and training does not.
+WORDING = st.lists(
+    st.one_of(
+        st.text(max_size=20),
+        st.sampled_from([p for p in MISTAKABLE if not set("<>\ufdd0") & set(p)]),
+    ),
+    max_size=6,
+).map("".join)
+SAID = st.fixed_dictionaries(dict.fromkeys(("instruction", "input", "output"), WORDING))
 PLAIN = {"instruction": "a", "input": "b", "output": "c"}
 
 
@@ -131,7 +146,7 @@ def test_what_spells_a_special_token_is_text_in_every_turn(template):
         {"instruction": "<|end|>", "input": ""},
     ]
     ids = templates.prompt(template, turns, tokenizer)
-    text = templates.TEMPLATES[template](turns, tokenizer)
+    text = templates.text(template, turns, tokenizer)
     assert tokenizer.decode(ids) == f"<s>{text}"
     assert tokenizer.convert_ids_to_tokens(specials(ids, tokenizer)) == ["<s>", "</s>"]
 
@@ -168,21 +183,25 @@ def family(name: str) -> Tokenizer:
 FRAMES = ["$A", "<s> $A", "<s> $A </s>", "<s> <s> $A </s> </s>", "$A </s>"]
 
 
+def framed(raw: Tokenizer, frame: str) -> PreTrainedTokenizerFast:
+    raw.post_processor = TemplateProcessing(
+        single=frame, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", unk_token="<unk>"
+    )
+
+
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("name", ["byte-level", "metaspace", "unigram", "wordpiece"])
 def test_what_a_tokenizer_puts_behind_a_text_is_not_in_a_prompt(name, frame):
     raw = family(name)
     plain = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
-    raw.post_processor = TemplateProcessing(
-        single=frame, special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = framed(raw, frame)
     begun = [0] * frame.split("$A")[0].count("<s>")
     for template in ("alpaca", "vicuna"):
         asked = templates.question(PLAIN)
-        text = templates.TEMPLATES[template]([asked], tokenizer)
+        text = templates.text(template, [asked], tokenizer)
         expected = begun + plain(text, add_special_tokens=False)["input_ids"]
         assert templates.prompt(template, [asked], tokenizer) == expected
         made = templates.encode(PLAIN, template, tokenizer, 400)
@@ -193,6 +212,139 @@ def test_what_a_tokenizer_puts_behind_a_text_is_not_in_a_prompt(name, frame):
         two = templates.prompt(template, turns, tokenizer)
         assert two[: len(begun)] == begun
         assert two.count(1) == 1  # of the first turn's answer
+
+
+# --- the templates against the words that they were written in before they were files ---------
+
+
+def in_python(template: str, turns: list[templates.Record], end: str) -> str:
+    """Alpaca's and Vicuna's texts, built without jinja."""
+    text = "" if template == "alpaca" else VICUNA
+    for turn in turns:
+        if template == "vicuna":
+            asked = "\n".join(filter(None, (turn["instruction"], turn["input"])))
+            text += f"USER: {asked} ASSISTANT:"
+            text += f" {turn['output']}{end}" if "output" in turn else ""
+            continue
+        text += "Below is an instruction that describes a task"
+        if turn["input"]:
+            text += ", paired with an input that provides further context"
+        text += ". Write a response that appropriately completes the request.\n\n"
+        text += f"### Instruction:\n{turn['instruction']}\n\n"
+        if turn["input"]:
+            text += f"### Input:\n{turn['input']}\n\n"
+        text += "### Response:\n"
+        text += f"{turn['output']}{end}\n\n" if "output" in turn else ""
+    return text
+
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "vicuna"])
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(earlier=st.lists(RECORDS, max_size=2), last=RECORDS)
+@example([], {"instruction": "", "input": "", "output": ""})
+@example([PLAIN], {"instruction": "", "input": "b", "output": " c"})
+@example([], {"instruction": "{% endif %}{{ eos_token }}", "input": "", "output": "{#"})
+def test_a_template_says_to_the_letter_what_it_said(template, earlier, last):
+    tokenizer = TOKENIZERS["byte-fallback"]
+    turns = [*earlier, templates.question(last)]
+    assert templates.text(template, turns, tokenizer) == in_python(
+        template, turns, "</s>"
+    )
+    assert templates.space(template, tokenizer) == (" " if template == "vicuna" else "")
+    assert templates.end(template, tokenizer) == ("", tokenizer.eos_token_id)
+
+
+# SHA-256 of all examples of the shipped training data, as they were before the templates were
+# files.
+RECORDED = {
+    "alpaca": "b5d974fa5a663ca1a668dbbcfaafd7c9ffa7e84463ac7d07c3eafe7407005a6c",
+    "vicuna": "06a614271c7603086140b22fd18bba4bfaf29bae9a346fde1b5247e383260d71",
+    "chat": "4e630a80ce06e08c17abecc7f7cdb2e8695551107199ddcf1e8d54f4718aea7c",
+}
+
+
+@pytest.mark.parametrize("template", RECORDED)
+def test_the_shipped_data_has_the_recorded_token_ids(template):
+    lines = (PROJECT / "assets/tiny_qa/train.jsonl").read_text().splitlines()
+    made = [
+        templates.encode(json.loads(line), template, TOKENIZERS["byte-fallback"], 512)
+        for line in lines[::10]
+    ]
+    found = hashlib.sha256(json.dumps(made).encode()).hexdigest()
+    assert found == RECORDED[template]
+
+
+# --- what is saved with an adapter -------------------------------------------------------------
+
+
+def saved(tokenizer: PreTrainedTokenizerBase, template: str, folder: Path):
+    """The tokenizer of an adapter's folder, opened as others open it."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = templates.chat_template(template, tokenizer)
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """As saved, by kind and template."""
+    return {
+        (kind, template): saved(tokenizer, template, tmp_path_factory.mktemp("saved"))
+        for kind, tokenizer in TOKENIZERS.items()
+        for template in templates.TEMPLATES
+    }
+
+
+@pytest.mark.parametrize("template", templates.TEMPLATES)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(earlier=st.lists(SAID, max_size=2), last=SAID)
+@example([], {"instruction": "a", "input": "", "output": ""})
+@example([PLAIN, PLAIN | {"input": ""}], PLAIN)
+def test_a_server_asks_in_the_tokens_of_training(served, kind, template, earlier, last):
+    tokenizer = TOKENIZERS[kind]
+    turns = [*earlier, templates.question(last)]
+    asked = served[kind, template].apply_chat_template(
+        templates.messages(template, turns),
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert asked == templates.prompt(template, turns, tokenizer)
+
+
+@pytest.mark.parametrize("frame", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["byte-level", "metaspace", "unigram", "wordpiece"])
+def test_a_server_asks_so_with_every_family_of_tokenizers(
+    name, frame, tmp_path, caplog
+):
+    tokenizer = framed(family(name), FRAMES[frame])
+    for template in ("alpaca", "vicuna"):
+        opened = saved(tokenizer, template, tmp_path / template)
+        for turns in (
+            [templates.question(PLAIN)],
+            [PLAIN, PLAIN, {**PLAIN, "input": ""}],
+        ):
+            turns = [*turns[:-1], templates.question(turns[-1])]
+            asked = opened.apply_chat_template(
+                templates.messages(template, turns),
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+            assert asked == templates.prompt(template, turns, tokenizer)
+    assert not caplog.records
+
+
+def test_saving_leaves_the_tokenizer_of_training_as_it_is():
+    tokenizer = byte_level()
+    templates.chat_template("alpaca", tokenizer)
+    assert tokenizer.chat_template == CHAT
+    assert templates.chat_template("chat", tokenizer) == CHAT
 
 
 # --- how a chat template ends an answer ------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Every change that is made to an object of a library's, and every private name of torch's.
+
+Each function names the version that it was checked against; `tests/test_patches.py` fails
+when what it reaches for is gone. Private names that are read, and whose libraries one room
+alone may import, stay there, and are listed and tested with these: `lm_eval` in
+`evaluation/harness.py`, `ray._private` in `settings/preflight.py`, the folders of `datasets`'
+cache in `settings/heterogeneity.py`, `hydra._internal` in `reporting/` and a job's
+`_return_value` in `settings/outputs.py`.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
+
+from compute import cpu
+
+
+def attend_in_blocks() -> None:
+    """Put `cpu.blocked_attention` in the place of transformers' "sdpa" (5.23.0).
+
+    It reaches the models that call that one, by transformers' own choice, and no other.
+    """
+    AttentionInterface.register("sdpa", cpu.blocked_attention)
+
+
+def quicken_dropout(model: torch.nn.Module) -> None:
+    """Put `cpu.Dropout` in the place of every LoRA layer's own (peft 0.21.2)."""
+    for module in model.modules():
+        for name, dropout in getattr(module, "lora_dropout", {}).items():
+            if type(dropout) is torch.nn.Dropout:
+                module.lora_dropout[name] = cpu.Dropout(dropout.p)
+
+
+def release_inputs(base: torch.nn.Module) -> None:
+    """Keep 8-bit layers from holding their inputs until backward (bitsandbytes 0.50.2).
+
+    Their autograd functions store the input as an attribute, where gradient checkpointing
+    cannot drop it, though with frozen weights the backward pass never reads it.
+    """
+    for module in base.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.register_forward_hook(_release)
+
+
+def _release(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
+    if hasattr(output.grad_fn, "tensors"):  # on a GPU
+        output.grad_fn.tensors = (None, None, None)
+    if hasattr(output.grad_fn, "A"):  # on a CPU
+        output.grad_fn.A = None
+
+
+def forget_quantization(base: PreTrainedModel) -> None:
+    """After `dequantize` a base still says that it is quantised (transformers 5.23.0)."""
+    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
+
+
+def fill_buffers(base: PreTrainedModel) -> None:
+    """Compute rotary frequencies, masks and the like, and leave the weights (transformers 5.23.0)."""
+    for module in base.modules():
+        module._is_hf_initialized = False
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True
+    base.initialize_weights()
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Keep the Trainer from dividing each batch among all GPUs in sight (transformers 5.23.0).
+
+    It would multiply the batch by their number for all bases that are not quantised.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16, AVX512-BF16 (torch 2.13.0, not public)."""
+    return torch.cpu._is_avx512_bf16_supported()

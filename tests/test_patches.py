@@ -1,0 +1,183 @@
+"""pytest tests/test_patches.py: what is changed in a library, or read of it in private, is there.
+
+Each test fails when a new version has renamed what is reached for, where the patch itself
+would only stop to have an effect.
+"""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import bitsandbytes as bnb
+import datasets
+import peft
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import model
+from compute import cpu, patches
+from settings import heterogeneity
+from utils import PROJECT
+
+TINY = str(PROJECT / "assets/tiny_llama")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def lora():
+    config = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1)
+    return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), config)
+
+
+def test_a_model_that_asks_for_sdpa_gets_attention_in_blocks(monkeypatch):
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is cpu.blocked_attention
+    called = []
+    real = cpu.blocked_attention
+
+    def watch(*args, **kwargs):
+        called.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cpu, "blocked_attention", watch)
+    patches.attend_in_blocks()
+    try:
+        base = AutoModelForCausalLM.from_pretrained(TINY)
+        base(input_ids=torch.arange(4, 12)[None])
+    finally:
+        monkeypatch.undo()
+        patches.attend_in_blocks()
+    assert len(called) == base.config.num_hidden_layers
+
+
+def test_every_dropout_of_lora_is_replaced_and_is_what_its_layers_call(lora):
+    patches.quicken_dropout(lora)
+    kinds = [type(m) for m in lora.modules() if isinstance(m, torch.nn.Dropout)]
+    assert kinds
+    assert set(kinds) == {cpu.Dropout}
+    called = []
+    for module in lora.modules():
+        if isinstance(module, cpu.Dropout):
+            module.register_forward_hook(lambda *_: called.append(1))
+    lora.train()(input_ids=torch.arange(4, 12)[None])
+    assert len(called) == len(kinds)
+
+
+def test_layers_of_8_bits_hold_their_inputs_where_they_are_released():
+    layer = bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False)
+    layer.requires_grad_(False)
+    output = layer(torch.randn(2, 16, requires_grad=True))
+    assert type(layer).__name__ == "Linear8bitLt"
+    assert output.grad_fn.A.shape == (2, 16)
+    patches.release_inputs(layer)
+    released = layer(torch.randn(2, 16, requires_grad=True))
+    assert released.grad_fn.A is None
+    released.sum().backward()  # which does not need it
+    # On a GPU the same under another name, which a CPU can read only.
+    on_gpu = bnb.autograd._functions.MatMul8bitLt
+    assert "ctx.tensors = (CAt, subA, A)" in inspect.getsource(on_gpu.forward)
+
+
+def test_a_base_that_is_dequantised_no_longer_says_that_it_is_quantised():
+    base = model.load_base(TINY, 8, CPU)
+    assert base.is_loaded_in_8bit
+    assert not model.unpack(base).is_loaded_in_8bit
+    packed = model.load_base(TINY, 4, CPU)
+    packed.is_loaded_in_4bit = True
+    patches.forget_quantization(packed)
+    assert not packed.is_loaded_in_4bit
+    # PEFT chooses a layer's class by it.
+    assert "is_loaded_in_4bit" in inspect.getsource(peft.tuners.lora.LoraModel)
+
+
+def test_transformers_fills_buffers_and_leaves_the_weights():
+    base = model.stand_in(AutoConfig.from_pretrained(TINY))
+    before = [parameter.clone() for parameter in base.parameters()]
+    real = AutoModelForCausalLM.from_pretrained(TINY)
+    for name, buffer in base.named_buffers():
+        buffer.zero_()
+        assert real.get_buffer(name).any()
+    patches.fill_buffers(base)
+    for name, buffer in base.named_buffers():
+        assert torch.equal(buffer, real.get_buffer(name))
+    assert all(map(torch.equal, before, base.parameters()))
+
+
+@pytest.mark.parametrize(("here", "used"), [(0, 0), (1, 1), (4, 1)])
+def test_the_trainer_sees_one_gpu(here, used, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments._n_gpu = here
+    assert arguments.n_gpu == here
+    patches.use_one_gpu(arguments)
+    assert arguments.n_gpu == used
+
+
+def test_torch_says_whether_the_cpu_has_bfloat16():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert patches.cpu_has_bfloat16() is ("avx512_bf16" in flags)
+
+
+def test_inputs_of_lora_layers_are_not_cast_to_float32_under_autocast(
+    lora, monkeypatch
+):
+    monkeypatch.setattr(model, "compute_dtype", lambda _: torch.bfloat16)
+    layers = [m for m in lora.modules() if isinstance(m, BaseTunerLayer)]
+    with model.autocast(lora):
+        assert not any(layer.cast_input_dtype_enabled for layer in layers)
+    assert layers
+    assert all(layer.cast_input_dtype_enabled for layer in layers)
+
+
+# --- private names that are read elsewhere -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("lm_eval.tasks._index", "Kind"),
+        ("lm_eval.tasks._index", "TaskIndex.process_cfg"),
+        ("lm_eval.tasks._yaml_loader", "load_yaml"),
+        ("lm_eval.models.huggingface", "HFLM._encode_pair"),
+        ("lm_eval.models.huggingface", "HFLM._model_generate"),
+        ("ray._private.services", "canonicalize_bootstrap_address"),
+        ("hydra._internal.core_plugins.basic_sweeper", "BasicSweeper.split_arguments"),
+    ],
+)
+def test_a_private_name_is_there(module, name):
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert callable(found)
+
+
+def test_lm_eval_calls_what_the_adapter_overrides():
+    base = importlib.import_module("lm_eval.models.huggingface").HFLM
+    source = "".join(map(inspect.getsource, base.__mro__[:3]))
+    for name in ("_encode_pair", "_model_generate", "tok_encode", "tok_batch_encode"):
+        assert f"self.{name}(" in source
+
+
+def test_hydra_keeps_what_a_failed_job_raised():
+    from hydra.core.utils import JobReturn, JobStatus
+
+    job = JobReturn()
+    job.status, job.return_value = JobStatus.FAILED, ValueError("so")
+    assert str(job._return_value) == "so"
+
+
+def test_datasets_keeps_what_it_has_made_where_it_is_looked_for(tmp_path, monkeypatch):
+    from datasets.naming import camelcase_to_snakecase
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    builder = datasets.load_dataset_builder(
+        "json", data_files=str(PROJECT / "assets/tiny_qa/test.jsonl")
+    )
+    # As of a dataset of the hub, which no test can reach.
+    builder.repo_id = "lucas/CodeAlpaca-20k"
+    builder.dataset_name = camelcase_to_snakecase("CodeAlpaca-20k")
+    folder = builder._relative_data_dir().partition("/")[0]
+    assert not heterogeneity._is_here("lucas/CodeAlpaca-20k")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    assert heterogeneity._is_here("lucas/CodeAlpaca-20k")
