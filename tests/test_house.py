@@ -208,7 +208,9 @@ print("loaded:", *sorted(name for name in sys.modules if name.split(".")[0] == "
 """
 
 
-@pytest.mark.xfail(reason="app and settings.preflight, which node.permit calls, load it")
+@pytest.mark.xfail(
+    reason="app and settings.preflight, which node.permit calls, load it"
+)
 def test_a_node_loads_nothing_of_the_server(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", NODE, str(tmp_path)],
