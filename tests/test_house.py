@@ -120,6 +120,16 @@ def test_a_wrong_import_is_found(module, source, imported):
     assert wrong(module, source) == {(module, imported)}
 
 
+def test_benchmarks_and_tests_do_not_import_each_other():
+    """What both need is in `assets/testbed`; a benchmark is run as a command."""
+    for folder in ("tests", "benchmarks", "assets"):
+        for path in PROJECT.glob(f"{folder}/**/*.py"):
+            for line in path.read_text().splitlines():
+                assert not re.match(r"\s*(from|import) (tests|benchmarks)\b", line), (
+                    line
+                )
+
+
 def test_the_table_is_the_one_in_the_docs():
     page = (PROJECT / "docs/design.md").read_text()
     table = page[page.index("| room | may import") :].split("\n\n")[0]
