@@ -30,6 +30,7 @@ from hydra.errors import HydraException
 
 import utils
 from node import permit
+from server import runs
 from settings import compose, preflight
 
 # Seconds, unless train.round_timeout says otherwise. A SuperNode that is started again with
@@ -95,7 +96,7 @@ def federation_server() -> ServerApp:
             log.setLevel(logging.WARNING)
         if not utils.local_path(str(config.model.name)):
             utils.offline_if_unreachable()
-        from server import journal, rounds, runs
+        from server import journal, rounds
 
         cfg = preflight.check(config, deployed=True)
         cfg["train"]["round_timeout"] = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
