@@ -97,7 +97,8 @@ def train(
     except torch.OutOfMemoryError:
         if arguments.train_batch_size == 1 or arguments.world_size > 1:
             raise
-    if loss is None:  # not in the handler, whose traceback holds on to the memory
+    # Retried outside of `except`: its traceback keeps the failed step's tensors alive.
+    if loss is None:
         arguments = training_arguments(smaller(cfg), server_round, seed)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -144,16 +145,16 @@ def smaller(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill(examples: list[templates.Example], batch: int) -> list[templates.Example]:
-    """Examples that count for nothing put behind, up to a whole number of batches.
+    """Pad with examples without labels to a multiple of `batch`.
 
-    Left to accelerate, the last batch would be filled with records from the first.
+    Otherwise accelerate fills the last batch with records from the first.
     """
     blank = {"input_ids": [0], "labels": [dataset.IGNORED]}
     return examples + [blank] * (-len(examples) % batch)
 
 
 class Clock:
-    """Where a client's time goes: `lap` books the time since the last one on a name."""
+    """Times the parts of a round: `lap(name)` is the time since the last lap."""
 
     def __init__(self) -> None:
         self.started = self.last = time.monotonic()
@@ -186,7 +187,7 @@ def evaluate(
         rows, lambda row: _encode(cfg, row, tokenizer), cfg["seed"]
     )
     size = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
-    # A fresh adapter changes nothing with LoRA, but does with prompts of its own.
+    # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
     with net.disable_adapter() if base else nullcontext():
         scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
     loss, accuracy = examine.loss_and_accuracy(scores)
@@ -204,7 +205,7 @@ class LocalTrainer(Trainer):
 
     def __init__(self, *args: Any, proximal_mu: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Whatever the model takes: `compute_loss` wants to know `num_items_in_batch`.
+        # So that Trainer passes `num_items_in_batch` to `compute_loss` for every model.
         self.model_accepts_loss_kwargs = True
         self.proximal_mu = proximal_mu
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -261,7 +262,7 @@ def training_arguments(
     return arguments
 
 
-# What `rehearse` tells the effect of.
+# Settings of the optimizer and schedule that `rehearse` tries.
 REHEARSED = (
     *("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_kwargs", "warmup_steps"),

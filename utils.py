@@ -1,4 +1,4 @@
-"""What has no better room: errors, config composition, paths, seeds, progress, plots.
+"""Errors, paths, seeds, atomic files and console output, used by every module.
 
 Knows nothing of Flower, of models or of data, and imports none of our modules.
 """
@@ -32,7 +32,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
-IGNORED = -100  # the label that counts for nothing
+IGNORED = -100  # the label of tokens that the loss leaves out
 
 
 PROJECT = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ FEW = 10  # records: what fewer say of a client is left out of "worst" and "spre
 # A reference to another key of a configuration, which calls nothing.
 REFERENCE = re.compile(r"\$\{[\w.]+\}")
 
-# An absolute path, or one that leads upwards, in a text: up to a blank, quote or bracket; or
+# An absolute path, or one with a leading `..`, in a text: up to a blank, quote or bracket; or
 # in quotes; or in a URL without a host (sqlite:////home/...).
 PATH = re.compile(
     r"""(?<=['"])(?:~\w*|\.\.)?/[^'"\n]+(?=['"])"""
@@ -72,11 +72,11 @@ for _name, _value in {
 
 
 class UserError(CompactHydraException):
-    """Something that the user can mend. Hydra prints its text without a traceback."""
+    """A mistake that the user can fix. Hydra prints its text without a traceback."""
 
 
 class Unwritable(UserError):
-    """A file or folder that the disk does not take."""
+    """A file or folder that cannot be written (disk full, permissions, ...)."""
 
 
 class Refusal(UserError):
@@ -102,13 +102,13 @@ def look_for_stop() -> None:
 
 
 def printable(text: str) -> str:
-    """Foreign text that cannot steer a terminal: what is no character becomes `?`."""
+    """Untrusted text without control characters: each that is not printable becomes `?`."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def one_line(text: Any, limit: int = 200) -> str:
-    """A foreign text as one line of at most `limit` printable characters."""
-    start = str(text)[: 4 * limit]  # what is cut off need not be looked at
+    """An untrusted text as one line of at most `limit` printable characters."""
+    start = str(text)[: 4 * limit]  # so that a huge text costs no time
     line = "".join(c if c.isprintable() else " " for c in start)
     line = " ".join(line.split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
@@ -172,7 +172,7 @@ def construct(node: Any, package: str, **more: Any) -> Any:
 def local_path(name: str) -> Path | None:
     """The existing file or folder that `name` means here, or None (a hub name, say).
 
-    A relative path is looked up in the working directory, then in the project's folder.
+    A relative path is tried in the working directory, then in the project's folder.
     """
     for folder in (Path(), PROJECT):
         # Too long for a path, not to be looked at, or of an unknown user's home.
@@ -230,14 +230,14 @@ def command(script: str, *words: str, **settings: Any) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What is done in here writes `path`, or into it. Raises `Unwritable` where it cannot be.
+    """Turn OS errors of a block that writes `path`, or into it, into `Unwritable`.
 
-    What Rust writes for us (safetensors, tokenizers) has exceptions of its own, which end
+    Rust libraries (safetensors, tokenizers) raise exceptions of their own, whose text ends
     with "(os error 28)".
     """
     try:
         yield
-    except (ConnectionError, TimeoutError):  # OSErrors too, but of a hub or a pipe
+    except (ConnectionError, TimeoutError):  # OSErrors too, but of the hub or a pipe
         raise
     except Exception as error:
         told = re.search(r"\(os error (\d+)\)", str(error))
@@ -287,7 +287,7 @@ def offline_if_unreachable() -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file that a run, or whoever sent it, has left.
+    """The content of a JSON file of a run's folder, which may be a stranger's.
 
     Raises `UserError` where it is missing, is no file of at most 1 GiB, or is broken.
     """
@@ -375,7 +375,7 @@ def _literal(node: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader finds the old content or the new, never a part.
+    """Write JSON atomically: a reader finds the old content or the new, never a part.
 
     Raises `Unwritable`.
     """
@@ -410,7 +410,7 @@ def commit(folder: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk, not only on its way."""
+    """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -476,10 +476,10 @@ class Progress:
 
 
 def say(text: str = "") -> None:
-    """Print a line to the console without tearing a progress bar.
+    """Print a line to the console without breaking a progress bar.
 
-    Where nobody reads it any more, a closed pipe say, the process gets a SIGHUP, as it does
-    when a terminal is closed.
+    Where stdout is closed, a pipe say, the process gets a SIGHUP, as it does when a terminal
+    is closed.
     """
     from tqdm import tqdm
 
@@ -516,7 +516,7 @@ def on_interrupt(stop: Callable[[], None] | None = None) -> None:
 
 
 def end_at_once(text: str, code: int) -> NoReturn:
-    """End this process and all that it started, with a last word and an exit code."""
+    """Print `text`, kill all child processes, and end this one with an exit code."""
     import psutil
 
     _tell(text)
@@ -528,19 +528,18 @@ def end_at_once(text: str, code: int) -> NoReturn:
 
 
 def _tell(text: str) -> None:
-    """Write a line past Python's own files, which a signal may have come in the middle of."""
+    """Write a line to file descriptor 2: Python's stderr may be locked in a signal handler."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
-# --- what others may read -----------------------------------------------------------------
+# --- text for others: without local paths, escaped for Markdown ------------------------------
 
 
 def public(text: str) -> str:
-    """A text in which a path outside of the project is the last part of that path.
+    """A text for others: paths outside of the project are cut to their last part.
 
-    One inside of the project becomes relative to it. How the folders of a machine are called
-    is nobody else's affair.
+    Paths inside of the project become relative to it.
     """
     if text and (local_path(text) or text.startswith(("/", "~"))):
         return _last(text)
@@ -548,7 +547,7 @@ def public(text: str) -> str:
 
 
 def public_values(node: Any) -> Any:
-    """The same of every text in nested settings."""
+    """`public` of every text in nested settings."""
     if isinstance(node, dict):
         return {key: public_values(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -565,7 +564,7 @@ def _last(name: str) -> str:
 
 
 def escape(text: Any) -> str:
-    """As Markdown that shows this text on one line, whatever it holds: no tag, link, image."""
+    """The text escaped for Markdown, on one line: no tag, link or image of its own."""
     line = re.sub(" +", " ", re.sub(CONTROLS, " ", str(text))).strip()
     # GitHub makes links of bare addresses as well. Inside of a word _ means nothing.
     special = r"([\\`*\[\]|<>&~$!#@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=[wW]{3})\.)"
@@ -580,7 +579,7 @@ def table(header: list[str], rows: Iterable[list[Any]], numbers: bool = True) ->
 
 
 def code(language: str, *lines: str) -> str:
-    """A block of code in Markdown, in a fence that nothing in it can end."""
+    """A Markdown code block, whose fence is longer than any run of backticks in it."""
     text = "\n".join(lines)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"

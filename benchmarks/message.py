@@ -20,9 +20,9 @@ import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path.insert(0, str(PROJECT))
 
-from federation import Federation  # noqa: E402
+from assets.testbed.federation import Federation  # noqa: E402
 
 SIZES = {  # hidden, intermediate, layers, vocabulary
     "134M": (768, 2048, 12, 32000),
@@ -66,7 +66,12 @@ def main(grid, context):
 def train(message, context):
     return Message(RecordDict(), reply_to=message)
 """
-EAGER = "import flwr_datasets, strategy, client, checks, plan, evaluate, journal\n"
+EAGER = """
+import flwr_datasets, client
+from evaluation import benchmarks
+from server import journal, rounds
+from settings import plan, preflight
+"""
 
 
 def make_base(folder: Path, size: str) -> str:

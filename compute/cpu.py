@@ -36,8 +36,8 @@ def blocked_attention(
     would take, in the matrix library's own kernels, in a third of torch's time on a CPU.
     `attention_mask` is boolean (batch, 1 or heads, length, length), true where a query may
     look, or None where that is everywhere before it. Returns (batch, length, heads, size of
-    a value). Outside training, and for all that is not this case, transformers' own
-    attention takes over.
+    a value). Falls back to transformers' SDPA without grad, with a KV cache, with attention
+    dropout, on other devices, and for masks that look ahead.
     """
     length = query.shape[2]
     block = math.ceil(length / math.ceil(length / BLOCK))
@@ -66,8 +66,8 @@ def blocked_attention(
         if attention_mask is None:
             scores[:, :, start:] += future[: end - start, : end - start]
         else:
-            # A query of padding may look nowhere: the least value, unlike minus infinity,
-            # makes that an average that nobody reads, and not a NaN.
+            # A padding query may see no key: the dtype's least value, unlike minus infinity,
+            # gives it a meaningless average instead of NaN.
             hidden = ~attention_mask[:, :, start:end, :end]
             scores = scores.view(batch, heads, end - start, end)
             scores = scores.masked_fill(hidden, least).flatten(0, 1)
@@ -83,7 +83,7 @@ def _looks_back(
     block: int,
     is_causal: bool | None,
 ) -> bool:
-    """Whether no query looks past the end of its block of queries."""
+    """Whether the mask is causal up to blocks: no query sees keys past its block's end."""
     if mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         return bool(causal)

@@ -52,7 +52,7 @@ def answer_loss(
 
 @torch.no_grad()
 def answer_scores(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """How well each example of a batch is foretold: (batch, 3), in float64.
+    """Per example of a batch: summed loss, tokens right, tokens; (batch, 3), in float64.
 
     The columns: cross entropy summed over the example's labelled tokens, in nats; how many
     of those the model finds likeliest; how many there are. Arguments as of `answer_loss`.
@@ -79,9 +79,9 @@ def answer_scores(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def hidden_states(net: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What a causal LM knows where it foretells a token: (rows, length - 1, hidden).
+    """A causal LM's last hidden states, the head's input: (rows, length - 1, hidden).
 
-    `ids`: (rows, length). For a model whose head cannot be kept from its work, the logits.
+    `ids`: (rows, length). For a model whose head fails on empty input, the logits instead.
     """
     inner, labels, inputs = _parts(
         net,
@@ -90,7 +90,7 @@ def hidden_states(net: Any, ids: torch.Tensor) -> torch.Tensor:
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     try:
         states = _hidden(net, base.get_output_embeddings(), inputs, labels)
-    except Exception:  # whatever a model makes of no positions at all
+    except Exception:  # a model may fail in any way on zero positions
         states = _plain(net, None, inputs, labels)
     return states.view(*labels.shape, -1)
 
@@ -98,7 +98,10 @@ def hidden_states(net: Any, ids: torch.Tensor) -> torch.Tensor:
 def _parts(
     net: Any, batch: dict[str, torch.Tensor]
 ) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
-    """The model without DDP, the labels shifted by one, and the model's inputs."""
+    """The model without DDP, the labels shifted by one, and the model's inputs.
+
+    Position i predicts labels[i]; the shifted labels are (batch, length - 1).
+    """
     inner = net.module if isinstance(net, DistributedDataParallel) else net
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     return inner, batch["labels"][:, 1:], inputs
@@ -109,7 +112,7 @@ def _parts(
 
 
 def _hidden(net: Any, head: Any, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
-    """The head's input at the answers' positions, (answer tokens, hidden), without logits."""
+    """The head's input at the answers' positions, (answer tokens, hidden); no logits."""
     taken: list[torch.Tensor] = []
 
     def take(states: torch.Tensor) -> torch.Tensor:
@@ -125,7 +128,7 @@ def _hidden(net: Any, head: Any, inputs: Inputs, labels: torch.Tensor) -> torch.
 def _narrowed(
     net: Any, head: Any, inputs: Inputs, labels: torch.Tensor
 ) -> torch.Tensor:
-    """The model's own logits, of which its head makes the answers' positions alone."""
+    """The model's own logits, with the head applied to the answers' positions alone."""
     kept = labels != IGNORED
     with _before(head, lambda states: _aligned(states, labels)[kept].unsqueeze(0)):
         return net(**inputs, use_cache=False).logits.squeeze(0)
@@ -141,9 +144,9 @@ def _plain(net: Any, _: Any, inputs: Inputs, labels: torch.Tensor) -> torch.Tens
 def _before(
     head: Any, choose: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[None]:
-    """Give `head` those hidden states alone that `choose` lets through.
+    """Replace the head's input by `choose(input)`, by a forward pre-hook on the head.
 
-    A forward pre-hook: PEFT's own layer on the head, too, is called with the whole of them.
+    A hook, because PEFT may have wrapped the head in a layer of its own.
     """
     handle = head.register_forward_pre_hook(
         lambda _, given: (choose(given[0]), *given[1:])
@@ -155,10 +158,10 @@ def _before(
 
 
 def _head(inner: Any, inputs: Inputs) -> tuple[Any, Way]:
-    """The head, and the cheapest way that gives this model's own logits.
+    """The head (`lm_head`), and the cheapest way that gives this model's own logits.
 
-    Some models scale or cap the logits after the head, and some have no head of the usual
-    kind. Found out once for each base, on a few tokens.
+    Some models scale or cap the logits after the head, and some have no separate head.
+    Tried once for each base, on 16 tokens.
     """
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     head = base.get_output_embeddings()
@@ -187,15 +190,15 @@ def _find_way(inner: Any, head: Any, inputs: Inputs, sharded: bool) -> Way:
             handle.remove()
         untouched = len(made) == 1 and torch.equal(made[0].float(), whole.float())
         wanted = _aligned(whole, labels)[labels != IGNORED].float()
-        # A sharded head's weights are together only in the model's own forward.
+        # FSDP gathers a sharded head's weights only inside the model's own forward.
         for way in (_hidden, _narrowed) if untouched and not sharded else (_narrowed,):
             torch.manual_seed(0)
             try:
                 found = way(inner, head, few, labels)
                 found = head(found) if way is _hidden else found
-            except Exception:  # whatever a model makes of fewer positions
+            except Exception:  # a model may fail in any way on fewer positions
                 continue
-            # Products of other shapes are rounded otherwise, by 2**-8 in bfloat16.
+            # Matrix products of another shape round differently, by 2**-8 in bfloat16.
             far = (found.float() - wanted).abs().max() if len(found) else 0
             if found.shape == wanted.shape and far <= 0.02 * wanted.abs().max():
                 return way
@@ -208,7 +211,7 @@ def _sharded(base: Any) -> bool:
 
 
 def _aligned(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The positions that predict `labels`; prompt tuning puts tokens of its own in front."""
+    """The positions that predict `labels`; prompt tuning prepends virtual tokens."""
     return states[:, states.shape[1] - labels.shape[1] - 1 : -1]
 
 
@@ -227,7 +230,7 @@ def _sum(head: Any, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Takes the gradient of each chunk at once, while its logits are there anyway."""
+    """Computes each chunk's gradient in the forward pass, so its logits can be freed."""
 
     @staticmethod
     def forward(
@@ -248,6 +251,6 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, None, None]:
-        # Let go of at once: the layers' own backward has yet to find room.
+        # Freed at once: the layers' backward needs the memory.
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(upstream), None, None

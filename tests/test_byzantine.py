@@ -10,7 +10,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from benchmarks import byzantine
+from assets.testbed import attacks
 from methods import wire
 from server import exchange, rounds
 from utils import PROJECT
@@ -50,11 +50,9 @@ class Round:
     """
 
     def __init__(self, cfg, grid, attack: str, number: int = 1) -> None:
-        self.malicious = byzantine.malicious(cfg)
+        self.malicious = attacks.malicious(cfg)
         self.sent: dict[int, torch.Tensor] = {}
-        grid.client_app = byzantine.byzantine(
-            HONEST_APP, cfg, byzantine.ATTACKS[attack]
-        )
+        grid.client_app = attacks.byzantine(HONEST_APP, cfg, attacks.ATTACKS[attack])
         grid.tamper = self.note
         server = rounds.Server(cfg, grid)
         start = {"w": torch.ones(SHAPE)}
@@ -82,7 +80,7 @@ def attacked(configure, loopback, monkeypatch):
     monkeypatch.setattr(exchange, "PULL_INTERVAL", 0)  # all answer at once
 
     def play(attack: str, name: str = "fedavg", *overrides: str, number=1) -> Round:
-        chosen = "num_clients=20", "strategy.fraction_fit=1", byzantine.STRATEGIES[name]
+        chosen = "num_clients=20", "strategy.fraction_fit=1", attacks.STRATEGIES[name]
         cfg = configure(*chosen, *overrides)
         return Round(cfg, loopback(cfg), attack, number)
 
@@ -157,23 +155,29 @@ def test_clipped_updates_still_go_the_honest_way(attacked):
 
 
 def test_finished_cells_are_not_run_again_and_costs_are_against_fedavg_in_peace(
-    tmp_path, monkeypatch, capsys
+    tmp_path,
 ):
     scores = {("fedavg", "none"): 0.97, ("krum", "none"): 0.95}
     scores |= {("fedavg", "scaled"): 0.01, ("krum", "scaled"): 0.925}
     done = {
-        f"{attack}: {byzantine.SETTINGS} {byzantine.STRATEGIES[name]}": {
+        f"{attack}: {attacks.SETTINGS} {attacks.STRATEGIES[name]}": {
             "exact_match": score,
             "update_norms": [5.25, 0.5],
         }
         for (name, attack), score in scores.items()
     }
     (tmp_path / "done.json").write_text(json.dumps(done))
-    command = "byzantine --attacks none scaled --strategies fedavg krum --out"
-    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "done.json")])
-    monkeypatch.setattr(byzantine, "run", pytest.fail)
-    byzantine.main()
-    lines = capsys.readouterr().out.splitlines()
+    command = "benchmarks/byzantine.py --attacks none scaled --strategies fedavg krum"
+    printed = subprocess.run(
+        [sys.executable, *command.split(), f"--out={tmp_path / 'done.json'}"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert json.loads((tmp_path / "done.json").read_text()) == done
+    lines = printed.stdout.splitlines()
     assert "| fedavg | 97.0% | 1.0% | 96.0 |" in lines
     assert "| krum | 95.0% | 92.5% | 4.5 |" in lines
     assert lines[-1].endswith("by round: 5.2 0.5")

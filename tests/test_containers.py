@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from federation import ONLINE, Federation
+from assets.testbed.federation import ONLINE, Federation
 from utils import PROJECT
 
 COMPOSE = (PROJECT / "deploy/compose.yaml").read_text()
@@ -35,6 +35,14 @@ def test_the_image_holds_what_requirements_txt_says():
     assert "*" in ignored
 
 
+def test_what_a_container_mounts_of_the_project_is_there():
+    mounted = {source for name in SERVICES for source in binds(name).values()}
+    assert "../assets/tiny_llama" in mounted
+    for source in mounted:
+        own = source.startswith(("./certs/", "./data/"))  # the operator's
+        assert own or (PROJECT / "deploy" / source).exists()
+
+
 def test_nobody_sees_more_than_its_own():
     assert set(SERVICES) == {"superlink", *NODES}
     for name, service in SERVICES.items():
@@ -54,19 +62,20 @@ def test_nobody_sees_more_than_its_own():
 def test_the_commands_make_a_federation_that_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     # The project as compose.yaml finds it, with the keys that its first lines make.
-    (tmp_path / "certs").mkdir()
-    (tmp_path / "certs/make.sh").symlink_to(PROJECT / "deploy/certs/make.sh")
+    deploy = tmp_path / "deploy"
+    (deploy / "certs").mkdir(parents=True)
+    (deploy / "certs/make.sh").symlink_to(PROJECT / "deploy/certs/make.sh")
     (tmp_path / "assets").symlink_to(PROJECT / "assets")
     make = re.search(r"#  +(certs/make\.sh server.*)", COMPOSE)[1]
-    subprocess.run(make, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(make, shell=True, cwd=deploy, check=True, capture_output=True)
     records = (PROJECT / "assets/tiny_qa/train.jsonl").read_text().splitlines()
     for i, node in enumerate(NODES):
-        (tmp_path / "data" / node).mkdir(parents=True)
-        (tmp_path / "data" / node / "own.jsonl").write_text("\n".join(records[i::2]))
+        (deploy / "data" / node).mkdir(parents=True)
+        (deploy / "data" / node / "own.jsonl").write_text("\n".join(records[i::2]))
 
     def outside(service: str, address: str = "") -> list[str]:
         """The service's command, with the host's paths."""
-        names = {target: tmp_path / source for target, source in binds(service).items()}
+        names = {target: deploy / source for target, source in binds(service).items()}
         assert all(path.exists() for path in names.values())
         names["superlink:8000"] = address
         return [
@@ -74,12 +83,12 @@ def test_the_commands_make_a_federation_that_trains(tmp_path, monkeypatch):
             for argument in shlex.split(SERVICES[service]["command"])
         ]
 
-    federation = Federation(tmp_path / "federation", certificates=tmp_path / "certs")
+    federation = Federation(tmp_path / "federation", certificates=deploy / "certs")
     command, *federation.options = outside("superlink")
     assert command == "flower-superlink"
     with federation:
         for node in NODES:
-            key = tmp_path / "certs" / f"{node}.key.pub"
+            key = deploy / "certs" / f"{node}.key.pub"
             federation.ask("supernode", "register", str(key))
             federation.serve(node, ONLINE, *outside(node, federation.address))
         assert list(federation.nodes().values()) == ["online", "online"]

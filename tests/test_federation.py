@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from federation import ONLINE, Federation
+from assets.testbed.federation import ONLINE, Federation
 from utils import PROJECT
 
 pytestmark = pytest.mark.slow

@@ -427,9 +427,9 @@ def test_a_process_sees_no_other_device_than_its_nodes(monkeypatch, device, visi
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 
 
-def test_every_setting_is_in_the_readme():
-    readme = (PROJECT / "README.md").read_text()
-    assert [key for key in permit.SETTINGS if f"`{key}`" not in readme] == []
+def test_every_setting_is_in_the_docs():
+    page = (PROJECT / "docs/federation.md").read_text()
+    assert [key for key in permit.SETTINGS if f"`{key}`" not in page] == []
 
 
 # --- the ClientApp of `flwr run` on such settings -------------------------------------------

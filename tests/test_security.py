@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from federation import ONLINE, Federation, Process
+from assets.testbed.federation import ONLINE, Federation, Process
 from utils import PROJECT
 
 NODES = ["first", "second"]
@@ -25,7 +25,7 @@ SHORT = (
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run certs/make.sh for another folder than its own."""
+    """Run deploy/certs/make.sh for another folder than its own."""
     folder.mkdir(exist_ok=True)
     script = shutil.copy(PROJECT / "deploy/certs/make.sh", folder)
     return subprocess.run([script, *arguments], capture_output=True, text=True)
@@ -51,7 +51,7 @@ def other_ca(tmp_path_factory) -> Path:
     return folder / "ca.crt"
 
 
-# --- what certs/make.sh makes -------------------------------------------------------------
+# --- what deploy/certs/make.sh makes -------------------------------------------------------------
 
 
 def test_keys_are_private_and_certificates_public(certs):

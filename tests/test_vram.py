@@ -1,7 +1,6 @@
 """pytest tests/test_vram.py: the benchmark runs, and the estimate against a real step."""
 
 import gc
-import importlib.util
 import math
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import architectures
+from assets.testbed import llama
 from compute.loss import answer_loss
 from compute.vram import estimate_vram
 from utils import PROJECT
@@ -22,17 +22,11 @@ SHAPE = (256, 4, 4, 704, 512)
 BATCH, LENGTH = 4, 128
 
 
-@pytest.fixture(scope="module")
-def vram():
-    """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "vram", PROJECT / "benchmarks/vram.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for bits in (4, 8):  # the first use of bitsandbytes draws a number and allocates
-        step(module.build(SHAPE, bits, CPU), module.random_batch(1, 8, SHAPE[-1], CPU))
-    return module
+@pytest.fixture(scope="module", autouse=True)
+def first_use() -> None:
+    """The first use of bitsandbytes draws a number and allocates."""
+    for bits in (4, 8):
+        step(llama.build(SHAPE, bits, CPU), llama.random_batch(1, 8, SHAPE[-1], CPU))
 
 
 class Live(TorchDispatchMode):
@@ -86,46 +80,46 @@ def attention_of_a_gpu():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_estimate_is_what_a_step_allocates(vram, bits, monkeypatch):
+def test_the_estimate_is_what_a_step_allocates(bits, monkeypatch):
     # Without arguments this asks about CUDA; what peft does there is to be measured.
     real = torch.is_autocast_enabled
     monkeypatch.setattr(
         torch, "is_autocast_enabled", lambda *device: real(*device) if device else True
     )
-    net = vram.build(SHAPE, bits, CPU)
-    batch = vram.random_batch(BATCH, LENGTH, SHAPE[-1], CPU)
+    net = llama.build(SHAPE, bits, CPU)
+    batch = llama.random_batch(BATCH, LENGTH, SHAPE[-1], CPU)
     _, most, _ = step(net, batch)
-    terms = estimate_vram(vram.skeleton(SHAPE), bits, BATCH, LENGTH, True)
+    terms = estimate_vram(llama.skeleton(SHAPE), bits, BATCH, LENGTH, True)
     during = ("activations", "layer in work", "adapter in bfloat16", "gradients")
     assert sum(terms[name] for name in during) == pytest.approx(most, rel=0.1)
 
 
-def test_checkpointing_frees_the_inputs_of_8_bit_layers(vram, monkeypatch):
-    batch = vram.random_batch(BATCH, LENGTH, SHAPE[-1], CPU)
+def test_checkpointing_frees_the_inputs_of_8_bit_layers(monkeypatch):
+    batch = llama.random_batch(BATCH, LENGTH, SHAPE[-1], CPU)
     torch.manual_seed(0)
-    freed = step(vram.build(SHAPE, 8, CPU), batch)
-    monkeypatch.setattr(vram, "release_inputs", lambda base: None)
+    freed = step(llama.build(SHAPE, 8, CPU), batch)
+    monkeypatch.setattr(llama, "release_inputs", lambda base: None)
     torch.manual_seed(0)
-    kept = step(vram.build(SHAPE, 8, CPU), batch)
+    kept = step(llama.build(SHAPE, 8, CPU), batch)
     hidden, layers, _, intermediate, _ = SHAPE
     inputs = BATCH * LENGTH * layers * 2 * (3 * hidden + intermediate)
     assert kept[0] - freed[0] == pytest.approx(inputs, rel=0.05)
     assert torch.equal(freed[2], kept[2])
 
 
-def test_micro_batches_add_up_to_the_batch(vram):
-    net = vram.build(SHAPE, 4, CPU).eval()
-    batch = vram.random_batch(BATCH, 32, SHAPE[-1], CPU)
-    whole = vram.train_step(net, batch, BATCH)
-    assert vram.train_step(net, batch, 1) == pytest.approx(whole, rel=1e-3)
+def test_micro_batches_add_up_to_the_batch():
+    net = llama.build(SHAPE, 4, CPU).eval()
+    batch = llama.random_batch(BATCH, 32, SHAPE[-1], CPU)
+    whole = llama.train_step(net, batch, BATCH)
+    assert llama.train_step(net, batch, 1) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_the_benchmark_needs_neither_flower_nor_hydra_nor_datasets():
     absent = ["flwr", "flwr_datasets", "datasets", "hydra", "omegaconf"]
     code = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent}));"
-        "sys.path.insert(0, 'benchmarks'); import vram"
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({absent}));"
+        "runpy.run_path('benchmarks/vram.py')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True

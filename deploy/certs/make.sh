@@ -1,10 +1,10 @@
 #!/bin/sh
 # The certificates and keys of a federation, made beside this script:
 #
-#   deploy/certs/make.sh server [HOST...]   server.crt and server.key for a SuperLink of these names
-#                                    and addresses, and on this machine; ca.crt to know it
-#                                    by, for SuperNodes and users
-#   deploy/certs/make.sh node NAME...       NAME.key for a SuperNode; NAME.key.pub to register it
+#   deploy/certs/make.sh server [HOST...]   server.crt and server.key for a SuperLink of these
+#                                           names and addresses, and on this machine; ca.crt,
+#                                           by which SuperNodes and users know it
+#   deploy/certs/make.sh node NAME...       NAME.key for a SuperNode, NAME.key.pub to register
 #
 # A node's owner makes its key and sends only the .pub. ca.key signs later certificates: move
 # it to a safe place. To renew, delete server.crt and server.key and run it again; nobody else

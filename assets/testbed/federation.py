@@ -95,7 +95,7 @@ class Process:
 
 
 class Federation:
-    """One SuperLink, insecure or with the certificates that `certs/make.sh` makes."""
+    """One SuperLink, insecure or with the certificates that `deploy/certs/make.sh` makes."""
 
     def __init__(
         self, folder: Path, *options: str, certificates: Path | None = None
