@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
+
+from typing_extensions import TypedDict
 
 import utils
 from server import runs
@@ -40,55 +42,12 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flwr")
 
-# The figures of a round or of the whole run that a card tells, and their units.
-NATS, TOKENS = "nats per answer token", "share of answer tokens found likeliest"
 
-UNITS = {
-    "test_loss": NATS,
-    "test_perplexity": "exp(loss)",
-    "test_accuracy": TOKENS,
-    "exact_match": "share of answers that are the wanted one to the letter",
-    "f1": "0 to 1, words in common with the wanted answer",
-    "rouge_l": "0 to 1, longest common subsequence of words",
-    "choice_accuracy": "share of questions whose right choice is the likeliest",
-    "eval_loss": NATS,
-    "eval_perplexity": "exp(loss)",
-    "eval_accuracy": TOKENS,
-    "eval_loss_worst": f"{NATS}, of the client with the highest",
-    "eval_loss_spread": f"{NATS}, standard deviation over clients",
-}
+class Settings(TypedDict):
+    """What is read of an `adapter_config.json` that may be a stranger's."""
 
-# What is read of files that may be a stranger's.
-SETTINGS = {"peft_type": str, "r?": int}
-
-CONFIG = {
-    "mode": str,
-    "num_clients": int,
-    "seed": int,
-    "dataset": dict,
-    "strategy": {"_target_": str},
-    "partitioner": {"_target_": str},
-    "comm": {"dtype": str},
-    "evaluate?": {"max_new_tokens?": int},
-    "train": {
-        "seq_length": int,
-        "training_arguments": {"max_steps?": int, "gradient_accumulation_steps?": int},
-    },
-}
-
-CLIENT = {"partition": int, "num-examples": float, "records?": float}
-
-FIGURES = {f"{name}?": float for name in UNITS}
-
-ROUND = {"round": int, "train_loss?": float, "clients?": [CLIENT], **FIGURES}
-
-HISTORY = {"rounds": [{**ROUND, "sampled?": int, "eval_clients?": [CLIENT]}]}
-
-SUMMARY = {
-    "rounds": int,
-    "test_questions?": int,
-    **{f"{name}_{when}?": float for name in UNITS for when in ("before", "after")},
-}
+    peft_type: str
+    r: NotRequired[int]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -147,7 +106,8 @@ def export(options: argparse.Namespace) -> Path:
             f"{folder} exists already. Remove it, or name another folder: --out=..."
         )
     device = model.chosen_device(options.device)
-    settings = _read(source / "adapter_config.json", SETTINGS)
+    path = source / "adapter_config.json"
+    settings = runs.fit(utils.read_json(path), Settings, path)
     base = str(about["model"]["name"])
     if not utils.local_path(base) and not HUB_NAME.fullmatch(public(base)):
         raise utils.UserError(
@@ -199,7 +159,7 @@ def end_with(
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write a tokenizer that transformers 4 reads as well, which servers may still have."""
     tokenizer.save_pretrained(folder)
-    config = _read(folder / "tokenizer_config.json", dict)
+    config = utils.read_json(folder / "tokenizer_config.json")
     for name in ("is_local", "local_files_only"):  # how it was loaded here
         config.pop(name, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
@@ -233,9 +193,9 @@ class Card:
         if self.method == "LORA":
             dora, rslora = (self.settings.get(f"use_{x}") for x in ("dora", "rslora"))
             self.method = "DoRA" if dora else "rsLoRA" if rslora else "LoRA"
-        self.cfg = _config(self.run)
+        self.cfg = runs.read(self.run, runs.CONFIG, {})
         self.mode = self.cfg.get("mode", "federated") if self.cfg else None
-        self.rounds = _read(self.run / "history.json", HISTORY).get("rounds", [])
+        self.rounds = runs.read(self.run, "history.json", {"rounds": []})["rounds"]
         self.entry = next(
             (e for e in self.rounds if e["round"] == self.about["round"]), {}
         )  # of the round that made this adapter
@@ -321,7 +281,7 @@ class Card:
         if records := runs.trained_records(trained):
             yield "records to train on", records
         if "train_loss" in self.entry:
-            yield f"train loss, {NATS}", f"{self.entry['train_loss']:.4g}"
+            yield f"train loss, {runs.NATS}", f"{self.entry['train_loss']:.4g}"
         if commit := utils.git_commit():
             yield "commit of llm-flowertune", commit
         yield (
@@ -356,10 +316,12 @@ class Card:
 
     def evaluation(self) -> Iterator[str]:
         """A table of all figures that there are of this round, beside the base's."""
-        figures = {name: ("", self.entry[name]) for name in UNITS if name in self.entry}
-        summary = _read(self.run / "summary.json", SUMMARY)
+        figures = {
+            name: ("", self.entry[name]) for name in runs.UNITS if name in self.entry
+        }
+        summary = runs.read(self.run, "summary.json", {})
         if summary.get("rounds") == self.about["round"]:  # it tells of the last alone
-            for name in UNITS:
+            for name in runs.UNITS:
                 pair = summary.get(f"{name}_before"), summary.get(f"{name}_after")
                 if None not in pair:
                     figures[name] = pair
@@ -368,7 +330,9 @@ class Card:
         yield "## Evaluation"
         file = self.cfg and self.cfg["dataset"].get("test_path")
         if file and not all(name.startswith("eval_") for name in figures):
-            count = summary.get("test_questions") or self.answered()
+            count = summary.get("test_questions") or len(
+                runs.read(self.run, "answers.json", [])
+            )
             yield (
                 f"The test questions are {f'the {count}' if count else 'those'} of "
                 f"{escape(public(str(file)))}."
@@ -384,16 +348,11 @@ class Card:
             (
                 name.replace("_", " "),
                 *(x if x == "" else f"{x:.4g}" for x in pair),
-                UNITS[name],
+                runs.UNITS[name],
             )
             for name, pair in figures.items()
         ]
         yield table(["", "base", "tuned", "unit"], rows, numbers=False)
-
-    def answered(self) -> int:
-        """How many test questions were answered; 0 where that is not known."""
-        path = self.run / "answers.json"
-        return len(utils.fit(utils.read_json(path), list, path)) if path.exists() else 0
 
     def answer_limit(self, figures: dict[str, Any]) -> Any:
         evaluate = self.cfg.get("evaluate", {})
@@ -504,21 +463,6 @@ class Card:
             f"curl http://localhost:8000/v1/{path} -H 'Content-Type: application/json' "
             f"-d {shlex.quote(json.dumps(body))}",
         )
-
-
-def _config(run: Path) -> dict[str, Any]:
-    """The run's configuration, or nothing where there is none."""
-    from omegaconf import OmegaConf
-
-    path = run / ".hydra/config.yaml"
-    if not path.exists():
-        return {}
-    return utils.fit(OmegaConf.to_container(runs.read_config(run)), CONFIG, path)
-
-
-def _read(path: Path, shape: Any) -> dict[str, Any]:
-    """A JSON file's content, or nothing where there is none."""
-    return utils.fit(utils.read_json(path), shape, path) if path.exists() else {}
 
 
 def _class(settings: dict[str, Any]) -> str:

@@ -34,13 +34,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import TypedDict
 
 import utils
 from reporting import figures
 from reporting.figures import GREY, LOSS, figure
+from server import runs as runs_
 from server.runs import (
+    CONFIG,
     by_key,
-    read_config,
+    fit,
     read_overrides,
     telling,
     trained_records,
@@ -52,7 +55,6 @@ from utils import (
     UserError,
     code,
     escape,
-    fit,
     public,
     public_values,
     read_json,
@@ -109,51 +111,20 @@ SETTINGS = (
     "comm.dtype",
 )
 
-# What is read of a run's files, whoever wrote them.
-CONFIG = {
-    "mode": str,
-    "seed": int,
-    "num_clients": int,
-    "num_rounds": int,
-    "model": {"name": str},
-    "dataset": dict,
-    "train": {
-        "training_arguments": {
-            "max_steps": int,
-            "per_device_train_batch_size": int,
-            "gradient_accumulation_steps": int,
-        }
-    },
-}
 
-MEASURED = {"test_loss?": float, "eval_loss?": float, "eval_accuracy?": float}
+class Tasks(TypedDict):
+    task: list[str]
 
-CLIENT = {"partition": int, "num-examples": float, "records?": float}
 
-ROUND = {"round": int, "train_loss": float, "sampled": int, "clients": [CLIENT]}
+class Hydra(TypedDict):
+    sweeper: dict
+    overrides: Tasks
 
-HISTORY = {
-    "before?": MEASURED,
-    "rounds": [{**ROUND, **MEASURED, "eval_clients?": [{**CLIENT, **MEASURED}]}],
-}
 
-TOLD = {f"{name}_{when}?": float for name in SCORES for when in ("before", "after")}
+class Multirun(TypedDict):
+    """What is read of Hydra's own `multirun.yaml`."""
 
-SUMMARY = {
-    **TOLD,
-    "seconds": float,
-    "bytes_down": float,
-    "bytes_up": float,
-    "failures": int,
-    "test_questions?": int,
-    "clients?": [{"partition": int, **{f"{name}?": float for name in SCORES}}],
-}
-
-QUESTIONS = {f"{name}?": [float] for name in ("nats", "right", "tokens", *SCORES)}
-
-MULTIRUN = {"hydra": {"sweeper": dict, "overrides": {"task": [str]}}}
-
-ANSWERS = [dict.fromkeys(("instruction", "input", "output", "base", "tuned"), str)]
+    hydra: Hydra
 
 
 class Report(Callback):
@@ -271,20 +242,15 @@ def read(folder: Path) -> tuple[list[Run], list[str]]:
     jobs = [path.parent.parent for path in folder.glob("*/.hydra/overrides.yaml")]
     for job in sorted(jobs, key=lambda job: (len(job.name), job.name)):
         overrides = read_overrides(job)
-        cfg = read_config(job)
-        path = job / ".hydra/config.yaml"
-        fit(OmegaConf.to_container(cfg), CONFIG, path)
-        if cfg.mode not in MODES:
-            raise UserError(f"{path} is broken: the mode {cfg.mode} is unknown.")
-        history = _load(job / "history.json", HISTORY, {"rounds": []})
+        cfg = OmegaConf.create(runs_.read(job, CONFIG))
+        history = runs_.read(job, "history.json", {"rounds": []})
         rounds = history["rounds"]
         seen.append(overrides)
-        if summary := _load(job / "summary.json", SUMMARY, {}):
+        if summary := runs_.read(job, "summary.json", {}):
             if not rounds:
                 raise UserError(f"{job}/history.json is broken: it tells of no round.")
-            answers = _load(job / "answers.json", ANSWERS, [])
-            shape = {"base": QUESTIONS, "tuned": QUESTIONS}
-            questions = _load(job / "test_scores.json", shape, {})
+            answers = runs_.read(job, "answers.json", [])
+            questions = runs_.read(job, "test_scores.json", {})
             runs.append(Run(job, overrides, cfg, summary, history, answers, questions))
         else:
             done = f"stopped after {len(rounds)} of {cfg.num_rounds} rounds"
@@ -303,7 +269,7 @@ def _planned(folder: Path) -> list[dict[str, str]]:
     """The overrides of each job that Hydra's own sweeper makes of this sweep."""
     if not (file := folder / "multirun.yaml").exists():
         return []
-    config = fit(utils.read_yaml(file, dict), MULTIRUN, file)["hydra"]
+    config = fit(utils.read_yaml(file, dict), Multirun, file)["hydra"]
     swept, tasks = config["sweeper"].get("params"), config["overrides"]["task"]
     try:
         texts = [f"{key}={values}" for key, values in (swept or {}).items()]
@@ -316,10 +282,6 @@ def _planned(folder: Path) -> list[dict[str, str]]:
 
 def _words(overrides: dict[str, str]) -> str:
     return " ".join(public(f"{key}={value}") for key, value in overrides.items())
-
-
-def _load(path: Path, shape: Any, default: Any) -> Any:
-    return fit(read_json(path), shape, path) if path.exists() else default
 
 
 class Section:
@@ -959,7 +921,8 @@ def content(
     def picture(name: str, caption: str) -> str:
         return f"![{caption}]({name}.png)\n\n{caption}."
 
-    about = _load(folder / "environment.json", dict, {})
+    file = folder / "environment.json"
+    about = fit(read_json(file), dict, file) if file.exists() else {}
     parts, cfg = sections(runs), runs[0].cfg
     data = cfg.dataset.get("path") or cfg.dataset.get("name")
     seeds = sorted({run.cfg.seed for run in runs})

@@ -11,9 +11,9 @@ import dataset
 import model
 from evaluation import examine
 from reporting.figures import plot_run
-from server.runs import OWN, SCORES, read_before, read_rounds
+from server.runs import BEST, OWN, Before, History, Round, read, read_history
 from server.tracking import Tracking
-from utils import public, read_json, say, write_json, writing
+from utils import public, say, write_json, writing
 
 SHOWN = 3  # sample questions printed after a run
 
@@ -27,8 +27,8 @@ class Journal:
         self.cfg = cfg
         self.frame = frame
         self.folder = folder
-        self.before: dict[str, Any] = {}
-        self.rounds: list[dict[str, Any]] = []
+        self.before: Before | dict[str, Any] = {}
+        self.rounds: list[Round] = []
         self.tokenizer = model.load_tokenizer(
             cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
         )
@@ -38,8 +38,8 @@ class Journal:
 
         What was written of later rounds goes: they will be done again.
         """
-        self.rounds = read_rounds(self.folder, done)
-        self.before = read_before(self.folder)
+        history = read_history(self.folder, done)
+        self.rounds, self.before = history["rounds"], history.get("before", {})
         for adapter in self.folder.glob("peft_*"):
             number = adapter.name.removeprefix("peft_")
             if number.isdigit() and int(number) > done:
@@ -70,7 +70,7 @@ class Journal:
         The best is that of the lowest loss on the test questions, or else on what the
         clients hold back, where either is measured.
         """
-        name = SCORES[0] if self.cfg["evaluate"]["every_round"] else SCORES[1]
+        name = BEST[0] if self.cfg["evaluate"]["every_round"] else BEST[1]
         best = self.best()
         if name in entry:
             # Before the run was gone on with it may have been measured otherwise.
@@ -78,15 +78,18 @@ class Journal:
             entry["best"] = entry[name] < least
         report_lost(entry, self.rounds, self.cfg["train"]["seq_length"])
         self.rounds.append(entry)
-        before = {"before": self.before} if self.before else {}
-        write_json(self.folder / "history.json", {**before, "rounds": self.rounds})
+        write_json(self.folder / "history.json", self.history())
         if self._due(entry["round"]) or entry.get("best"):
             self.save_last(state)
         if entry.get("best") and best and not self._due(best["round"]):
             shutil.rmtree(self.folder / f"peft_{best['round']}", ignore_errors=True)
         self.tracking.log(entry)
 
-    def best(self) -> dict[str, Any] | None:
+    def history(self) -> History:
+        before = {"before": self.before} if self.before else {}
+        return {**before, "rounds": self.rounds}
+
+    def best(self) -> Round | None:
         """The entry of the best round so far, if any was measured."""
         return next((e for e in reversed(self.rounds) if e.get("best")), None)
 
@@ -122,8 +125,9 @@ class Journal:
     def write_summary(self, more: dict[str, Any]) -> None:
         """Write `summary.json` and draw `train_loss.png`."""
         losses = [entry["train_loss"] for entry in self.rounds]
-        history = read_json(self.folder / "history.json")
-        plot_run(history, public(describe(self.cfg)), self.folder / "train_loss.png")
+        plot_run(
+            self.history(), public(describe(self.cfg)), self.folder / "train_loss.png"
+        )
         summary = {
             "rounds": len(self.rounds),
             "train_loss_first": losses[0],
@@ -230,8 +234,8 @@ def quantised_on_cpu(cfg: dict[str, Any]) -> str | None:
 
 def report(cfg: dict[str, Any], folder: Path) -> None:
     """Print a finished run's last word: losses, scores, sample answers, what to do next."""
-    summary = read_json(folder / "summary.json")
-    last = read_rounds(folder, summary["rounds"])[-1]
+    summary = read(folder, "summary.json")
+    last = read_history(folder, summary["rounds"])["rounds"][-1]
     say(
         f"\nTraining loss {summary['train_loss_first']:.3f} -> "
         f"{summary['train_loss_last']:.3f} in {summary['rounds']} rounds, "
@@ -241,7 +245,7 @@ def report(cfg: dict[str, Any], folder: Path) -> None:
     if dataset.test_wanted(cfg):
         asked = dataset.load_test(cfg)[0]
     if "exact_match_after" in summary:
-        answers = read_json(folder / "answers.json")
+        answers = read(folder, "answers.json")
         for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
             say(f"\n  {_line(record['instruction'] + ' ' + record['input'])}")
             for name in ("base", "tuned"):

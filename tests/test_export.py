@@ -248,8 +248,10 @@ def leave(folder: Path, rounds: int = 9) -> None:
     """What a run leaves beside its adapters."""
     cfg = "experiment=quickstart num_clients=4 strategy=fedadam partitioner=dirichlet"
     record(compose(cfg), [], folder)
-    clients = [{"partition": i, "num-examples": 160, "records": 90} for i in (0, 1)]
-    held = [{"partition": i, "num-examples": 10 + i} for i in (0, 1)]
+    client = {"num-examples": 160, "records": 90, "train_loss": 1.0}
+    clients = [{"partition": i, **client} for i in (0, 1)]
+    held = [{"partition": i, "num-examples": 10 + i, "eval_loss": 1.0} for i in (0, 1)]
+    counts = ("bytes_down", "bytes_up", "peak_memory_client", "peak_memory_server")
     entries = [
         {
             "round": n,
@@ -258,13 +260,17 @@ def leave(folder: Path, rounds: int = 9) -> None:
             "eval_loss": n / 4,
             "clients": clients,
             "eval_clients": held,
+            "failures": [],
+            **dict.fromkeys(counts, 1),
         }
         for n in range(1, rounds + 1)
     ]
     utils.write_json(folder / "history.json", {"rounds": entries})
+    whole = ("train_loss_first", "train_loss_last", "failures", "seconds", *counts)
     summary = {"rounds": rounds, "exact_match_before": 0.0, "exact_match_after": 0.9791}
-    utils.write_json(folder / "summary.json", summary)
-    utils.write_json(folder / "answers.json", [{}] * 335)
+    utils.write_json(folder / "summary.json", dict.fromkeys(whole, 1) | summary)
+    answer = dict.fromkeys(("instruction", "input", "output", "base", "tuned"), "")
+    utils.write_json(folder / "answers.json", [answer] * 335)
 
 
 def table_rows(text: str) -> dict[str, str]:
@@ -441,8 +447,7 @@ def test_what_fails_half_way_leaves_nothing(save, monkeypatch):
     assert [path.name for path in source.parent.iterdir()] == ["peft_7"]
 
 
-# Nothing was asked; the figures are of another round.
-WHOLE = [("answers.json", "[]"), ("summary.json", '{"rounds": 1}')]
+WHOLE = [("answers.json", "[]")]  # nothing was asked
 BROKEN = ["{", "[]", "[" * 5_000, "null", '{"rounds": 1}', "\x00", "a: b: c"]
 
 

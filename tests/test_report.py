@@ -53,6 +53,9 @@ EXACT = {
 # of its own.
 OWN = {"federated": [0.2, 0.3], "centralized": [0.2, 0.2], "local": [0.4, 0.1]}
 HELD = [12, 20]  # how many records that is
+# What every round tells.
+COUNTS = ("bytes_down", "bytes_up", "peak_memory_client", "peak_memory_server")
+ENTRY = dict.fromkeys(COUNTS, 1) | {"sampled": 2, "failures": [], "clients": []}
 QUESTIONS = 200  # of which `write_run` has each adapter answer its share
 NASTY = [
     "<script>document.body.innerHTML = 'taken over'</script>",
@@ -81,14 +84,17 @@ def write_run(job: Path, overrides: list[str], score, seed: int, cfg) -> None:
         {"partition": i, "num-examples": HELD[i], "eval_loss": loss}
         for i, loss in enumerate(OWN[mode])
     ]
-    clients = [{"partition": i, "num-examples": 160, "records": 90} for i in (0, 1)]
-    entry = {"sampled": 2, "clients": clients, "eval_clients": own}
+    client = {"num-examples": 160, "records": 90, "train_loss": 2.0}
+    clients = [{"partition": i, **client} for i in (0, 1)]
+    entry = ENTRY | {"clients": clients, "eval_clients": own}
     rounds = [
         {**entry, "round": r, "train_loss": 2.0 - r / 10 + seed / 10, "test_loss": 1.0}
         for r in (1, 2, 3)
     ]
     utils.write_json(job / "history.json", {"rounds": rounds})
     summary = {
+        **dict.fromkeys((*COUNTS, "train_loss_first", "train_loss_last"), 1),
+        "rounds": 3,
         "seconds": 40.0,
         "bytes_up": 3_000_000,
         "bytes_down": 3_000_000,
@@ -697,7 +703,7 @@ def test_a_sweeps_picture_names_what_differs_and_fits(tmp_path, monkeypatch):
         job = tmp_path / str(number)
         mine = [*same, f"seed={seed}", f"dataset.path={path}"]
         record(OmegaConf.create({}), mine, job)
-        rounds = [{"round": r, "train_loss": 3.0 - r / 10} for r in range(1, 4)]
+        rounds = [ENTRY | {"round": r, "train_loss": 3.0 - r / 10} for r in range(1, 4)]
         utils.write_json(job / "history.json", {"rounds": rounds[: number + 1]})
     (tmp_path / "3/history.json").unlink()  # it failed at once
     summarise_sweep(tmp_path)
