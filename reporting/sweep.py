@@ -1,7 +1,8 @@
 """The table and the picture that a multirun leaves."""
 
-import csv
 from pathlib import Path
+
+from pandas import DataFrame
 
 from reporting.figures import plot_sweep, smooth
 from server.runs import read, read_overrides, varied
@@ -32,8 +33,7 @@ def summarise_sweep(folder: Path) -> None:
                 losses
             )
     header = ["run", *keys, "rounds", "last smoothed loss"]
-    with (folder / "losses.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    DataFrame(rows, columns=header).to_csv(folder / "losses.csv", index=False)
     short = [[_cut(public(str(cell)), 60) for cell in row] for row in rows]
     (folder / "losses.md").write_text(table(header, short) + "\n")
     if curves:

@@ -1,0 +1,104 @@
+"""A report's text, from `templates/report.md.jinja`, and the same as one page of HTML."""
+
+import base64
+import html
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from omegaconf import OmegaConf
+
+from reporting import comparison, tables, words
+from reporting.runs import Run, sections
+from reporting.scores import SCORES, count
+from utils import FEW, PROJECT, code, escape, public, public_values
+
+
+def fill(name: str, **values: Any) -> str:
+    """The text of `templates/<name>`. What is put into it is shown as text, whoever wrote it.
+
+    Escaped for HTML, or in `*.md.jinja` for one line of Markdown, unless it is marked `safe`.
+    """
+
+    def text(value: Any) -> Markup:
+        return value if isinstance(value, Markup) else Markup(escape(value))
+
+    environment = Environment(
+        loader=FileSystemLoader(PROJECT / "reporting/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **{"finalize": text} if name.endswith(".md.jinja") else {},
+    )
+    environment.filters |= {
+        "code": lambda text, language: Markup(code(language, str(text))),
+        "public": lambda value: public(str(value)),
+    }
+    environment.globals["count"] = count
+    return environment.get_template(name).render(values)
+
+
+def write(
+    runs: list[Run], absent: list[str], about: dict[str, Any], folder: Path
+) -> None:
+    """Draw the figures of a report into `folder`; write `report.md` and `report.html`.
+
+    `absent`: a line on each run that is missing; `about`: the sweep's `environment.json`.
+    """
+    parts, cfg = sections(runs), runs[0].cfg
+    headline = parts[0].headline
+    if headline:
+        comparison.draw_methods(parts, headline, folder / "methods.png")
+    more = {"Every run": tables.run_table(runs, headline)}
+    with_clients = []
+    for number, section in enumerate(parts, start=1):
+        comparison.draw_losses(section, folder / f"losses_{number}.png")
+        if comparison.draw_clients(section, folder / f"clients_{number}.png"):
+            with_clients.append(section.title)
+            title = f"Every client, {section.title}".removesuffix(", ")
+            more[title] = tables.client_table(section)
+    more["The command of every run"] = tables.commands(runs)
+    whole = OmegaConf.create(public_values(OmegaConf.to_container(cfg)))
+    name = f"The whole configuration of run {runs[0].folder.name}"
+    more[name] = textwrap.indent(OmegaConf.to_yaml(whole), "    ")
+    text = fill(
+        "report.md.jinja",
+        runs=runs,
+        cfg=cfg,
+        seeds=sorted({run.cfg.seed for run in runs}),
+        absent=absent,
+        sections=parts,
+        headline=SCORES.get(headline),
+        with_clients=with_clients,
+        budgets=dict.fromkeys(map(words.budget, parts)),
+        few=FEW,
+        about=about,
+        tables=tables,
+        words=words,
+    )
+    folded = (
+        f"<details><summary>{html.escape(title)}</summary>\n\n{part}\n\n</details>"
+        for title, part in more.items()
+    )
+    (folder / "report.md").write_text("\n\n".join([text, *folded]) + "\n")
+    (folder / "report.html").write_text(page(text, more, folder))
+
+
+def page(text: str, more: dict[str, str], folder: Path) -> str:
+    """The Markdown as one HTML file, with the figures of `folder` inside."""
+    from markdown_it import MarkdownIt
+
+    # HTML in the text stays text.
+    render = MarkdownIt("commonmark", {"html": False}).enable("table").render
+
+    def inside(match: re.Match) -> str:
+        image = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{image}"'
+
+    folded = {title: render(part) for title, part in more.items()}
+    shown = fill("report.html.jinja", body=render(text), folded=folded)
+    return re.sub(r'src="(\w+\.png)"', inside, shown)
