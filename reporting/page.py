@@ -7,39 +7,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from omegaconf import OmegaConf
 
 from reporting import comparison, tables, words
 from reporting.runs import Run, sections
 from reporting.scores import SCORES, count
-from utils import FEW, PROJECT, code, escape, public, public_values
-
-
-def fill(name: str, **values: Any) -> str:
-    """The text of `templates/<name>`. What is put into it is shown as text, whoever wrote it.
-
-    Escaped for HTML, or in `*.md.jinja` for one line of Markdown, unless it is marked `safe`.
-    """
-
-    def text(value: Any) -> Markup:
-        return value if isinstance(value, Markup) else Markup(escape(value))
-
-    environment = Environment(
-        loader=FileSystemLoader(PROJECT / "reporting/templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        **{"finalize": text} if name.endswith(".md.jinja") else {},
-    )
-    environment.filters |= {
-        "code": lambda text, language: Markup(code(language, str(text))),
-        "public": lambda value: public(str(value)),
-    }
-    environment.globals["count"] = count
-    return environment.get_template(name).render(values)
+from reporting.templates import fill
+from utils import FEW, public_values
 
 
 def write(
@@ -77,6 +51,7 @@ def write(
         budgets=dict.fromkeys(map(words.budget, parts)),
         few=FEW,
         about=about,
+        count=count,
         tables=tables,
         words=words,
     )

@@ -34,6 +34,7 @@ from server.runs import (
     fit,
     read_overrides,
     telling,
+    typed,
     varied,
 )
 from server.runs import read as read_file
@@ -44,15 +45,18 @@ PerSeed = dict[int, float]
 PerClient = dict[int, dict[int, float]]  # by seed, then by partition
 
 
+@typed
 class Tasks(TypedDict):
     task: list[str]
 
 
+@typed
 class Hydra(TypedDict):
     sweeper: dict
     overrides: Tasks
 
 
+@typed
 class Multirun(TypedDict):
     """What is read of Hydra's own `multirun.yaml`."""
 

@@ -1,7 +1,6 @@
 """What a run says and leaves behind: its figures, adapters and plot, its last word."""
 
 import math
-import shlex
 import shutil
 import textwrap
 from pathlib import Path
@@ -13,7 +12,7 @@ from evaluation import examine
 from reporting.figures import plot_run
 from server.runs import BEST, OWN, Before, History, Round, read, read_history
 from server.tracking import Tracking
-from utils import public, say, write_json, writing
+from utils import command, public, say, write_json, writing
 
 SHOWN = 3  # sample questions printed after a run
 
@@ -278,13 +277,13 @@ def report(cfg: dict[str, Any], folder: Path) -> None:
     [adapter, *_] = sorted(
         (folder / f"peft_{summary['rounds']}").rglob("adapter_config.json")
     )
-    command = ["python", "test.py", f"--peft-path={adapter.parent}"]
+    words = [f"--peft-path={adapter.parent}"]
     if asked:
         # The first that fits a line or two; clients' own records are not for showing.
         record = min(asked, key=lambda r: max(200, len(r["instruction"] + r["input"])))
-        command += [f"--question={record['instruction']}"]
-        command += [f"--input={record['input']}"] * bool(record["input"])
-    say(f"\nAsk it: {' '.join(map(quote, command))}")
+        words += [f"--question={record['instruction']}"]
+        words += [f"--input={record['input']}"] * bool(record["input"])
+    say(f"\nAsk it: {command('test.py', *words)}")
 
 
 def _line(text: str) -> str:
@@ -298,9 +297,3 @@ def _of(scores: dict[str, dict[str, Any]], own: bool) -> dict[str, dict[str, Any
         when: {k: v for k, v in each.items() if k.startswith("eval_") == own}
         for when, each in scores.items()
     }
-
-
-def quote(word: str) -> str:
-    """A word of a command for the shell, `--key=` left in front of the quotes."""
-    key, equals, value = word.partition("=")
-    return key + equals + shlex.quote(value) if equals else shlex.quote(word)

@@ -33,6 +33,7 @@ from utils import (
 # --- what stands in its files ---------------------------------------------------------------
 
 typed = with_config(ConfigDict(strict=True, allow_inf_nan=False))
+scored = with_config(ConfigDict(strict=True))  # where an adapter may have scored NaN
 
 NATS, TOKENS = "nats per answer token", "share of answer tokens found likeliest"
 
@@ -169,7 +170,7 @@ class History(TypedDict):
     rounds: list[Round]
 
 
-@typed
+@scored
 class Own(Scores):
     """With `mode=local`: what a client's own adapter scores on the test questions."""
 
@@ -183,7 +184,7 @@ _Told = TypedDict(
 )
 
 
-@typed
+@scored
 class Summary(_Told):
     """`summary.json`: sums over the rounds, the most memory (bytes), and each score of the
     base (`_before`) and of the last adapter (`_after`).
@@ -220,7 +221,7 @@ class Answer(TypedDict):
 
 # A value for each test question. `nats`, `right` and `tokens` are sums over the tokens of its
 # answer, without the questions that are too long; the others are its scores.
-Questions = typed(
+Questions = scored(
     TypedDict(
         "Questions",
         dict.fromkeys(("nats", "right", "tokens", *UNITS), list[float]),
@@ -237,25 +238,30 @@ class TestScores(TypedDict):
     tuned: Questions
 
 
+@typed
 class Steps(TypedDict):
     max_steps: int
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
 
 
+@typed
 class Train(TypedDict):
     seq_length: int
     training_arguments: Steps
 
 
+@typed
 class Model(TypedDict):
     name: str
 
 
+@typed
 class Target(TypedDict):
     _target_: str
 
 
+@typed
 class Comm(TypedDict):
     dtype: str
 

@@ -29,6 +29,7 @@ import model
 import utils
 from records import templates
 from reporting import export
+from reporting.card import INPUT, QUESTION, Card
 from server import runs
 from settings.compose import compose, record
 from utils import PROJECT, UserError
@@ -326,7 +327,7 @@ def test_a_card_tells_what_the_run_tells(save):
     assert "cut at 12 tokens" in shown
     # The prompt of a record with an input is training's too.
     tokenizer = AutoTokenizer.from_pretrained(source)
-    asked = {"instruction": export.QUESTION, "input": export.INPUT}
+    asked = {"instruction": QUESTION, "input": INPUT}
     prompt = templates.TEMPLATES["alpaca"]([asked], tokenizer)
     assert f"```text\n{prompt}\n```" in card.text
 
@@ -371,7 +372,7 @@ def test_the_code_of_a_card_asks_our_model_our_question(
     told: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, told)
-    question = {"instruction": export.QUESTION, "input": ""}
+    question = {"instruction": QUESTION, "input": ""}
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert told["ids"][0].tolist() == templates.prompt(template, [question], tokenizer)
     # An adapter's code computes in bfloat16.
@@ -385,7 +386,7 @@ def test_the_code_of_a_card_asks_our_model_our_question(
     [request] = re.findall("^curl .*$", text, re.M)
     body = json.loads(shlex.split(request)[-1])
     if template == "chat":
-        assert body["messages"] == [{"role": "user", "content": export.QUESTION}]
+        assert body["messages"] == [{"role": "user", "content": QUESTION}]
     else:
         assert body["prompt"] == told["prompt"]
 
@@ -463,7 +464,7 @@ def card(tmp_path_factory):
     def make(base: str = "a/b", text: str = "plain", name="adapter_7", merged=False):
         model = {"name": base, "quantization": 4}
         settings = {"peft_type": "LORA", "r": 8, "target_modules": [text]}
-        made = export.Card(
+        made = Card(
             name=name,
             merged=merged,
             license=None,
