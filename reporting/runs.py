@@ -13,7 +13,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pandas import DataFrame
-from typing_extensions import TypedDict
 
 from reporting.scores import (
     ROWS,
@@ -31,10 +30,8 @@ from server.runs import (
     Questions,
     Summary,
     by_key,
-    fit,
     read_overrides,
     telling,
-    typed,
     varied,
 )
 from server.runs import read as read_file
@@ -43,24 +40,6 @@ from utils import UserError, public, read_yaml
 PerSeed = dict[int, float]
 
 PerClient = dict[int, dict[int, float]]  # by seed, then by partition
-
-
-@typed
-class Tasks(TypedDict):
-    task: list[str]
-
-
-@typed
-class Hydra(TypedDict):
-    sweeper: dict
-    overrides: Tasks
-
-
-@typed
-class Multirun(TypedDict):
-    """What is read of Hydra's own `multirun.yaml`."""
-
-    hydra: Hydra
 
 
 @dataclass
@@ -162,11 +141,12 @@ def _planned(folder: Path) -> list[dict[str, str]]:
     """The overrides of each job that Hydra's own sweeper makes of this sweep."""
     if not (file := folder / "multirun.yaml").exists():
         return []
-    config = fit(read_yaml(file, dict), Multirun, file)["hydra"]
-    swept, tasks = config["sweeper"].get("params"), config["overrides"]["task"]
+    config = read_yaml(file, dict)
     try:
-        texts = [f"{key}={values}" for key, values in (swept or {}).items()]
-        parsed = OverridesParser.create().parse_overrides([*texts, *tasks])
+        swept = config["hydra"]["sweeper"].get("params") or {}
+        texts = [f"{key}={values}" for key, values in swept.items()]
+        texts += config["hydra"]["overrides"]["task"]
+        parsed = OverridesParser.create().parse_overrides(texts)
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
     except Exception as error:  # whatever YAML and Hydra make of a broken file
         raise UserError(f"{file} is broken ({type(error).__name__}).") from error

@@ -79,8 +79,12 @@ class Reply(_Examples):
     dropped: NotRequired[int]
 
 
+_LAPS = ("", "_load", "_tokenise", "_set", "_train", "_read")
+_Laps = TypedDict("_Laps", {f"seconds{lap}": float for lap in _LAPS}, total=False)
+
+
 @typed
-class Client(Reply):
+class Client(Reply, _Laps):
     """A client that trained: its mean loss in nats per answer token, and what that took.
 
     `records`: how many it has to train on; `tokens`: trained on, without padding;
@@ -93,12 +97,6 @@ class Client(Reply):
     tokens: NotRequired[int]
     micro_batch: NotRequired[int]
     peak_memory: NotRequired[float]
-    seconds: NotRequired[float]
-    seconds_load: NotRequired[float]
-    seconds_tokenise: NotRequired[float]
-    seconds_set: NotRequired[float]
-    seconds_train: NotRequired[float]
-    seconds_read: NotRequired[float]
 
 
 @typed
@@ -238,32 +236,21 @@ class TestScores(TypedDict):
     tuned: Questions
 
 
-@typed
-class Steps(TypedDict):
-    max_steps: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
+def _some(title: str, **fields: type) -> type:
+    """A section of a configuration, as far as others read it."""
+    return typed(TypedDict(title, fields))
 
 
-@typed
-class Train(TypedDict):
-    seq_length: int
-    training_arguments: Steps
-
-
-@typed
-class Model(TypedDict):
-    name: str
-
-
-@typed
-class Target(TypedDict):
-    _target_: str
-
-
-@typed
-class Comm(TypedDict):
-    dtype: str
+Steps = _some(
+    "Steps",
+    max_steps=int,
+    per_device_train_batch_size=int,
+    gradient_accumulation_steps=int,
+)
+Train = _some("Train", seq_length=int, training_arguments=Steps)
+Model = _some("Model", name=str)
+Target = _some("Target", _target_=str)
+Comm = _some("Comm", dtype=str)
 
 
 @typed
