@@ -41,7 +41,8 @@ from transformers.utils import cached_file
 
 from compute import patches
 from compute.loss import hidden_states
-from methods.base import State, mismatch, misshapen
+from methods.base import State
+from methods.wire import mismatch, misshapen
 from records import templates
 from utils import (
     PROJECT,

@@ -340,29 +340,6 @@ def read_text(path: Path, most: int = 2**30) -> str:
         ) from None
 
 
-def fit(value: Any, shape: Any, path: Path, at: str = "it") -> Any:
-    """`value`, which was read from `path`, if it has the shape; else raises `UserError`.
-
-    `shape`: a type; `[shape]`, a list of such; or a dict of shapes by key, where a key that
-    ends with `?` may be missing. A number that is to be a float may be whole.
-    """
-    wanted = {dict: dict, list: list}.get(type(shape), shape)
-    kinds = (int, float) if wanted is float else wanted
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UserError(f"{path} is broken: {at} is no {wanted.__name__}.")
-    if isinstance(shape, list):
-        for place, item in enumerate(value):
-            fit(item, shape[0], path, f"{at}[{place}]")
-    if isinstance(shape, dict):
-        for key, inner in shape.items():
-            name = key.removesuffix("?")
-            if name in value:
-                fit(value[name], inner, path, name if at == "it" else f"{at}.{name}")
-            elif name == key:
-                raise UserError(f"{path} is broken: {at} has no {name}.")
-    return value
-
-
 def _literal(node: Any) -> Any:
     """A configuration in which a string holds a reference to another key, or no `${`."""
     if isinstance(node, dict):

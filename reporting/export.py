@@ -9,86 +9,27 @@ An adapter needs its base beside it (PEFT, vLLM's LoRA flag); a merged model sta
 
 import argparse
 import copy
-import json
-import re
-import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired
+
+from typing_extensions import TypedDict
 
 import utils
 from server import runs
-from utils import code, escape, public, table
+from utils import public
 
 if TYPE_CHECKING:  # seconds, which --help need not take
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
-QUESTION = (
-    "What is the capital of France?"  # for the card; the run's own may be private
-)
+@runs.typed
+class Settings(TypedDict):
+    """What is read of an `adapter_config.json` that may be a stranger's."""
 
-INPUT = "Answer in one word."
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
-
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "flwr")
-
-# The figures of a round or of the whole run that a card tells, and their units.
-NATS, TOKENS = "nats per answer token", "share of answer tokens found likeliest"
-
-UNITS = {
-    "test_loss": NATS,
-    "test_perplexity": "exp(loss)",
-    "test_accuracy": TOKENS,
-    "exact_match": "share of answers that are the wanted one to the letter",
-    "f1": "0 to 1, words in common with the wanted answer",
-    "rouge_l": "0 to 1, longest common subsequence of words",
-    "choice_accuracy": "share of questions whose right choice is the likeliest",
-    "eval_loss": NATS,
-    "eval_perplexity": "exp(loss)",
-    "eval_accuracy": TOKENS,
-    "eval_loss_worst": f"{NATS}, of the client with the highest",
-    "eval_loss_spread": f"{NATS}, standard deviation over clients",
-}
-
-# What is read of files that may be a stranger's.
-SETTINGS = {"peft_type": str, "r?": int}
-
-CONFIG = {
-    "mode": str,
-    "num_clients": int,
-    "seed": int,
-    "dataset": dict,
-    "strategy": {"_target_": str},
-    "partitioner": {"_target_": str},
-    "comm": {"dtype": str},
-    "evaluate?": {"max_new_tokens?": int},
-    "train": {
-        "seq_length": int,
-        "training_arguments": {"max_steps?": int, "gradient_accumulation_steps?": int},
-    },
-}
-
-CLIENT = {"partition": int, "num-examples": float, "records?": float}
-
-FIGURES = {f"{name}?": float for name in UNITS}
-
-ROUND = {"round": int, "train_loss?": float, "clients?": [CLIENT], **FIGURES}
-
-HISTORY = {"rounds": [{**ROUND, "sampled?": int, "eval_clients?": [CLIENT]}]}
-
-SUMMARY = {
-    "rounds": int,
-    "test_questions?": int,
-    **{f"{name}_{when}?": float for name in UNITS for when in ("before", "after")},
-}
+    peft_type: str
+    r: NotRequired[int]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -138,6 +79,7 @@ def export(options: argparse.Namespace) -> Path:
 
     import model
     from records import templates
+    from reporting.card import HUB_NAME, Card
 
     about = model.read_about(options.peft_path)
     source = Path(options.peft_path).resolve()
@@ -148,7 +90,8 @@ def export(options: argparse.Namespace) -> Path:
             f"{folder} exists already. Remove it, or name another folder: --out=..."
         )
     device = model.chosen_device(options.device)
-    settings = _read(source / "adapter_config.json", SETTINGS)
+    path = source / "adapter_config.json"
+    settings = runs.fit(utils.read_json(path), Settings, path)
     base = str(about["model"]["name"])
     if not utils.local_path(base) and not HUB_NAME.fullmatch(public(base)):
         raise utils.UserError(
@@ -202,334 +145,12 @@ def end_with(
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write a tokenizer that transformers 4 reads as well, which servers may still have."""
     tokenizer.save_pretrained(folder)
-    config = _read(folder / "tokenizer_config.json", dict)
+    config = utils.read_json(folder / "tokenizer_config.json")
     for name in ("is_local", "local_files_only"):  # how it was loaded here
         config.pop(name, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # known to both
     utils.write_json(folder / "tokenizer_config.json", config)
-
-
-# --- the model card -----------------------------------------------------------------------
-
-
-@dataclass
-class Card:
-    """What was trained, on what, how well it does, and how it is used."""
-
-    name: str  # of the folder
-    merged: bool
-    license: str | None
-    about: dict[str, Any]  # the adapter's flowertune.json
-    settings: dict[str, Any]  # its adapter_config.json
-    tokenizer: "PreTrainedTokenizerBase"
-    run: Path  # the run's folder, whose figures are taken as far as they are there
-    local: bool  # the base is a folder on this machine
-
-    def __post_init__(self) -> None:
-        from records import templates
-
-        self.base = self.about["model"]["name"]
-        self.bits = self.about["model"]["quantization"]
-        self.template = self.about["template"]
-        self.method = self.settings["peft_type"]
-        if self.method == "LORA":
-            dora, rslora = (self.settings.get(f"use_{x}") for x in ("dora", "rslora"))
-            self.method = "DoRA" if dora else "rsLoRA" if rslora else "LoRA"
-        self.cfg = _config(self.run)
-        self.mode = self.cfg.get("mode", "federated") if self.cfg else None
-        self.rounds = _read(self.run / "history.json", HISTORY).get("rounds", [])
-        self.entry = next(
-            (e for e in self.rounds if e["round"] == self.about["round"]), {}
-        )  # of the round that made this adapter
-        self.prompt, self.with_input = (
-            templates.text(
-                self.template,
-                [{"instruction": QUESTION, "input": given}],
-                self.tokenizer,
-            )
-            for given in ("", INPUT)
-        )
-        _, end = templates.end(self.template, self.tokenizer)
-        self.end = self.tokenizer.convert_ids_to_tokens(end)
-
-    def text(self) -> str:
-        """The whole of README.md. What others have written is escaped for where it stands."""
-        parts = (
-            self.front_matter(),
-            f"# {escape(Path(self.base).name)}, fine-tuned with llm-flowertune",
-            *self.notes(),
-            "## Training",
-            table(["", ""], self.training(), numbers=False),
-            *self.evaluation(),
-            "## Prompt",
-            f"It was trained with the template {escape(self.template)}, and ends an answer "
-            f"with {escape(self.end)}. Ask it in the same words:",
-            code("text", self.prompt),
-            "A record that has an input beside its instruction:",
-            code("text", self.with_input),
-            "## Use",
-            "From the folder that holds this one:",
-            code("python", *self.python()),
-            *(self.serve_merged() if self.merged else self.serve_adapter()),
-        )
-        return "\n\n".join(parts) + "\n"
-
-    def front_matter(self) -> str:
-        """The YAML that the hub reads."""
-        from huggingface_hub import ModelCardData
-
-        data = str(self.cfg["dataset"].get("name") or "") if self.cfg else ""
-        on_hub = HUB_NAME.fullmatch(data) and not utils.local_path(data)
-        tags = ["federated-learning"] if self.mode == "federated" else []
-        fields = ModelCardData(
-            base_model=self.base,
-            base_model_relation="finetune" if self.merged else "adapter",
-            datasets=[data] if on_hub else None,
-            library_name="transformers" if self.merged else "peft",
-            license=self.license,
-            pipeline_tag="text-generation",
-            tags=[*tags, "flower", self.method.lower()],
-        )
-        missing = "" if self.license else "\n# license: still to be stated"
-        return f"---\n{fields.to_yaml()}{missing}\n---"
-
-    def notes(self) -> Iterator[str]:
-        """What is left to do before it is shared."""
-        if not self.license:
-            yield (
-                "> **No licence is stated yet.** Whoever shares this states one, as "
-                "`license:` at the top, within what the licences of the base and of the "
-                "data allow."
-            )
-        if self.local:
-            places = "" if self.merged else ", `adapter_config.json` and the commands"
-            yield (
-                f"> **The base, {escape(self.base)}, was a folder on one machine.** The name by "
-                f"which others find it belongs into `base_model:` at the top{places}."
-            )
-
-    def training(self) -> Iterator[tuple[str, Any]]:
-        """The rows of a table."""
-        bits = {4: "in 4 bits (nf4, doubly quantised)", 8: "in 8 bits (LLM.int8)"}
-        yield "base", f"{self.base}, {bits.get(self.bits, 'not quantised')}"
-        shape = ("r", "lora_alpha", "lora_dropout", "num_virtual_tokens")
-        parts = [f"{k} {self.settings[k]}" for k in shape if k in self.settings]
-        if modules := self.settings.get("target_modules"):
-            named = modules if isinstance(modules, list) else [modules]
-            parts.append(f"on {', '.join(sorted(map(str, named)))}")
-        yield "method", ", ".join([self.method, *parts])
-        if self.cfg:
-            yield from self.settings_of_the_run()
-        if "sampled" in self.entry:
-            yield "clients a round", self.entry["sampled"]
-        yield "rounds", self.about["round"]
-        trained = [e for e in self.rounds if e["round"] <= self.about["round"]]
-        if records := runs.trained_records(trained):
-            yield "records to train on", records
-        if "train_loss" in self.entry:
-            yield f"train loss, {NATS}", f"{self.entry['train_loss']:.4g}"
-        if commit := utils.git_commit():
-            yield "commit of llm-flowertune", commit
-        yield (
-            "exported with",
-            ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
-        )
-
-    def settings_of_the_run(self) -> Iterator[tuple[str, Any]]:
-        """Rows of the same table, from the run's configuration."""
-        data, train = self.cfg["dataset"], self.cfg["train"]
-        arguments = train["training_arguments"]
-        yield "data of the run", public(str(data.get("path") or data.get("name")))
-        yield "partitioner", _class(self.cfg["partitioner"])
-        yield "mode", self.mode
-        yield "clients", self.cfg["num_clients"]
-        yield "strategy", _class(self.cfg["strategy"])
-        rate = arguments.get("learning_rate")
-        high, low = (train.get(f"learning_rate_{x}") for x in ("max", "min"))
-        yield "learning rate", rate or f"{high}, by a cosine over the rounds to {low}"
-        steps = arguments.get("max_steps", -1)
-        passes = f"{arguments.get('num_train_epochs')} passes over its records"
-        yield "a client's round", f"{steps} steps" if steps > 0 else passes
-        batch = arguments.get("per_device_train_batch_size")
-        more = arguments.get("gradient_accumulation_steps", 1)
-        yield (
-            "batch",
-            f"{batch} examples" + (f", {more} times a step" if more > 1 else ""),
-        )
-        yield "longest example, tokens", train["seq_length"]
-        yield "seed", self.cfg["seed"]
-        yield "updates sent in", self.cfg["comm"]["dtype"]
-
-    def evaluation(self) -> Iterator[str]:
-        """A table of all figures that there are of this round, beside the base's."""
-        figures = {name: ("", self.entry[name]) for name in UNITS if name in self.entry}
-        summary = _read(self.run / "summary.json", SUMMARY)
-        if summary.get("rounds") == self.about["round"]:  # it tells of the last alone
-            for name in UNITS:
-                pair = summary.get(f"{name}_before"), summary.get(f"{name}_after")
-                if None not in pair:
-                    figures[name] = pair
-        if not figures:
-            return
-        yield "## Evaluation"
-        file = self.cfg and self.cfg["dataset"].get("test_path")
-        if file and not all(name.startswith("eval_") for name in figures):
-            count = summary.get("test_questions") or self.answered()
-            yield (
-                f"The test questions are {f'the {count}' if count else 'those'} of "
-                f"{escape(public(str(file)))}."
-            )
-        if held := [int(c["num-examples"]) for c in self.entry.get("eval_clients", [])]:
-            yield (
-                f"The rows of `eval` are of {sum(held)} records that {len(held)} clients held "
-                "back from training, the means by records."
-            )
-        if limit := self.answer_limit(figures):
-            yield f"Answers are cut at {limit} tokens."
-        rows = [
-            (
-                name.replace("_", " "),
-                *(x if x == "" else f"{x:.4g}" for x in pair),
-                UNITS[name],
-            )
-            for name, pair in figures.items()
-        ]
-        yield table(["", "base", "tuned", "unit"], rows, numbers=False)
-
-    def answered(self) -> int:
-        """How many test questions were answered; 0 where that is not known."""
-        path = self.run / "answers.json"
-        return len(utils.fit(utils.read_json(path), list, path)) if path.exists() else 0
-
-    def answer_limit(self, figures: dict[str, Any]) -> Any:
-        evaluate = self.cfg.get("evaluate", {})
-        return evaluate.get("max_new_tokens") if "exact_match" in figures else None
-
-    def python(self) -> Iterator[str]:
-        """Lines of code that ask the question of the example."""
-        folder = f"./{self.name}"
-        quantised = {
-            4: 'load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-            "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16",
-            8: "load_in_8bit=True",
-        }.get(self.bits)
-        names = "AutoModelForCausalLM, AutoTokenizer"
-        if self.merged:
-            yield f"from transformers import {names}"
-            yield ""
-            load = f'{folder!r}, device_map="auto"'
-            yield f"model = AutoModelForCausalLM.from_pretrained({load})"
-        else:
-            yield "import torch"
-            yield "from peft import PeftModel"
-            load = f'{self.base!r}, dtype=torch.bfloat16, device_map="auto"'
-            if quantised:
-                names += ", BitsAndBytesConfig"
-                load += ", quantization_config=quantised"
-            yield f"from transformers import {names}"
-            yield ""
-            if quantised:
-                yield f"quantised = BitsAndBytesConfig({quantised})"
-            yield f"base = AutoModelForCausalLM.from_pretrained({load})"
-            yield f"model = PeftModel.from_pretrained(base, {folder!r})"
-        yield f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
-        yield f"prompt = {self.prompt!r}"
-        # A chat template writes its own beginning of sequence.
-        more = ", add_special_tokens=False" if self.template == "chat" else ""
-        yield f'ids = tokenizer(prompt, return_tensors="pt"{more}).input_ids'
-        yield "ids = ids.to(model.device)"
-        yield "answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0]"
-        yield "print(tokenizer.decode(answer[ids.shape[1]:], skip_special_tokens=True))"
-
-    def serve_merged(self) -> Iterator[str]:
-        folder = f"./{self.name}"
-        yield (
-            "The weights are the base's as it was in training, with the adapter added, in "
-            "float32. Computed in float32 it answers as base and adapter do in float32. In "
-            "bfloat16, which halves the memory, and beside llm-flowertune's own test.py, which "
-            "computes in bfloat16 where it can, longer free answers are often in other words: "
-            "where two words are next to equally likely, the rounding decides."
-        )
-        yield "With vLLM, or transformers (`pip install 'transformers[serving]'`):"
-        yield code("bash", shlex.join(["vllm", "serve", folder, "--dtype", "bfloat16"]))
-        yield code("bash", shlex.join(["transformers", "serve", folder]))
-        yield from self.request(folder)
-        yield "With llama.cpp, from its own folder:"
-        convert = ["python", "convert_hf_to_gguf.py", f"/path/to/{self.name}"]
-        made = ["--outtype", "bf16", "--outfile", f"{folder}.gguf"]
-        yield code(
-            "bash",
-            shlex.join(convert + made),
-            shlex.join(["llama-server", "-m", f"{folder}.gguf"]),
-        )
-
-    def serve_adapter(self) -> Iterator[str]:
-        import model
-
-        merge = "llm-flowertune's `python -m reporting.export --merge` makes one."
-        method = escape(self.method)
-        if not model.mergeable(self.settings["peft_type"]):
-            yield f"{method} is for PEFT alone: vLLM and llama.cpp do not take it."
-            return
-        # vllm/lora/peft_helper.py and lora_model.py take the two matrices of a layer alone.
-        more = self.settings.get("modules_to_save")
-        more = more or self.settings.get("bias", "none") != "none"
-        more = more or self.settings.get("lora_bias")
-        if more or self.method not in ("LoRA", "rsLoRA") or "r" not in self.settings:
-            method += " that trains more than matrices" * bool(more)
-            yield f"vLLM and llama.cpp need a merged model for {method}: {merge}"
-            return
-        rank = next((r for r in RANKS if r >= self.settings["r"]), self.settings["r"])
-        base = f"./{self.base}" if self.base.startswith("-") else self.base
-        command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
-        command += ["--lora-modules", f"{self.name}=./{self.name}"]
-        if self.bits == 4:
-            command += ["--quantization", "bitsandbytes"]
-        if self.bits == 8:
-            yield "vLLM does not quantise to 8 bits, as training did: answers may differ."
-        yield "With vLLM, if it has LoRA for the base's architecture:"
-        yield code("bash", shlex.join(command))
-        yield from self.request(self.name)
-        yield f"llama.cpp and `transformers serve` need a merged model: {merge}"
-
-    def request(self, name: str) -> Iterator[str]:
-        """The question of the example, put to a server."""
-        body: dict[str, Any] = {"model": name, "max_tokens": 64, "temperature": 0}
-        path = "completions"
-        if self.template == "chat":
-            path = "chat/completions"
-            body["messages"] = [{"role": "user", "content": QUESTION}]
-        else:
-            body["prompt"] = self.prompt
-            yield (
-                "Ask it by `/v1/completions`, with the whole prompt. A chat endpoint would "
-                "put the question in other words than it was trained with."
-            )
-        yield code(
-            "bash",
-            f"curl http://localhost:8000/v1/{path} -H 'Content-Type: application/json' "
-            f"-d {shlex.quote(json.dumps(body))}",
-        )
-
-
-def _config(run: Path) -> dict[str, Any]:
-    """The run's configuration, or nothing where there is none."""
-    from omegaconf import OmegaConf
-
-    path = run / ".hydra/config.yaml"
-    if not path.exists():
-        return {}
-    return utils.fit(OmegaConf.to_container(runs.read_config(run)), CONFIG, path)
-
-
-def _read(path: Path, shape: Any) -> dict[str, Any]:
-    """A JSON file's content, or nothing where there is none."""
-    return utils.fit(utils.read_json(path), shape, path) if path.exists() else {}
-
-
-def _class(settings: dict[str, Any]) -> str:
-    return settings["_target_"].rpartition(".")[2]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The table and the picture that a multirun leaves."""
 
-import csv
 from pathlib import Path
 
+from pandas import DataFrame
+
 from reporting.figures import plot_sweep, smooth
-from server.runs import read_overrides, varied
-from utils import fit, public, read_json, table
+from server.runs import read, read_overrides, varied
+from utils import public, table
 
 
 def summarise_sweep(folder: Path) -> None:
@@ -23,7 +24,8 @@ def summarise_sweep(folder: Path) -> None:
     curves: dict[str, dict[int, float]] = {}
     rows = []
     for job, settings in zip(jobs, overrides, strict=True):
-        losses = _train_losses(job / "history.json")
+        rounds = read(job, "history.json", {"rounds": []})["rounds"]
+        losses = {entry["round"]: entry["train_loss"] for entry in rounds}
         last = f"{smooth(list(losses.values()))[-1]:.4f}" if losses else ""
         rows.append([job.name, *(settings.get(k, "") for k in keys), len(losses), last])
         if losses:
@@ -31,20 +33,11 @@ def summarise_sweep(folder: Path) -> None:
                 losses
             )
     header = ["run", *keys, "rounds", "last smoothed loss"]
-    with (folder / "losses.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    DataFrame(rows, columns=header).to_csv(folder / "losses.csv", index=False)
     short = [[_cut(public(str(cell)), 60) for cell in row] for row in rows]
     (folder / "losses.md").write_text(table(header, short) + "\n")
     if curves:
         plot_sweep(curves, folder / "losses.png")
-
-
-def _train_losses(path: Path) -> dict[int, float]:
-    if not path.exists():
-        return {}
-    shape = {"rounds": [{"round": int, "train_loss": float}]}
-    rounds = fit(read_json(path), shape, path)["rounds"]
-    return {entry["round"]: entry["train_loss"] for entry in rounds}
 
 
 def _label(run: str, settings: dict[str, str]) -> str:

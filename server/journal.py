@@ -1,7 +1,6 @@
 """What a run says and leaves behind: its figures, adapters and plot, its last word."""
 
 import math
-import shlex
 import shutil
 import textwrap
 from pathlib import Path
@@ -12,9 +11,9 @@ import model
 from evaluation import examine
 from methods.base import adapters
 from reporting.figures import plot_run
-from server.runs import OWN, SCORES, read_before, read_rounds
+from server.runs import BEST, OWN, Before, History, Round, read, read_history
 from server.tracking import Tracking
-from utils import public, read_json, say, write_json, writing
+from utils import command, public, say, write_json, writing
 
 SHOWN = 3  # sample questions printed after a run
 
@@ -28,8 +27,8 @@ class Journal:
         self.cfg = cfg
         self.frame = frame
         self.folder = folder
-        self.before: dict[str, Any] = {}
-        self.rounds: list[dict[str, Any]] = []
+        self.before: Before | dict[str, Any] = {}
+        self.rounds: list[Round] = []
         self.tokenizer = model.load_tokenizer(
             cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
         )
@@ -39,8 +38,8 @@ class Journal:
 
         What was written of later rounds goes: they will be done again.
         """
-        self.rounds = read_rounds(self.folder, done)
-        self.before = read_before(self.folder)
+        history = read_history(self.folder, done)
+        self.rounds, self.before = history["rounds"], history.get("before", {})
         for adapter in self.folder.glob("peft_*"):
             number = adapter.name.removeprefix("peft_")
             if number.isdigit() and int(number) > done:
@@ -71,7 +70,7 @@ class Journal:
         The best is that of the lowest loss on the test questions, or else on what the
         clients hold back, where either is measured.
         """
-        name = SCORES[0] if self.cfg["evaluate"]["every_round"] else SCORES[1]
+        name = BEST[0] if self.cfg["evaluate"]["every_round"] else BEST[1]
         best = self.best()
         if name in entry:
             # Before the run was gone on with it may have been measured otherwise.
@@ -79,15 +78,18 @@ class Journal:
             entry["best"] = entry[name] < least
         report_lost(entry, self.rounds, self.cfg["train"]["seq_length"])
         self.rounds.append(entry)
-        before = {"before": self.before} if self.before else {}
-        write_json(self.folder / "history.json", {**before, "rounds": self.rounds})
+        write_json(self.folder / "history.json", self.history())
         if self._due(entry["round"]) or entry.get("best"):
             self.save_last(state)
         if entry.get("best") and best and not self._due(best["round"]):
             shutil.rmtree(self.folder / f"peft_{best['round']}", ignore_errors=True)
         self.tracking.log(entry)
 
-    def best(self) -> dict[str, Any] | None:
+    def history(self) -> History:
+        before = {"before": self.before} if self.before else {}
+        return {**before, "rounds": self.rounds}
+
+    def best(self) -> Round | None:
         """The entry of the best round so far, if any was measured."""
         return next((e for e in reversed(self.rounds) if e.get("best")), None)
 
@@ -123,8 +125,9 @@ class Journal:
     def write_summary(self, more: dict[str, Any]) -> None:
         """Write `summary.json` and draw `train_loss.png`."""
         losses = [entry["train_loss"] for entry in self.rounds]
-        history = read_json(self.folder / "history.json")
-        plot_run(history, public(describe(self.cfg)), self.folder / "train_loss.png")
+        plot_run(
+            self.history(), public(describe(self.cfg)), self.folder / "train_loss.png"
+        )
         summary = {
             "rounds": len(self.rounds),
             "train_loss_first": losses[0],
@@ -217,8 +220,8 @@ def quantised_on_cpu(cfg: dict[str, Any]) -> str | None:
 
 def report(cfg: dict[str, Any], folder: Path) -> None:
     """Print a finished run's last word: losses, scores, sample answers, what to do next."""
-    summary = read_json(folder / "summary.json")
-    last = read_rounds(folder, summary["rounds"])[-1]
+    summary = read(folder, "summary.json")
+    last = read_history(folder, summary["rounds"])["rounds"][-1]
     say(
         f"\nTraining loss {summary['train_loss_first']:.3f} -> "
         f"{summary['train_loss_last']:.3f} in {summary['rounds']} rounds, "
@@ -228,7 +231,7 @@ def report(cfg: dict[str, Any], folder: Path) -> None:
     if dataset.test_wanted(cfg):
         asked = dataset.load_test(cfg)[0]
     if "exact_match_after" in summary:
-        answers = read_json(folder / "answers.json")
+        answers = read(folder, "answers.json")
         for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
             say(f"\n  {_line(record['instruction'] + ' ' + record['input'])}")
             for name in ("base", "tuned"):
@@ -261,13 +264,13 @@ def report(cfg: dict[str, Any], folder: Path) -> None:
     [adapter, *_] = sorted(
         (folder / f"peft_{summary['rounds']}").rglob("adapter_config.json")
     )
-    command = ["python", "test.py", f"--peft-path={adapter.parent}"]
+    words = [f"--peft-path={adapter.parent}"]
     if asked:
         # The first that fits a line or two; clients' own records are not for showing.
         record = min(asked, key=lambda r: max(200, len(r["instruction"] + r["input"])))
-        command += [f"--question={record['instruction']}"]
-        command += [f"--input={record['input']}"] * bool(record["input"])
-    say(f"\nAsk it: {' '.join(map(quote, command))}")
+        words += [f"--question={record['instruction']}"]
+        words += [f"--input={record['input']}"] * bool(record["input"])
+    say(f"\nAsk it: {command('test.py', *words)}")
 
 
 def _line(text: str) -> str:
@@ -281,9 +284,3 @@ def _of(scores: dict[str, dict[str, Any]], own: bool) -> dict[str, dict[str, Any
         when: {k: v for k, v in each.items() if k.startswith("eval_") == own}
         for when, each in scores.items()
     }
-
-
-def quote(word: str) -> str:
-    """A word of a command for the shell, `--key=` left in front of the quotes."""
-    key, equals, value = word.partition("=")
-    return key + equals + shlex.quote(value) if equals else shlex.quote(word)

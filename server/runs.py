@@ -1,94 +1,343 @@
-"""A run's folder: whose it is, and what stands in its files."""
+"""A run's folder: whose it is, and what stands in its files.
+
+`history.json` is a `History`, rewritten after every round; at the end come `summary.json`, a
+`Summary`, and as far as test questions were asked `answers.json`, a list of `Answer`, and
+`test_scores.json`, a `TestScores`. `read` is their one reader, whoever wrote them.
+"""
 
 import fcntl
 import itertools
-import math
 import os
 import socket
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, NotRequired, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from utils import (
     FEW,
     UserError,
     _literal,
     command,
-    fit,
     read_json,
     read_yaml,
     say,
     writing,
 )
 
-# What every round's entry in `history.json` tells, of which the summary is made.
-NUMBERS = (
-    "round",
-    "train_loss",
-    "bytes_down",
-    "bytes_up",
-    "peak_memory_client",
-    "peak_memory_server",
-)
-SCORES = ("test_loss", "eval_loss")  # by which the best round is found, if it is
-# What clients measure on records of their own.
-OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")
-MEASURED = (*SCORES, *OWN)
+# --- what stands in its files ---------------------------------------------------------------
 
-# What else the summary and its picture look into.
-LISTS = {
-    "failures": [{"partition": int, "cause": str}],
-    "clients?": [{"partition": int, "train_loss": float, "records?": float}],
-    "eval_clients?": [{"num-examples": float}],
+typed = with_config(ConfigDict(strict=True, allow_inf_nan=False))
+scored = with_config(ConfigDict(strict=True))  # where an adapter may have scored NaN
+
+NATS, TOKENS = "nats per answer token", "share of answer tokens found likeliest"
+
+# Every score there is, and its unit. `eval_`: on records that clients hold back, the others on
+# the test questions.
+UNITS = {
+    "test_loss": NATS,
+    "test_perplexity": "exp(loss)",
+    "test_accuracy": TOKENS,
+    "exact_match": "share of answers that are the wanted one to the letter",
+    "f1": "0 to 1, words in common with the wanted answer",
+    "rouge_l": "0 to 1, longest common subsequence of words",
+    "choice_accuracy": "share of questions whose right choice is the likeliest",
+    "eval_loss": NATS,
+    "eval_perplexity": "exp(loss)",
+    "eval_accuracy": TOKENS,
+    "eval_loss_worst": f"{NATS}, of the client with the highest",
+    "eval_loss_spread": f"{NATS}, standard deviation over clients",
+}
+
+Scores = TypedDict("Scores", dict.fromkeys(UNITS, float), total=False)
+
+BEST = ("test_loss", "eval_loss")  # by which the best round is found, if it is
+
+OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")  # in the summary, by clients
+
+_Examples = TypedDict("_Examples", {"num-examples": float})
+
+
+@typed
+class Reply(_Examples):
+    """A client's own word, in a round's entry. What an older run did not tell is not there.
+
+    `num-examples` it trained or was measured on, repeated ones counted again; of its records
+    `truncated` were cut at `train.seq_length` and `dropped` left out. `bytes_*`: the adapter
+    as it travelled.
+    """
+
+    partition: int
+    bytes_down: NotRequired[float]
+    bytes_up: NotRequired[float]
+    truncated: NotRequired[int]
+    dropped: NotRequired[int]
+
+
+_LAPS = ("", "_load", "_tokenise", "_set", "_train", "_read")
+_Laps = TypedDict("_Laps", {f"seconds{lap}": float for lap in _LAPS}, total=False)
+
+
+@typed
+class Client(Reply, _Laps):
+    """A client that trained: its mean loss in nats per answer token, and what that took.
+
+    `records`: how many it has to train on; `tokens`: trained on, without padding;
+    `peak_memory` in bytes; `micro_batch`: examples at a time, at last;
+    `seconds`, and what of them went into each `seconds_*`.
+    """
+
+    train_loss: float
+    records: NotRequired[float]
+    tokens: NotRequired[int]
+    micro_batch: NotRequired[int]
+    peak_memory: NotRequired[float]
+
+
+@typed
+class Evaluated(Reply):
+    """A client that measured an adapter on the records that it holds back."""
+
+    eval_loss: float
+    eval_accuracy: NotRequired[float]
+
+
+@typed
+class Failure(TypedDict):
+    """A client whose reply was not used, and why."""
+
+    partition: int
+    cause: str
+
+
+@typed
+class Measured(Scores):
+    """What was measured of one adapter, and by whom."""
+
+    eval_clients: NotRequired[list[Evaluated]]
+    evaluate_failures: NotRequired[list[Failure]]
+
+
+@typed
+class Before(Measured):
+    """What the base scores without training."""
+
+    round: Literal[0]
+
+
+@typed
+class Round(Measured):
+    """A round, counted from 1. `train_loss`: mean over its clients, weighted as their updates.
+
+    `sampled` were asked, `replied` were of use, `retries` asked anew. `bytes_*`: adapters as
+    they travel, over all clients; `peak_memory_*`: bytes, the most of any; `seconds_aggregate`
+    of its `seconds`. `best`: it had the lowest loss so far, where that was measured.
+    """
+
+    round: int
+    train_loss: float
+    sampled: int
+    replied: NotRequired[int]
+    retries: NotRequired[int]
+    learning_rate: NotRequired[float]
+    tokens: NotRequired[int]
+    tokens_per_second: NotRequired[float]
+    truncated: NotRequired[int]
+    dropped: NotRequired[int]
+    failures: list[Failure]
+    bytes_down: float
+    bytes_up: float
+    peak_memory_client: float
+    peak_memory_server: float
+    clients: list[Client]
+    seconds_aggregate: NotRequired[float]
+    seconds: NotRequired[float]
+    best: NotRequired[bool]
+
+
+@typed
+class History(TypedDict):
+    """`history.json`: `before`, if anything was measured then, and the rounds in their order."""
+
+    before: NotRequired[Before]
+    rounds: list[Round]
+
+
+@scored
+class Own(Scores):
+    """With `mode=local`: what a client's own adapter scores on the test questions."""
+
+    partition: int
+
+
+_Told = TypedDict(
+    "_Told",
+    {f"{name}_{when}": float for name in UNITS for when in ("before", "after")},
+    total=False,
+)
+
+
+@scored
+class Summary(_Told):
+    """`summary.json`: sums over the rounds, the most memory (bytes), and each score of the
+    base (`_before`) and of the last adapter (`_after`).
+
+    `test_questions` were asked, `test_left_out` could not be; `seconds` of the whole run,
+    those before it was stopped with them.
+    """
+
+    rounds: int
+    train_loss_first: float
+    train_loss_last: float
+    bytes_down: float
+    bytes_up: float
+    failures: int
+    peak_memory_client: float
+    peak_memory_server: float
+    seconds: float
+    best_round: NotRequired[int]
+    test_questions: NotRequired[int]
+    test_left_out: NotRequired[int]
+    clients: NotRequired[list[Own]]
+
+
+@typed
+class Answer(TypedDict):
+    """A test question, its wanted answer (`output`), and what base and adapter say."""
+
+    instruction: str
+    input: str
+    output: str
+    base: str
+    tuned: str
+
+
+# A value for each test question. `nats`, `right` and `tokens` are sums over the tokens of its
+# answer, without the questions that are too long; the others are its scores.
+Questions = scored(
+    TypedDict(
+        "Questions",
+        dict.fromkeys(("nats", "right", "tokens", *UNITS), list[float]),
+        total=False,
+    )
+)
+
+
+@typed
+class TestScores(TypedDict):
+    """`test_scores.json`: what the scores of base and last adapter are means of."""
+
+    base: Questions
+    tuned: Questions
+
+
+def _some(title: str, **fields: type) -> type:
+    """A section of a configuration, as far as others read it."""
+    return typed(TypedDict(title, fields))
+
+
+Steps = _some(
+    "Steps",
+    max_steps=int,
+    per_device_train_batch_size=int,
+    gradient_accumulation_steps=int,
+)
+Train = _some("Train", seq_length=int, training_arguments=Steps)
+Model = _some("Model", name=str)
+Target = _some("Target", _target_=str)
+Comm = _some("Comm", dtype=str)
+
+
+@typed
+class Config(TypedDict):
+    """What others read of `.hydra/config.yaml`; the whole of it is `settings/schema.py`."""
+
+    mode: Literal["federated", "local", "centralized"]
+    seed: int
+    num_clients: int
+    num_rounds: int
+    model: Model
+    dataset: dict
+    partitioner: Target
+    strategy: Target
+    comm: Comm
+    train: Train
+    evaluate: dict
+
+
+CONFIG, OVERRIDES = ".hydra/config.yaml", ".hydra/overrides.yaml"
+
+FILES = {
+    "history.json": History,
+    "summary.json": Summary,
+    "answers.json": list[Answer],
+    "test_scores.json": TestScores,
+    CONFIG: Config,
+    OVERRIDES: list[str],
 }
 
 
-def read_rounds(folder: Path, done: int) -> list[dict[str, Any]]:
-    """The first `done` rounds in a run's `history.json`.
+def read(run: Path, name: str, missing: Any = None) -> Any:
+    """One of a run's `FILES`, or `missing`, if that is given, where there is none.
 
-    Raises `UserError` where it does not tell of them all that a summary is made of.
+    Raises `UserError` with the file and the key that is not of its type. A configuration is
+    that of `read_config`.
+    """
+    path = run / name
+    if missing is not None and not path.exists():
+        return missing
+    if name == CONFIG:
+        content = OmegaConf.to_container(read_config(run))
+    else:
+        content = read_yaml(path, list) if name == OVERRIDES else read_json(path)
+    return fit(content, FILES[name], path)
+
+
+def fit(value: Any, kind: Any, path: Path) -> Any:
+    """`value`, which was read from `path`, as it is, if it is of this type.
+
+    Raises `UserError` in one line. Other keys than those of the type may be there.
     """
     try:
-        rounds = read_json(folder / "history.json")["rounds"][:done]
+        _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        parts = (f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
+        at = "".join(parts).lstrip(".") or "it"
+        raise UserError(f"{path} is broken: {at}: {first['msg']}.") from None
+    return value
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def read_history(folder: Path, done: int) -> History:
+    """The history of a run whose first `done` rounds are done, without what came later.
+
+    Raises `UserError` where it does not tell of them all.
+    """
+    try:
+        history = read(folder, "history.json")
+        history["rounds"] = rounds = history["rounds"][:done]
         if [entry["round"] for entry in rounds] != list(range(1, done + 1)):
-            raise ValueError(f"{done} rounds are done, and it tells of {len(rounds)}")
+            told = f"{done} rounds are done, and it tells of {len(rounds)}"
+            raise UserError(f"{told}.")
         for entry in rounds:
-            _check_entry(entry)
-            fit(entry, LISTS, folder / "history.json", f"round {entry['round']}")
-    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
+            if entry.get("best") and not entry.keys() & set(BEST):
+                raise UserError(f"round {entry['round']} is the best by no measure.")
+    except UserError as error:
         raise UserError(
-            f"{folder}/history.json does not fit the run: {error}. Put a copy of it into "
+            f"{folder}/history.json does not fit the run: {error} Put a copy of it into "
             "its place, or begin the run anew."
         ) from error
-    return rounds
-
-
-def _check_entry(entry: dict[str, Any]) -> None:
-    """Raise `ValueError` unless a round's entry tells what it has to, in the right kinds."""
-    for name in (*NUMBERS, *(name for name in MEASURED if name in entry)):
-        if not _is_finite(entry.get(name)):
-            raise ValueError(f"its entry of round {entry['round']} lacks a {name}")
-    if entry.get("best") and not any(name in entry for name in SCORES):
-        raise ValueError(f"round {entry['round']} is the best by no measure")
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def read_before(folder: Path) -> dict[str, Any]:
-    """What the base scored, by a run's `history.json`; nothing in those without it."""
-    before = read_json(folder / "history.json").get("before", {})
-    fits = isinstance(before, dict) and (not before or before.get("round") == 0)
-    if not fits or not all(_is_finite(before.get(name, 0.0)) for name in MEASURED):
-        raise UserError(
-            f"{folder}/history.json: its entry `before` is not what the base scored in "
-            "round 0. Take it out, or put a copy of the file into its place."
-        )
-    return before
+    return history
 
 
 # --- a run's folder ------------------------------------------------------------------------
@@ -166,7 +415,7 @@ def read_config(run: Path) -> DictConfig:
     What asks for more (`${oc.env:...}`) is read as text: the folder may be a stranger's. Raises
     `UserError` where the file is missing or broken.
     """
-    path = run / ".hydra/config.yaml"
+    path = run / CONFIG
     cfg = OmegaConf.create(_literal(read_yaml(path, dict)))
     try:
         OmegaConf.resolve(cfg)
@@ -177,9 +426,8 @@ def read_config(run: Path) -> DictConfig:
 
 
 def read_overrides(run: Path) -> dict[str, str]:
-    """The overrides of a run by their keys, from `.hydra/overrides.yaml`. Raises `UserError`."""
-    path = run / ".hydra/overrides.yaml"
-    return by_key(fit(read_yaml(path, list), [str], path))
+    """The overrides of a run by their keys. Raises `UserError`."""
+    return by_key(read(run, OVERRIDES))
 
 
 def by_key(overrides: Iterable[str]) -> dict[str, str]:

@@ -330,8 +330,7 @@ def check_progress(cfg: dict[str, Any], folder: Path) -> None:
     if (newest := checkpoint.newest(folder)) is None:
         return
     state, done = checkpoint.read(newest)[:2]
-    runs.read_rounds(folder, done)
-    runs.read_before(folder)
+    runs.read_history(folder, done)
     frame = model.skeleton(cfg["model"], cfg["peft"])
     expected = {n: p for n, p in frame.named_parameters() if p.requires_grad}
     for adapter in adapters(state).values():

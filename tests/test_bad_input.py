@@ -32,7 +32,7 @@ import model
 from methods import aggregate
 from methods.base import Contribution
 from node import permit
-from server import checkpoint, journal, rounds, runs
+from server import checkpoint, journal, rounds
 from settings import preflight, schema
 from settings.compose import compose, record, resolve, resumed
 from utils import PROJECT, Refusal, UserError, write_json
@@ -169,7 +169,8 @@ def both(*steps: Made) -> Made:
 
 # --- the table --------------------------------------------------------------------------------
 
-ENTRY = dict.fromkeys(runs.NUMBERS, 1) | {
+COUNTS = ("bytes_down", "bytes_up", "peak_memory_client", "peak_memory_server")
+ENTRY = dict.fromkeys(("round", "train_loss", "sampled", *COUNTS), 1) | {
     "failures": [],
     "clients": [{"partition": 0, "num-examples": 8, "train_loss": 1}],
 }
@@ -853,7 +854,7 @@ RUNS = [
     ("half a history", halve("history.json"), "history.json does not fit the run"),
     (
         "a shorter history",
-        put("history.json", '{"rounds": [{"round": 1}]}'),
+        put("history.json", json.dumps({"rounds": [ENTRY]})),
         "history.json does not fit the run: 2 rounds are done, and it tells of 1",
     ),
     (
@@ -866,17 +867,17 @@ RUNS = [
     (
         "rounds that tell nothing",
         put("history.json", '{"rounds": [{"round": 1}, {"round": 2}]}'),
-        "its entry of round 1 lacks a train_loss",
+        "rounds[0].train_loss: Field required",
     ),
     (
         "a word for a loss",
         put("history.json", json.dumps(TOLD).replace("2.5", '"low"')),
-        "its entry of round 2 lacks a train_loss",
+        "rounds[1].train_loss: Input should be a valid number",
     ),
     (
         "a loss that is no number",
         put("history.json", json.dumps(TOLD).replace("2.5", "NaN")),
-        "its entry of round 2 lacks a train_loss",
+        "rounds[1].train_loss: Input should be a finite number",
     ),
     *(
         (
@@ -897,7 +898,7 @@ RUNS = [
             "history.json",
             json.dumps({"rounds": [ENTRY | {"clients": 3}, ENTRY | {"round": 2}]}),
         ),
-        "round 1.clients is no list",
+        "rounds[0].clients: Input should be a valid list",
     ),
     (
         "a client without a loss",
@@ -905,12 +906,12 @@ RUNS = [
             "history.json",
             json.dumps({"rounds": [ENTRY | {"clients": [{}]}, ENTRY | {"round": 2}]}),
         ),
-        "round 1.clients[0] has no partition",
+        "rounds[0].clients[0].num-examples: Field required",
     ),
     (
         "a base without a round",
         put("history.json", json.dumps({"before": {"test_loss": 1.0}} | TOLD)),
-        "its entry `before` is not what the base scored",
+        "before.round: Field required",
     ),
     (
         "a word for what the base scores",
@@ -918,12 +919,12 @@ RUNS = [
             "history.json",
             json.dumps({"before": {"round": 0, "test_loss": "low"}} | TOLD),
         ),
-        "its entry `before` is not what the base scored",
+        "before.test_loss: Input should be a valid number",
     ),
     (
         "a base of no round",
         put("history.json", json.dumps({"before": {"round": 2}} | TOLD)),
-        "its entry `before` is not what the base scored",
+        "before.round: Input should be 0",
     ),
     (
         "two halves of a checkpoint",

@@ -29,6 +29,7 @@ import model
 import utils
 from records import templates
 from reporting import export
+from reporting.card import INPUT, QUESTION, Card
 from server import runs
 from settings.compose import compose, record
 from utils import PROJECT, UserError
@@ -246,8 +247,10 @@ def leave(folder: Path, rounds: int = 9) -> None:
     """What a run leaves beside its adapters."""
     cfg = "experiment=quickstart num_clients=4 strategy=fedadam partitioner=dirichlet"
     record(compose(cfg), [], folder)
-    clients = [{"partition": i, "num-examples": 160, "records": 90} for i in (0, 1)]
-    held = [{"partition": i, "num-examples": 10 + i} for i in (0, 1)]
+    client = {"num-examples": 160, "records": 90, "train_loss": 1.0}
+    clients = [{"partition": i, **client} for i in (0, 1)]
+    held = [{"partition": i, "num-examples": 10 + i, "eval_loss": 1.0} for i in (0, 1)]
+    counts = ("bytes_down", "bytes_up", "peak_memory_client", "peak_memory_server")
     entries = [
         {
             "round": n,
@@ -256,13 +259,17 @@ def leave(folder: Path, rounds: int = 9) -> None:
             "eval_loss": n / 4,
             "clients": clients,
             "eval_clients": held,
+            "failures": [],
+            **dict.fromkeys(counts, 1),
         }
         for n in range(1, rounds + 1)
     ]
     utils.write_json(folder / "history.json", {"rounds": entries})
+    whole = ("train_loss_first", "train_loss_last", "failures", "seconds", *counts)
     summary = {"rounds": rounds, "exact_match_before": 0.0, "exact_match_after": 0.9791}
-    utils.write_json(folder / "summary.json", summary)
-    utils.write_json(folder / "answers.json", [{}] * 335)
+    utils.write_json(folder / "summary.json", dict.fromkeys(whole, 1) | summary)
+    answer = dict.fromkeys(("instruction", "input", "output", "base", "tuned"), "")
+    utils.write_json(folder / "answers.json", [answer] * 335)
 
 
 def table_rows(text: str) -> dict[str, str]:
@@ -318,7 +325,7 @@ def test_a_card_tells_what_the_run_tells(save):
     assert "cut at 12 tokens" in shown
     # The prompt of a record with an input is training's too.
     tokenizer = AutoTokenizer.from_pretrained(source)
-    asked = {"instruction": export.QUESTION, "input": export.INPUT}
+    asked = {"instruction": QUESTION, "input": INPUT}
     prompt = templates.text("alpaca", [asked], tokenizer)
     assert f"```text\n{prompt}\n```" in card.text
 
@@ -363,7 +370,7 @@ def test_the_code_of_a_card_asks_our_model_our_question(
     told: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, told)
-    question = {"instruction": export.QUESTION, "input": ""}
+    question = {"instruction": QUESTION, "input": ""}
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert told["ids"][0].tolist() == templates.prompt(template, [question], tokenizer)
     # An adapter's code computes in bfloat16.
@@ -377,7 +384,7 @@ def test_the_code_of_a_card_asks_our_model_our_question(
     [request] = re.findall("^curl .*$", text, re.M)
     body = json.loads(shlex.split(request)[-1])
     if template == "chat":
-        assert body["messages"] == [{"role": "user", "content": export.QUESTION}]
+        assert body["messages"] == [{"role": "user", "content": QUESTION}]
     else:
         assert body["prompt"] == told["prompt"]
 
@@ -439,8 +446,7 @@ def test_what_fails_half_way_leaves_nothing(save, monkeypatch):
     assert [path.name for path in source.parent.iterdir()] == ["peft_7"]
 
 
-# Nothing was asked; the figures are of another round.
-WHOLE = [("answers.json", "[]"), ("summary.json", '{"rounds": 1}')]
+WHOLE = [("answers.json", "[]")]  # nothing was asked
 BROKEN = ["{", "[]", "[" * 5_000, "null", '{"rounds": 1}', "\x00", "a: b: c"]
 
 
@@ -456,7 +462,7 @@ def card(tmp_path_factory):
     def make(base: str = "a/b", text: str = "plain", name="adapter_7", merged=False):
         model = {"name": base, "quantization": 4}
         settings = {"peft_type": "LORA", "r": 8, "target_modules": [text]}
-        made = export.Card(
+        made = Card(
             name=name,
             merged=merged,
             license=None,

@@ -5,11 +5,14 @@ import json
 import shlex
 import shutil
 import sys
+import typing
+from typing import NotRequired
 
 import pandas
 import pytest
 import torch
 from peft import PeftModel
+from typing_extensions import is_typeddict
 
 import client
 import dataset
@@ -184,7 +187,7 @@ def test_a_run_that_goes_on_keeps_what_was_before(finished, loopback_once, tmp_p
 def test_a_history_from_before_that_was_written_down_is_taken(finished, tmp_path):
     history = read(finished[1], "history")
     utils.write_json(tmp_path / "history.json", {"rounds": history["rounds"]})
-    assert runs.read_before(tmp_path) == {}
+    assert "before" not in runs.read_history(tmp_path, 2)
     for broken in (
         [1],
         {"round": 3},
@@ -193,8 +196,26 @@ def test_a_history_from_before_that_was_written_down_is_taken(finished, tmp_path
         "none",
     ):
         utils.write_json(tmp_path / "history.json", history | {"before": broken})
-        with pytest.raises(UserError, match="its entry `before` is not"):
-            runs.read_before(tmp_path)
+        with pytest.raises(UserError, match=r"does not fit the run: .*: before"):
+            runs.read_history(tmp_path, 2)
+
+
+def test_all_that_a_run_writes_stands_in_its_types(finished):
+    def unknown(value, kind) -> list[str]:
+        if typing.get_origin(kind) is NotRequired:
+            return unknown(value, *typing.get_args(kind))
+        if typing.get_origin(kind) is list:
+            return [k for each in value for k in unknown(each, *typing.get_args(kind))]
+        if not is_typeddict(kind):
+            return []
+        known = kind.__annotations__
+        inner = [k for k in known if k in value for k in unknown(value[k], known[k])]
+        return [*(value.keys() - known.keys()), *inner]
+
+    for name in ("history.json", "summary.json", "answers.json", "test_scores.json"):
+        assert unknown(runs.read(finished[1], name), runs.FILES[name]) == []
+    broken = {"rounds": [{"colour": 1, "clients": [{"size": 2}]}]}
+    assert unknown(broken, runs.History) == ["colour", "size"]
 
 
 # --- the last word ----------------------------------------------------------------------------

@@ -31,7 +31,8 @@ from omegaconf import OmegaConf
 from scipy.stats import binomtest, bootstrap
 
 import utils
-from reporting import figures, report
+from reporting import comparison, figures, report, scores, tables, words
+from reporting.runs import Run, Section, read, sections
 from reporting.sweep import summarise_sweep
 from settings.compose import compose, record
 from utils import public
@@ -53,6 +54,9 @@ EXACT = {
 # of its own.
 OWN = {"federated": [0.2, 0.3], "centralized": [0.2, 0.2], "local": [0.4, 0.1]}
 HELD = [12, 20]  # how many records that is
+# What every round tells.
+COUNTS = ("bytes_down", "bytes_up", "peak_memory_client", "peak_memory_server")
+ENTRY = dict.fromkeys(COUNTS, 1) | {"sampled": 2, "failures": [], "clients": []}
 QUESTIONS = 200  # of which `write_run` has each adapter answer its share
 NASTY = [
     "<script>document.body.innerHTML = 'taken over'</script>",
@@ -81,14 +85,17 @@ def write_run(job: Path, overrides: list[str], score, seed: int, cfg) -> None:
         {"partition": i, "num-examples": HELD[i], "eval_loss": loss}
         for i, loss in enumerate(OWN[mode])
     ]
-    clients = [{"partition": i, "num-examples": 160, "records": 90} for i in (0, 1)]
-    entry = {"sampled": 2, "clients": clients, "eval_clients": own}
+    client = {"num-examples": 160, "records": 90, "train_loss": 2.0}
+    clients = [{"partition": i, **client} for i in (0, 1)]
+    entry = ENTRY | {"clients": clients, "eval_clients": own}
     rounds = [
         {**entry, "round": r, "train_loss": 2.0 - r / 10 + seed / 10, "test_loss": 1.0}
         for r in (1, 2, 3)
     ]
     utils.write_json(job / "history.json", {"rounds": rounds})
     summary = {
+        **dict.fromkeys((*COUNTS, "train_loss_first", "train_loss_last"), 1),
+        "rounds": 3,
         "seconds": 40.0,
         "bytes_up": 3_000_000,
         "bytes_down": 3_000_000,
@@ -132,8 +139,8 @@ def sweep(tmp_path_factory) -> Path:
     cfg = compose("experiment=quickstart num_clients=2 num_rounds=3")
     number = 0
     for partitioner, modes in EXACT.items():
-        for mode, scores in modes.items():
-            for seed, score in enumerate(scores):
+        for mode, each in modes.items():
+            for seed, score in enumerate(each):
                 overrides = [
                     f"partitioner={partitioner}",
                     f"mode={mode}",
@@ -158,8 +165,8 @@ def mine(sweep, tmp_path) -> Path:
     return shutil.copytree(sweep, tmp_path / "sweep")
 
 
-def of(folder: Path) -> dict[str, report.Section]:
-    return {part.title: part for part in report.sections(report.read(folder)[0])}
+def of(folder: Path) -> dict[str, Section]:
+    return {part.title: part for part in sections(read(folder)[0])}
 
 
 class Page(HTMLParser):
@@ -190,14 +197,14 @@ class Page(HTMLParser):
 
 
 def test_interval_is_students():
-    mean, half = report.interval([1.0, 2.0, 3.0])
+    mean, half = scores.interval([1.0, 2.0, 3.0])
     assert mean == 2
     assert half == pytest.approx(4.302653 / 3**0.5)  # t(0.975, 2) from a printed table
-    assert report.interval([5.0, 7.0]) == (6, pytest.approx(12.7062 * 2**0.5 / 2**0.5))
+    assert scores.interval([5.0, 7.0]) == (6, pytest.approx(12.7062 * 2**0.5 / 2**0.5))
     # One value, or values that are all alike, tell nothing of how sure they are.
-    assert report.interval([0.4]) == (0.4, None)
-    assert report.interval([0.1 + 0.2, 0.3, 0.3]) == (pytest.approx(0.3), None)
-    assert report.interval([1.0, math.inf]) == (math.inf, None)
+    assert scores.interval([0.4]) == (0.4, None)
+    assert scores.interval([0.1 + 0.2, 0.3, 0.3]) == (pytest.approx(0.3), None)
+    assert scores.interval([1.0, math.inf]) == (math.inf, None)
 
 
 def made(*scores: dict[str, list[float]], name="exact_match", tokens=None):
@@ -218,8 +225,8 @@ def made(*scores: dict[str, list[float]], name="exact_match", tokens=None):
             questions = {"base": {}, "tuned": told}
             history = {"rounds": [{}]}
             summary = {f"{name}_after": total}
-            runs.append(report.Run(Path(), {}, cfg, summary, history, [], questions))
-    return report.Section("", runs)
+            runs.append(Run(Path(), {}, cfg, summary, history, [], questions))
+    return Section("", runs)
 
 
 def test_one_seeds_difference_is_as_sure_as_a_bootstrap_over_questions_says():
@@ -320,14 +327,14 @@ def test_an_interval_of_shares_ends_at_all_of_them():
         *({"federated": [float(i < n) for i in range(100)]} for n in (96, 88, 81))
     )
     estimate = found.score("exact_match", "federated")
-    assert report.show("exact_match", estimate) == "88.3 [69.7, 100.0]"
+    assert scores.show("exact_match", estimate) == "88.3 [69.7, 100.0]"
 
 
 def test_scores_are_means_over_seeds(sweep):
     section = of(sweep)["natural partitions"]
     shown = {
-        row: report.show("exact_match", section.score("exact_match", row))
-        for row in report.ROWS
+        row: scores.show("exact_match", section.score("exact_match", row))
+        for row in scores.ROWS
     }
     # A standard deviation of 10 points over three seeds is an interval of 24.8 to each side.
     assert shown == {
@@ -338,7 +345,7 @@ def test_scores_are_means_over_seeds(sweep):
         "federated": "80.0 [67.6, 92.4]",
         "centralized": "90.0 [80.1, 99.9]",
     }
-    lines = report.score_table(section).replace("\u00a0", " ").splitlines()
+    lines = tables.score_table(section).replace("\u00a0", " ").splitlines()
     exact = next(line for line in lines if line.startswith("| exact match"))
     assert exact.startswith("| exact match, % (200 test questions) |")
     assert exact.endswith(r"| +50.0 \[+17.1, +82.9\] | -10.0 \[-12.5, -7.5\] |")
@@ -347,7 +354,7 @@ def test_scores_are_means_over_seeds(sweep):
 
 
 def test_answer_says_better_worse_and_how_much_of_the_gap(sweep):
-    text = report.answer(of(sweep)["natural partitions"])
+    text = words.answer(of(sweep)["natural partitions"])
     assert (
         "scores 80.0 [67.6, 92.4] % (exact match; 200 test questions, 3 seeds)" in text
     )
@@ -361,7 +368,7 @@ def test_answer_says_better_worse_and_how_much_of_the_gap(sweep):
 
 
 def test_answer_is_careful_within_the_interval(sweep):
-    text = report.answer(of(sweep)["dirichlet partitions"])
+    text = words.answer(of(sweep)["dirichlet partitions"])
     assert "not told apart from a client alone (+6.7" in text
     assert (
         "not told apart from pooled data (+0.0 [-24.8, +24.8] points, over 3 seeds)"
@@ -381,7 +388,7 @@ def only_seed_0(folder: Path) -> None:
 
 def test_one_seed_is_judged_by_its_questions(mine):
     only_seed_0(mine)
-    text = report.answer(of(mine)["natural partitions"])
+    text = words.answer(of(mine)["natural partitions"])
     assert "+60.0 [" in text
     assert "better than a client alone" in text
     assert "closes 86% [" in text  # (80 - 20) / (90 - 20)
@@ -394,7 +401,7 @@ def test_one_seed_without_scores_of_questions_is_not_judged(mine):
     only_seed_0(mine)
     for file in mine.glob("*/test_scores.json"):
         file.unlink()
-    text = report.answer(of(mine)["natural partitions"])
+    text = words.answer(of(mine)["natural partitions"])
     assert text.count("One run of each, without scores of single questions") == 2
     assert "cannot be told (+60.0 points)" in text
     assert not re.search(r"It is|closes|\[", text)
@@ -404,7 +411,7 @@ def test_other_questions_are_not_compared():
     tokens = [3.0, 5.0, 8.0, 2.0]
     one = made({"federated": [9.0, 4, 8, 1]}, name="test_loss", tokens=tokens)
     other = made({"local": [2.0, 1, 3, 0]}, name="test_loss", tokens=tokens[::-1])
-    section = report.Section("", [*one.runs, *other.runs])
+    section = Section("", [*one.runs, *other.runs])
     assert not section.less("test_loss", "federated", "local").known
 
 
@@ -416,12 +423,12 @@ def test_a_client_with_few_records_is_not_the_worst(mine):
     section = of(mine)["natural partitions"]
     assert section.scores["eval_loss"]["worst"] == dict.fromkeys(range(3), 0.1)
     assert section.scores["eval_loss"]["worst"].keys() == {0, 1, 2}
-    text = report.answer(section)
+    text = words.answer(section)
     assert "lower loss in 0 of 3 cases" in text
     assert "3 of 6 are left out of this and of the worst client" in text
     # They stand in the table, with what they rest on.
     rows = [
-        line for line in report.client_table(section).splitlines() if "client 0" in line
+        line for line in tables.client_table(section).splitlines() if "client 0" in line
     ]
     assert [row.split(" | ")[1] for row in rows] == ["1", "1", "1"]
 
@@ -432,11 +439,11 @@ def test_loss_is_better_when_it_is_lower():
     losses = {"local": 2.0, "federated": 1.25, "centralized": 1.0}
     values = {m: list(loss + noise * i) for i, (m, loss) in enumerate(losses.items())}
     section = made(values, name="test_loss", tokens=tokens)
-    assert "closes 7" in report.closed(section)
-    assert "It is better than a client alone" in report.answer(section)
+    assert "closes 7" in words.closed(section)
+    assert "It is better than a client alone" in words.answer(section)
     values["centralized"] = list(2.5 + noise)
     section = made(values, name="test_loss", tokens=tokens)
-    assert "no gap to close" in report.closed(section)
+    assert "no gap to close" in words.closed(section)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
@@ -445,26 +452,26 @@ def test_where_all_score_the_same_there_is_no_gap_to_close(value, seeds):
     modes = {mode: [value] * 9 for mode in ("federated", "local", "centralized")}
     section = made(*[modes] * seeds)
     assert section.closed("exact_match") is None
-    assert "It is not told apart from pooled data" in report.answer(section)
-    assert "Federation closes" not in report.answer(section)
+    assert "It is not told apart from pooled data" in words.answer(section)
+    assert "Federation closes" not in words.answer(section)
 
 
 def test_clients_are_ranked_within_their_seed(sweep):
     section = of(sweep)["natural partitions"]
     alone = section.clients("exact_match", "local")
-    ranks = report.by_rank("exact_match", alone, alone)
+    ranks = comparison.by_rank("exact_match", alone, alone)
     assert ranks == [
         [(0, 0, 10), (1, 1, 20), (2, 0, 30)],
         [(0, 1, 30), (1, 0, 40), (2, 1, 50)],
     ]
     # The weakest by loss has the highest; the other's is that of the same client.
     losses, others = {0: {0: 0.1, 1: 0.9}}, {0: {0: 5.0, 1: 6.0}}
-    ranks = report.by_rank("eval_loss", losses, others)
+    ranks = comparison.by_rank("eval_loss", losses, others)
     assert ranks == [[(0, 1, 6.0)], [(0, 0, 5.0)]]
 
 
 def test_budget_is_the_configurations(sweep):
-    text = report.budget(of(sweep)["natural partitions"])
+    text = words.budget(of(sweep)["natural partitions"])
     assert "3 rounds of 10 steps with 16 examples" in text
     assert "2 of 2 clients a round, so 60 steps in all" in text
     assert "30 in all, as deep as" in text
@@ -598,7 +605,7 @@ def test_settings_of_strangers_are_shown_as_text(mine):
     assert {of.get("src", "data:")[:5] for _, of in page.tags} == {"data:"}
     assert not any(name.startswith("on") for _, of in page.tags for name in of)
     # The commands give each setting to Hydra as one word.
-    words = shlex.split(report.commands(report.read(mine)[0]).partition("bash\n")[2])
+    words = shlex.split(tables.commands(read(mine)[0]).partition("bash\n")[2])
     assert words.count(public(f"dataset.name={text}")) == 3
 
 
@@ -697,7 +704,7 @@ def test_a_sweeps_picture_names_what_differs_and_fits(tmp_path, monkeypatch):
         job = tmp_path / str(number)
         mine = [*same, f"seed={seed}", f"dataset.path={path}"]
         record(OmegaConf.create({}), mine, job)
-        rounds = [{"round": r, "train_loss": 3.0 - r / 10} for r in range(1, 4)]
+        rounds = [ENTRY | {"round": r, "train_loss": 3.0 - r / 10} for r in range(1, 4)]
         utils.write_json(job / "history.json", {"rounds": rounds[: number + 1]})
     (tmp_path / "3/history.json").unlink()  # it failed at once
     summarise_sweep(tmp_path)
@@ -894,9 +901,9 @@ def test_compare_runs_and_reports(tmp_path):
     assert f"Report: {tmp_path}/report/report.html" in done.stdout
     ((title, section),) = of(tmp_path).items()
     assert title == ""
-    for row in report.ROWS:
+    for row in scores.ROWS:
         assert section.scores["test_loss"][row].keys() == {0}
-    for mode in report.MODES:
+    for mode in scores.MODES:
         assert section.clients("eval_loss", mode)[0].keys() == {0, 1}
     assert section.clients("exact_match", "local")[0].keys() == {0, 1}
     text = (tmp_path / "report/report.md").read_text()

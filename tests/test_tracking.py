@@ -107,7 +107,7 @@ def test_each_choice_is_a_tracker(name):
         pytest.importorskip("wandb")
     settings = compose(f"tracking={name}").tracking
     made = tracking.make(settings)
-    assert settings["_target_"] == f"tracking.{type(made).__name__}"
+    assert settings["_target_"] == f"server.tracking.{type(made).__name__}"
     assert type(made).__name__.lower() == name.replace("none", "tracker")
 
 
@@ -280,8 +280,8 @@ def test_a_missing_library_is_named_beforehand(name, package, configure, monkeyp
         ("tracking=wandb tracking.mode=sideways", "take online or offline"),
         ("tracking=mlflow tracking.experiment=7", "text is needed"),
         ("tracking=mlflow +tracking.colour=red", "colour"),
-        ("tracking._target_=tracking.Path", "is no tracker"),
-        ("tracking._target_=os.system", "is not a class of tracking"),
+        ("tracking._target_=server.tracking.Path", "is no tracker"),
+        ("tracking._target_=os.system", "is not a class of server.tracking"),
     ],
 )
 def test_settings_that_it_does_not_take_are_named(overrides, message, configure):

@@ -1,0 +1,99 @@
+"""What a score is called, how sure the mean of several is, and how it is shown."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from reporting.figures import LOSS
+
+# The answer is about the first that was measured.
+SCORES = {
+    "exact_match": "exact match, %",
+    "choice_accuracy": "choice accuracy, %",
+    "f1": "F1, %",
+    "rouge_l": "ROUGE-L, %",
+    "test_accuracy": "token accuracy, %",
+    "test_loss": LOSS,
+    "test_perplexity": "perplexity",
+    "eval_accuracy": "token accuracy on own records, %",
+    "eval_loss": f"{LOSS}, on own records",
+}
+
+MODES = {"local": "local", "federated": "federated", "centralized": "centralised"}
+
+ROWS = {"base": "base", "local": "local", "worst": "local, worst client", **MODES}
+
+
+@dataclass
+class Estimate:
+    """A figure and its 95 % confidence interval; without, its uncertainty is not known."""
+
+    value: float
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""  # what the interval is over
+
+    @property
+    def known(self) -> bool:
+        return bool(self.unit)
+
+    def apart(self) -> bool:
+        """Whether the interval leaves out zero. What has none is not told apart."""
+        return self.low > 0 or self.high < 0
+
+
+def interval(values: Iterable[float]) -> tuple[float, float | None]:
+    """The mean, and half the width of its 95 % confidence interval: t s / sqrt(n).
+
+    t is the 0.975 quantile of Student's distribution (Student 1908) with n - 1 degrees of
+    freedom, s the standard deviation of the sample. Of one value, or values that are all the
+    same, the uncertainty is not known: None.
+    """
+    from scipy.stats import t
+
+    values = list(values)
+    finite = all(map(math.isfinite, values))
+    spread = stdev(values) if finite and len(values) > 1 else 0.0
+    if not finite or spread <= 1e-12 * max(map(abs, values)):
+        return fmean(values), None
+    quantile = float(t.ppf(0.975, len(values) - 1))
+    return fmean(values), quantile * spread / math.sqrt(len(values))
+
+
+def linear(above: Iterable[float], below: Iterable[float]) -> list[float]:
+    """Values whose mean is sum(above) / sum(below), and whose spread is that ratio's.
+
+    To the first order: the ratio, and what is above it in each pair (Cochran 1977, 6.3).
+    """
+    above, below = list(above), list(below)
+    total = sum(below)
+    if not total:
+        return []
+    ratio, size = sum(above) / total, total / len(below)
+    return [ratio + (a - ratio * b) / size for a, b in zip(above, below, strict=True)]
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def lower_is_better(name: str) -> bool:
+    return name.endswith(("loss", "perplexity"))
+
+
+def scale(name: str) -> int:
+    return 100 if SCORES[name].endswith("%") else 1
+
+
+def show(name: str, found: Estimate | None, sign: str = "") -> str:
+    """Figure and interval as `97.9 [96.7, 99.1]`: shares in percent, as `SCORES` says."""
+    if found is None:
+        return "-"
+    value, low, high = (x * scale(name) for x in (found.value, found.low, found.high))
+    size = abs(value)
+    form = (
+        ".2e" if size >= 1e5 else ".1f" if size >= 100 or scale(name) == 100 else ".3f"
+    )
+    text = f"{value:{sign}{form}}"
+    return f"{text} [{low:{sign}{form}}, {high:{sign}{form}}]" if found.known else text
