@@ -20,7 +20,7 @@ import client
 from methods import aggregate, sharing
 from server import journal, rounds
 from settings import preflight, schema
-from settings.compose import compose
+from settings.compose import compose, record, resumed
 from utils import PROJECT, UserError, construct
 
 CONF = PROJECT / "conf"
@@ -224,6 +224,23 @@ def test_every_setting_of_conf_is_in_the_schema_and_is_settings():
     assert json.loads(json.dumps(cfg)) == {**cfg} == plain("experiment=quickstart")
     with pytest.raises(AttributeError):
         _ = cfg.train.seq_lenght
+
+
+def test_a_run_of_an_older_version_goes_on_or_is_told_why(tmp_path):
+    """Before `mode` was a group, and modules had a folder."""
+    words = ["experiment=quickstart", "partitioner=clusters", "mode=local"]
+    record(before := compose(" ".join(words)), words, tmp_path)
+    OmegaConf.set_struct(before, False)
+    for key in ("baseline", "optimized_metric"):
+        del before[key]
+    before.partitioner._target_ = "clusters.ClusterPartitioner"
+    before.tracking._target_ = "tracking.Tracker"
+    record(before, words, tmp_path)
+    config, _ = resumed(str(tmp_path), ["num_rounds=30"])
+    assert config.baseline.clients == "all"
+    record(before, [*words, "train.old_setting=5"], tmp_path)
+    with pytest.raises(UserError, match="begun with other settings than conf/ has now"):
+        resumed(str(tmp_path), [])
 
 
 def test_a_check_changes_nothing():
