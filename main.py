@@ -85,10 +85,10 @@ def simulate(cfg: dict[str, Any], folder: Path) -> None:
     from flwr.simulation import run_simulation
 
     from app import make_client_app, make_server_app
-    from server.rounds import STOP
 
     with start_ray(cfg), watched(folder):
-        utils.on_interrupt(STOP.set)  # Ray has just put a handler of its own there
+        # Ray has just put a handler of its own there.
+        utils.on_interrupt(utils.STOP.set)
         try:
             run_simulation(
                 server_app=make_server_app(cfg, folder),
@@ -130,8 +130,6 @@ def watched(folder: Path) -> Iterator[None]:
     """
     import ray
 
-    from server.rounds import STOP
-
     parts = ("gcs_server", "raylet")
     ours = [child for child in psutil.Process().children() if child.name() in parts]
     over = threading.Event()
@@ -141,7 +139,7 @@ def watched(folder: Path) -> Iterator[None]:
             dead, _ = psutil.wait_procs(ours, timeout=0)
             # Not where it was shut down, nor where a scheduler's SIGTERM went to all of us:
             # the run is about to save its last adapter then.
-            if dead and ray.is_initialized() and not STOP.is_set():
+            if dead and ray.is_initialized() and not utils.STOP.is_set():
                 told = "Ray was killed, for want of memory perhaps."
                 utils.end_at_once(f"{told} {last_word(folder)}", code=1)
 

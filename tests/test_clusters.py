@@ -148,8 +148,14 @@ def test_a_name_tells_a_cluster_from_the_others():
     [
         ("partitioner.num_clusters=500", "cannot divide .* n_clusters=500"),
         ("partitioner.alpha=0", "refuses its settings: .*greater than zero"),
-        ("partitioner._target_=records.clusters.Dataset", "not a class of flwr_datasets"),
-        ("partitioner._target_=records.clusters.files.text", "not a class of flwr_datasets"),
+        (
+            "partitioner._target_=records.clusters.Dataset",
+            "not a class of flwr_datasets",
+        ),
+        (
+            "partitioner._target_=records.clusters.files.text",
+            "not a class of flwr_datasets",
+        ),
     ],
 )
 def test_what_cannot_be_is_answered(override, message, local):

@@ -92,9 +92,10 @@ def test_a_run_goes_on_in_a_folder_of_any_name(name, tmp_path):
 # --- whose a folder is ------------------------------------------------------------------------
 
 HOLD = """
-import sys, utils
+import sys
 from pathlib import Path
-lock = utils.own(Path(sys.argv[1]), without=())
+from server import runs
+lock = runs.own(Path(sys.argv[1]), without=())
 print("mine", flush=True)
 sys.stdin.read()
 """
