@@ -110,10 +110,10 @@ def simulate(cfg: Settings, folder: Path, overrides: list[str]) -> None:
     from flwr.simulation import run_simulation
 
     from app import make_client_app, make_server_app
-    from server.rounds import STOP, Stopped
 
     with start_ray(cfg), watched(folder):
-        utils.on_interrupt(STOP.set)  # Ray has just put a handler of its own there
+        # Ray has just put a handler of its own there.
+        utils.on_interrupt(utils.STOP.set)
         try:
             run_simulation(
                 server_app=make_server_app(cfg, folder),
@@ -124,7 +124,7 @@ def simulate(cfg: Settings, folder: Path, overrides: list[str]) -> None:
                     "client_resources": {**cfg["client_resources"], "max_restarts": -1}
                 },
             )
-        except Stopped as error:
+        except utils.Stopped as error:
             with suppress(OSError):  # it may have stopped because nobody listens
                 print(error, file=sys.stderr)
             raise SystemExit(utils.INTERRUPTED) from error
@@ -159,8 +159,6 @@ def watched(folder: Path) -> Iterator[None]:
     """
     import ray
 
-    from server.rounds import STOP
-
     parts = ("gcs_server", "raylet")
     ours = [child for child in psutil.Process().children() if child.name() in parts]
     over = threading.Event()
@@ -170,7 +168,7 @@ def watched(folder: Path) -> Iterator[None]:
             dead, _ = psutil.wait_procs(ours, timeout=0)
             # Not where it was shut down, nor where a scheduler's SIGTERM went to all of us:
             # the run is about to save its last adapter then.
-            if dead and ray.is_initialized() and not STOP.is_set():
+            if dead and ray.is_initialized() and not utils.STOP.is_set():
                 told = "Ray was killed, for want of memory perhaps."
                 utils.end_at_once(f"{told} {last_word(folder)}", code=1)
 

@@ -95,8 +95,8 @@ def test_a_run_goes_on_in_a_folder_of_any_name(name, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from server.runs import own
-lock = own(Path(sys.argv[1]), without=())
+from server import runs
+lock = runs.own(Path(sys.argv[1]), without=())
 print("mine", flush=True)
 sys.stdin.read()
 """
