@@ -192,7 +192,7 @@ def _partitioner(cfg: dict[str, Any]) -> "Partitioner":
 def _partitioner_once(key: str) -> "Partitioner":
     dataset, settings, seed = json.loads(key)
     # This one of ours, or any of Flower's; no other class may be built here.
-    ours = settings["_target_"] == "clusters.ClusterPartitioner"
+    ours = settings["_target_"] == "records.clusters.ClusterPartitioner"
     partitioner = construct(
         settings, "records.clusters" if ours else "flwr_datasets.partitioner"
     )

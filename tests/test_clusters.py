@@ -88,7 +88,7 @@ def test_partitions_are_disjoint_complete_and_decided_by_the_seed():
 ELSEWHERE = """
 import json, sys
 from datasets import load_from_disk
-from clusters import ClusterPartitioner
+from records.clusters import ClusterPartitioner
 
 said = []
 for folder in sys.argv[2:]:
@@ -148,8 +148,8 @@ def test_a_name_tells_a_cluster_from_the_others():
     [
         ("partitioner.num_clusters=500", "cannot divide .* n_clusters=500"),
         ("partitioner.alpha=0", "refuses its settings: .*greater than zero"),
-        ("partitioner._target_=clusters.Dataset", "not a class of flwr_datasets"),
-        ("partitioner._target_=clusters.files.text", "not a class of flwr_datasets"),
+        ("partitioner._target_=records.clusters.Dataset", "not a class of flwr_datasets"),
+        ("partitioner._target_=records.clusters.files.text", "not a class of flwr_datasets"),
     ],
 )
 def test_what_cannot_be_is_answered(override, message, local):

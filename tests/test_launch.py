@@ -27,7 +27,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 import utils
 utils.quiet()
-import client, launch, model
+import client, model
+from node import processes
 
 def train(cfg, state, partition, server_round, *rest):
     if server_round == 15:
@@ -46,7 +47,7 @@ def train(cfg, state, partition, server_round, *rest):
 
 model.compute_dtype = lambda device: torch.float32
 trained, client.train = client.train, train
-launch.serve(*map(int, sys.argv[1:]))
+processes.serve(*map(int, sys.argv[1:]))
 """
 PLAIN = (
     "model.quantization=null +train.training_arguments.optim=sgd "
