@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 import utils
 from settings import schema
 from settings.compose import decided, resolve
-from utils import HUB_NAME, PROJECT, Refusal, UserError, flat, mix_seed
+from utils import HUB_NAME, PROJECT, Refusal, Settings, UserError, flat, mix_seed
 
 # Every key that `--node-config` may hold, and its type.
 SETTINGS: dict[str, type] = {
@@ -320,13 +320,13 @@ def choose_data(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         }
         path = {"name": None, "path": own["data-path"]}
         mine = {**path, "test_path": None, "label": None}
-        return {**wanted, **mine, "columns": columns}
-    chosen = {**wanted, "test_path": None}
+        return wanted | mine | {"columns": Settings(columns)}
+    chosen = wanted | {"test_path": None}
     if wanted["path"]:
         bundled = in_bundle(str(wanted["path"]))
         if bundled is None:
             raise Refusal("dataset.path is not in the bundle")
-        return {**chosen, "path": str(bundled)}
+        return chosen | {"path": str(bundled)}
     if not HUB_NAME.fullmatch(str(wanted["name"])) or in_bundle(wanted["name"]):
         raise Refusal("dataset.name is no owner/name of the hub: paths are the node's")
     return chosen
@@ -362,7 +362,7 @@ def settle_resources(cfg: dict[str, Any], own: dict[str, Any], simulated: bool) 
         cpus = own.get("cpus", os.cpu_count() or 1)
         processes = cfg["launch"]["processes"] = own.get("processes", 1)
         gpus = processes if gpu else 0
-        cfg["client_resources"] = {"num_cpus": cpus, "num_gpus": gpus}
+        cfg["client_resources"] = Settings(num_cpus=cpus, num_gpus=gpus)
 
 
 def check_demands(cfg: dict[str, Any], own: dict[str, Any], rows: int = 0) -> None:

@@ -66,14 +66,11 @@ def _ask(cfg: dict[str, Any], name: str, *arguments: Any) -> Any:
     processes = cfg["launch"]["processes"]
     if processes == 1:
         return getattr(client, name)(cfg, *arguments)
-    resources = {**cfg["client_resources"]}
-    resources["num_cpus"] /= processes
+    resources = cfg["client_resources"]
+    resources = resources | {"num_cpus": resources["num_cpus"] / processes}
     shards = processes if cfg["launch"]["sharded"] else 1
-    cfg = {
-        **cfg,
-        "client_resources": resources,
-        "model": {**cfg["model"], "shards": shards},
-    }
+    base = cfg["model"] | {"shards": shards}
+    cfg = cfg | {"client_resources": resources, "model": base}
     team = _team(processes, max(1, int(resources["num_cpus"])))
     try:
         return team.ask(name, cfg, *arguments)

@@ -113,13 +113,12 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         raise UserError(f"{error.full_key}: {error.msg}") from None
 
 
-def decided(cfg: dict[str, Any]) -> Settings:
+def decided(cfg: Settings) -> Settings:
     """`cfg` with true or false in the place of `model.gradient_checkpointing=auto`."""
-    settings = cfg["model"]
-    if settings["gradient_checkpointing"] != "auto":
-        return Settings(cfg)
+    if cfg["model"]["gradient_checkpointing"] != "auto":
+        return cfg
     needed = {"gradient_checkpointing": needs_checkpointing(cfg)}
-    return Settings({**cfg, "model": Settings({**settings, **needed})})
+    return cfg | {"model": cfg["model"] | needed}
 
 
 def needs_checkpointing(cfg: dict[str, Any]) -> bool:
@@ -140,15 +139,15 @@ def needs_checkpointing(cfg: dict[str, Any]) -> bool:
     else:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         room = pages * cfg["client_resources"]["num_cpus"] / (os.cpu_count() or 1)
-    settings = {**cfg["model"], "gradient_checkpointing": False}
+    settings = cfg["model"] | {"gradient_checkpointing": False}
     if not share:
         settings["quantization"] = None  # a CPU computes on the unpacked base
     frame = model.skeleton(settings, cfg["peft"])
-    terms = estimate({**cfg, "model": settings}, frame)
+    terms = estimate(cfg | {"model": settings}, frame)
     if not isinstance(terms, str) and occupied(terms) <= 0.9 * room:
         return False
     try:
-        model.skeleton({**settings, "gradient_checkpointing": True}, cfg["peft"])
+        model.skeleton(settings | {"gradient_checkpointing": True}, cfg["peft"])
     except UserError:
         return False
     return True

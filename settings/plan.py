@@ -225,8 +225,8 @@ def _memory(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
 def _ram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     # A CPU computes on a 4-bit base unpacked once.
     bits = cfg["model"]["quantization"]
-    settings = {**cfg["model"], "quantization": None if bits == 4 else bits}
-    terms = estimate({**cfg, "model": settings}, frame)
+    settings = cfg["model"] | {"quantization": None if bits == 4 else bits}
+    terms = estimate(cfg | {"model": settings}, frame)
     cores, each = os.cpu_count() or 1, cfg["client_resources"]["num_cpus"]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     busy = min(max(1, int(cores / each)), _cohort(cfg, "fraction_fit"))

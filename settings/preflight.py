@@ -189,7 +189,7 @@ def check_strategy(cfg: dict[str, Any], deployed: bool = False) -> None:
         )
 
 
-def as_baseline(cfg: dict[str, Any]) -> Settings:
+def as_baseline(cfg: Settings) -> Settings:
     """What the settings come to in a mode to compare with, as `cfg.baseline` has it.
 
     The steps are those of mode=federated, differently spent.
@@ -198,18 +198,21 @@ def as_baseline(cfg: dict[str, Any]) -> Settings:
     from server.cohort import cohort_size
 
     if (told := cfg["baseline"]) is None:
-        return Settings(cfg)
+        return cfg
     clients, node, train = cfg["num_clients"], cfg["strategy"], cfg["train"]
     fraction = 1.0 if told["clients"] == "all" else 1 / clients
-    ours = {name: node[name] for name in aggregate.OURS}
-    strategy = Settings({**ours, **told["strategy"], "fraction_fit": fraction})
-    arguments = Settings(train["training_arguments"])
+    strategy = Settings({name: node[name] for name in aggregate.OURS})
+    strategy |= told["strategy"] | {"fraction_fit": fraction}
+    arguments = train["training_arguments"]
     if told["steps"] == "cohort":
         cohort = cohort_size(clients, node["fraction_fit"])
-        arguments["num_train_epochs"] *= cohort / clients
-        arguments["max_steps"] *= cohort if arguments["max_steps"] > 0 else 1
-    train = Settings({**train, "training_arguments": arguments})
-    return Settings({**cfg, "strategy": strategy, "train": train})
+        most = arguments["max_steps"]
+        arguments = arguments | {
+            "num_train_epochs": arguments["num_train_epochs"] * (cohort / clients),
+            "max_steps": most * cohort if most > 0 else most,
+        }
+    train = train | {"training_arguments": arguments}
+    return cfg | {"strategy": strategy, "train": train}
 
 
 @contextmanager

@@ -365,9 +365,9 @@ def check_training_arguments(cfg: dict[str, Any]) -> None:
     for name in client.REHEARSED:
         if given.get(name, defaults[name]) in (None, defaults[name]):
             continue
-        train = {**cfg["train"], "training_arguments": {**given, name: None}}
+        train = cfg["train"] | {"training_arguments": given | {name: None}}
         try:
-            useless = client.rehearse({**cfg, "train": train}).equal(moved)
+            useless = client.rehearse(cfg | {"train": train}).equal(moved)
         except (TypeError, ValueError):  # what cannot be left out has an effect
             continue
         if useless:
