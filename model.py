@@ -154,9 +154,8 @@ def load_tokenizer(name: str, use_fast: bool = True) -> PreTrainedTokenizerBase:
     )
     # Padding is masked by length, never by token id, so any token serves that the base has.
     rows = math.inf
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # no config.json; that is said elsewhere
+    # Where there is no config.json, that is said elsewhere.
+    with contextlib.suppress(OSError, ValueError):
         rows = _config({"name": name}).get_text_config().vocab_size
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         others = tokenizer.unk_token_id, tokenizer.eos_token_id, 0
@@ -307,9 +306,7 @@ def _frame(config: PreTrainedConfig, model_cfg: Any, peft_cfg: Any) -> PeftModel
     """`skeleton` of a configuration."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    with contextlib.suppress(
-        Exception
-    ):  # not what is wrong, which comes up again below
+    with contextlib.suppress(Exception):  # what is wrong comes up again below
         frame = _with_adapter(base, model_cfg, peft_cfg, seed=0, frame=True)
         trained = {n: p for n, p in frame.named_parameters() if p.requires_grad}
         blank = {n: torch.zeros(()).expand(p.shape) for n, p in trained.items()}
@@ -329,11 +326,8 @@ def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
     base is one NaN here that has the weight's shape and takes no room. Needs the base's
     `config.json` only. Raises `UserError` where PEFT makes no adapter on such a base.
     """
-    config = AutoConfig.from_pretrained(
-        _source(model_cfg["name"]), trust_remote_code=False
-    )
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        base = AutoModelForCausalLM.from_config(_config(model_cfg))
     _refill(base, lambda weight: torch.full((), math.nan).expand(weight.shape))
     return adapter_state(_with_adapter(base, model_cfg, peft_cfg, seed))
 
@@ -733,10 +727,8 @@ def _open(base: torch.nn.Module, settings: peft.PeftConfig, folder: str) -> Peft
     if fault := mismatch(state, opened):
         raise ValueError(fault)
     # And of what it renames on its way in, as a checkpoint of some architectures' own.
-    lost = [
-        k for k, t in opened.items() if not torch.equal(t.cpu(), state[k].to(t.dtype))
-    ]
-    if lost:
+    same = {k: torch.equal(t.cpu(), state[k].to(t.dtype)) for k, t in opened.items()}
+    if lost := [name for name in same if not same[name]]:
         raise ValueError(
             f"PEFT did not take over {len(lost)} tensors, {lost[0]} among them"
         )

@@ -133,7 +133,7 @@ class Adapter(HFLM):
     ) -> list[str]:
         answers = super().generate_until(requests, disable_tqdm=not sys.stderr.isatty())
         # The space before an answer (vicuna's, for one) is the template's.
-        space = templates.space(self.template, self.tokenizer)
+        space = templates.around(self.template, self.tokenizer)[0]
         # What ends an answer may be no special token, which lm-eval would have left out.
         _, end = templates.end(self.template, self.tokenizer)
         end = self.tokenizer.convert_ids_to_tokens(end)

@@ -119,7 +119,7 @@ def _spaced(
     `before`: the text of what is `asked`.
     """
     if template != "chat":
-        return space(template, tokenizer) + answer
+        return around(template, tokenizer)[0] + answer
     whole = text(template, [asked | {"output": answer}], tokenizer, asking=False)
     if answer not in whole[len(before) :]:  # some templates trim a message
         answer = answer.strip()
@@ -129,18 +129,13 @@ def _spaced(
 
 
 @lru_cache(maxsize=4)
-def _around(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the template writes between a prompt and its answer, and after the answer."""
+def around(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The space that the template puts before an answer, and the text that it puts after."""
     before = text(template, [question(PROBE)], tokenizer)
     whole = text(template, [PROBE], tokenizer, asking=False)
     head, _, after = whole.rpartition(PROBE["output"])
     own = head.removeprefix(before)
     return own if head.startswith(before) and not own.strip() else "", after
-
-
-def space(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The space that the template puts before an answer: one after `ASSISTANT:`, say."""
-    return _around(template, tokenizer)[0]
 
 
 @lru_cache(maxsize=4)
@@ -150,7 +145,7 @@ def end(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     The first added token (`</s>`, `<|im_end|>`, `<end_of_turn>`) that it writes after an
     answer, or else the tokenizer's end of sequence.
     """
-    after = _around(template, tokenizer)[1]
+    after = around(template, tokenizer)[1]
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     # Some tokenizers have tokens of line breaks among them.
     names = sorted(filter(str.strip, added), key=len, reverse=True)

@@ -256,7 +256,9 @@ def test_a_template_says_to_the_letter_what_it_said(template, earlier, last):
     assert templates.text(template, turns, tokenizer) == in_python(
         template, turns, "</s>"
     )
-    assert templates.space(template, tokenizer) == (" " if template == "vicuna" else "")
+    assert templates.around(template, tokenizer)[0] == (
+        " " if template == "vicuna" else ""
+    )
     assert templates.end(template, tokenizer) == ("", tokenizer.eos_token_id)
 
 
