@@ -54,6 +54,7 @@ class Card:
             self.method = "DoRA" if dora else "rsLoRA" if rslora else "LoRA"
         self.cfg = runs.read(self.run, runs.CONFIG, {})
         self.mode = self.cfg.get("mode", "federated") if self.cfg else None
+        self.summary = runs.read(self.run, "summary.json", {})
         self.rounds = runs.read(self.run, "history.json", {"rounds": []})["rounds"]
         self.entry = next(
             (e for e in self.rounds if e["round"] == self.about["round"]), {}
@@ -94,7 +95,7 @@ class Card:
             (name.replace("_", " "), *shown, runs.UNITS[name])
             for name, shown in figures.items()
         ]
-        summary = runs.read(self.run, "summary.json", {})
+        limit = self.cfg.get("evaluate", {}).get("max_new_tokens")
         evaluated = self.entry.get("eval_clients", [])
         return fill(
             "card.md.jinja",
@@ -107,12 +108,10 @@ class Card:
             scores=table(["", "base", "tuned", "unit"], rows, numbers=False),
             own=[name for name in runs.UNITS if name.startswith("eval_")],
             test_path=self.cfg.get("dataset", {}).get("test_path"),
-            questions=summary.get("test_questions")
+            questions=self.summary.get("test_questions")
             or len(runs.read(self.run, "answers.json", [])),
             held=[int(client["num-examples"]) for client in evaluated],
-            limit=self.cfg.get("evaluate", {}).get("max_new_tokens")
-            if "exact_match" in figures
-            else None,
+            limit=limit if "exact_match" in figures else None,
         )
 
     def front_matter(self) -> str:
@@ -193,10 +192,11 @@ class Card:
             for name in runs.UNITS
             if name in self.entry
         }
-        summary = runs.read(self.run, "summary.json", {})
-        if summary.get("rounds") == self.about["round"]:  # it tells of the last alone
+        if self.summary.get("rounds") == self.about["round"]:  # it tells of the last
             for name in runs.UNITS:
-                pair = [summary.get(f"{name}_{when}") for when in ("before", "after")]
+                pair = [
+                    self.summary.get(f"{name}_{when}") for when in ("before", "after")
+                ]
                 if None not in pair:
                     figures[name] = tuple(f"{value:.4g}" for value in pair)
         return figures

@@ -37,32 +37,21 @@ def draw_methods(parts: list[Section], name: str, path: Path) -> None:
             label = ROWS[method]
             for x, section in enumerate(parts):
                 if found := section.score(name, method):
-                    value, low, high = (
-                        scale(name) * y for y in (found.value, found.low, found.high)
-                    )
+                    value, low, high = found.times(scale(name))
                     at = x + (place - 1.5) * 0.22
                     style = {"color": COLOURS[method], "fmt": MARKERS[method]}
                     style |= {"capsize": 5, "markersize": 8, "label": label}
                     error = [[value - low], [high - value]] if found.known else None
                     axes.errorbar(at, value, yerr=error, **style)
-                    axes.annotate(
-                        show(name, Estimate(found.value)),
-                        (at, value),
-                        (6, 6),
-                        textcoords="offset points",
-                    )
+                    text = show(name, Estimate(found.value))
+                    axes.annotate(text, (at, value), (6, 6), textcoords="offset points")
                     label = None
-        titles = [
-            (
-                textwrap.fill(part.title, 40),
-                part.basis(name),
-                count(len({run.cfg.seed for run in part.runs}), "seed"),
-            )
-            for part in parts
-        ]
-        axes.set_xticks(
-            range(len(parts)), ["\n".join(filter(None, lines)) for lines in titles]
-        )
+        titles = []
+        for part in parts:
+            seeds = count(len({run.cfg.seed for run in part.runs}), "seed")
+            lines = (textwrap.fill(part.title, 40), part.basis(name), seeds)
+            titles.append("\n".join(filter(None, lines)))
+        axes.set_xticks(range(len(parts)), titles)
         axes.set_xlim(-0.5, len(parts) - 0.5)
         axes.set_ylabel(SCORES[name] + " (lower is better)" * lower_is_better(name))
         axes.margins(y=0.1)
@@ -114,9 +103,7 @@ def draw_clients(section: Section, path: Path) -> bool:
             # On the test questions, all have the same of these two.
             for mode in ("federated", "centralized") if len(modes) == 1 else ():
                 if found := section.score(name, mode):
-                    value, low, high = (
-                        scale(name) * y for y in (found.value, found.low, found.high)
-                    )
+                    value, low, high = found.times(scale(name))
                     if found.known:
                         axes.axhspan(low, high, color=COLOURS[mode], alpha=0.15, lw=0)
                     style = {"color": COLOURS[mode], "label": MODES[mode], "zorder": 1}

@@ -38,6 +38,9 @@ class Estimate:
     def known(self) -> bool:
         return bool(self.unit)
 
+    def times(self, scale: int) -> tuple[float, float, float]:
+        return scale * self.value, scale * self.low, scale * self.high
+
     def apart(self) -> bool:
         """Whether the interval leaves out zero. What has none is not told apart."""
         return self.low > 0 or self.high < 0
@@ -90,7 +93,7 @@ def show(name: str, found: Estimate | None, sign: str = "") -> str:
     """Figure and interval as `97.9 [96.7, 99.1]`: shares in percent, as `SCORES` says."""
     if found is None:
         return "-"
-    value, low, high = (x * scale(name) for x in (found.value, found.low, found.high))
+    value, low, high = found.times(scale(name))
     size = abs(value)
     form = (
         ".2e" if size >= 1e5 else ".1f" if size >= 100 or scale(name) == 100 else ".3f"

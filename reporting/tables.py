@@ -125,11 +125,9 @@ def samples(section: Section) -> str:
     for question, row in answers.items():
         right = {row.get(mode, "").strip() == row["expected"].strip() for mode in tuned}
         (differ if len(right) > 1 else alike).append(question)
+    columns = ("expected", "base", *tuned)
     body = [
-        [
-            short(q),
-            *(short(answers[q].get(c, "-")) for c in ("expected", "base", *tuned)),
-        ]
+        [short(q), *(short(answers[q].get(column, "-")) for column in columns)]
         for q in spread(differ, 6) + spread(alike, 3)
     ]
     how = (

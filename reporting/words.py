@@ -1,15 +1,7 @@
 """What a sweep's runs say of each other, in plain words."""
 
 from reporting.runs import Section
-from reporting.scores import (
-    ROWS,
-    SCORES,
-    Estimate,
-    count,
-    lower_is_better,
-    scale,
-    show,
-)
+from reporting.scores import ROWS, SCORES, Estimate, count, lower_is_better, scale, show
 from utils import FEW
 
 

@@ -19,16 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from utils import (
-    FEW,
-    UserError,
-    _literal,
-    command,
-    read_json,
-    read_yaml,
-    say,
-    writing,
-)
+from utils import FEW, UserError, _literal, command, read_json, read_yaml, say, writing
 
 # --- what stands in its files ---------------------------------------------------------------
 
