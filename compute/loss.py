@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from utils import IGNORED
-
+IGNORED = torch.nn.CrossEntropyLoss().ignore_index  # -100, as `utils.IGNORED`
 CHUNK = 1024  # positions whose logits exist at one time
 
 Inputs = dict[str, torch.Tensor]

@@ -10,9 +10,8 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compute.loss import answer_loss
+from compute.loss import IGNORED, answer_loss
 from compute.patches import release_inputs
-from utils import IGNORED
 
 PROMPT = 16  # tokens of each example that the loss leaves out
 
