@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from peft import PeftConfig
 
 import client
+import main
 from methods import aggregate, sharing
 from server import journal, rounds
 from settings import preflight, schema
@@ -321,6 +322,23 @@ def test_flowertune_sweep_expands_to_the_eight_published_settings():
         for bits in (4, 8)
         for share in (0.1, 0.2)
     ]
+
+
+def test_a_run_is_started_gone_on_with_and_told_to_a_sweeper(loopback, tmp_path):
+    def train(cfg, folder, overrides):
+        rounds.run(cfg, loopback(cfg, folder=folder), folder)
+
+    words = ["experiment=debug", "optimized_metric=rounds"]
+    record(config := compose(" ".join(words)), words, tmp_path)
+    assert main.start(config, words, tmp_path, train) == 1
+    more = [f"resume={tmp_path}", "num_rounds=2"]
+    config = compose(" ".join([*words, *more]))
+    assert main.start(config, more, tmp_path / "another", train) == 2
+    assert not (tmp_path / "another").exists()
+    with pytest.raises(
+        UserError, match=r"no such number\. Take rounds, train_loss_fir"
+    ):
+        main.metric("accuracy", tmp_path)
 
 
 @pytest.mark.slow
