@@ -187,9 +187,10 @@ def test_what_a_user_can_mend_is_said_as_by_one_process(configure):
 
 def test_no_process_outlives_its_client():
     starter = f"""
-import sys, launch
-launch.COMMAND = [sys.executable, "-c", {MEMBER!r}]
-team = launch.Team(2, 1)
+import sys
+from node import processes
+processes.COMMAND = [sys.executable, "-c", {MEMBER!r}]
+team = processes.Team(2, 1)
 print(*(member.pid for member in team.members.values()), flush=True)
 team.ask("train", {{}}, {{}}, 0, 15)
 """

@@ -118,8 +118,9 @@ def test_what_cannot_be_made_leaves_nothing(arguments, tmp_path):
 
 HOST = """
 import os, subprocess, sys
-import checks, main, utils
-cfg = checks.resolve(utils.compose("experiment=quickstart"))
+import main
+from settings.compose import compose, resolve
+cfg = resolve(compose("experiment=quickstart"))
 for run in (1, 2):  # as a multirun does
     with main.start_ray(cfg):
         import ray
