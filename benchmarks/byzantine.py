@@ -38,7 +38,6 @@ import app
 import utils
 from assets.testbed.attacks import ATTACKS, SETTINGS, STRATEGIES, Attack, byzantine
 from main import simulate
-from server.rounds import Stopped
 from settings.compose import compose
 from settings.preflight import check
 
@@ -54,7 +53,7 @@ def run(overrides: str, attack: Attack | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with mock.patch.object(app, "make_client_app", make):
-            simulate(cfg, folder)
+            simulate(cfg, folder, [])
         rounds = json.loads((folder / "history.json").read_text())["rounds"]
         summary = json.loads((folder / "summary.json").read_text())
     if failures := rounds[0]["failures"]:
@@ -91,10 +90,7 @@ def main() -> None:
             key = f"{attack}: {overrides}"
             if key not in done:
                 print(f"\n{name}, {attack}", flush=True)
-                try:
-                    done[key] = run(overrides, ATTACKS[attack])
-                except Stopped:
-                    sys.exit(utils.INTERRUPTED)
+                done[key] = run(overrides, ATTACKS[attack])
                 if options.out:
                     utils.write_json(options.out, done)
             cells[name, attack] = done[key]
