@@ -99,7 +99,7 @@ def test_a_runs_mistake_is_answered_in_a_line(tmp_path):
     with Federation(tmp_path) as federation:
         status, output = federation.run(PROJECT, f"{RUN} num_rounds=none")
         assert status == "finished:failed"
-        assert "num_rounds=none: a whole number is needed." in output
+        assert "num_rounds=none: a whole number is needed" in output
         status, output = federation.run(PROJECT, f"{RUN} +model.lora.alpha=3")
         assert status == "finished:failed"
         assert "the override of model.lora.alpha does more than give a plain" in output
@@ -133,7 +133,7 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         ]
         run = federation.submit(
             PROJECT,
-            f"{RUN} num_clients=3 num_rounds=5 train.round_timeout=40 "
+            f"{RUN} num_clients=3 num_rounds=5 train.round_timeout=90 "
             "train.save_every_round=1",
         )
         run.wait_for(r"round 1/5 .* 3 of 3 clients")
@@ -148,7 +148,7 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         status, output = federation.finish(run)
         assert status == "finished:completed", output
         history = rounds(results(federation))
-        assert "no reply within train.round_timeout=40 s" in str(history[1]["failures"])
+        assert "no reply within train.round_timeout=90 s" in str(history[1]["failures"])
         # The stopped one is itself again; the killed one has come back under another id.
         last = {client["partition"] for client in history[4]["clients"]}
         [number] = re.findall(rf"Client (\d) is node {killed}\.", output)
