@@ -83,7 +83,10 @@ def test_auto_with_an_address_that_is_out_of_date(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (f"{ADDRESS}=null", f"{ADDRESS}=None: text is needed .local, auto or host:port"),
+        (
+            f"{ADDRESS}=null",
+            f"{ADDRESS}=None: text is needed .local, auto or host:port",
+        ),
         ("+simulation.init_args.log_to_driver=true", "log_to_driver is set by verbose"),
         ("+simulation.init_args.logging_level=10", "logging_level is set by verbose"),
         ("+simulation.init_args.runtime_env.pip=[x]", "runtime_env is set by main.py"),

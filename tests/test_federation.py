@@ -122,7 +122,10 @@ def test_the_same_app_in_a_local_simulation(tmp_path):
 
 
 def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
-    """Of three, one is killed and one stopped in round 2; both are back before the end."""
+    """Of three, one is killed and one stopped in round 2; both are back before the end.
+
+    A round's timeout is less than the minute after which Flower misses the stopped one.
+    """
     with Federation(tmp_path) as federation:
         nodes = [
             federation.supernode(
@@ -133,26 +136,26 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         ]
         run = federation.submit(
             PROJECT,
-            f"{RUN} num_clients=3 num_rounds=5 train.round_timeout=90 "
+            f"{RUN} num_clients=3 num_rounds=6 train.round_timeout=50 "
             "train.save_every_round=1",
         )
-        run.wait_for(r"round 1/5 .* 3 of 3 clients")
+        run.wait_for(r"round 1/6 .* 3 of 3 clients")
         for node in nodes[1:]:
             node.wait_for(r"(?s)(Receiving: train message.*){2}")
         killed = nodes[2].wait_for(ONLINE)[1]
         pause(nodes[1], signal.SIGSTOP)
         nodes[2].kill()
-        run.wait_for(r"round 2/5 .* [12] of 3 clients")
+        run.wait_for(r"round 2/6 .* [12] of 3 clients")
         pause(nodes[1], signal.SIGCONT)
         nodes[2].start()
         status, output = federation.finish(run)
         assert status == "finished:completed", output
         history = rounds(results(federation))
-        assert "no reply within train.round_timeout=90 s" in str(history[1]["failures"])
+        assert "no reply within train.round_timeout=50 s" in str(history[1]["failures"])
         # The stopped one is itself again; the killed one has come back under another id.
-        last = {client["partition"] for client in history[4]["clients"]}
         [number] = re.findall(rf"Client (\d) is node {killed}\.", output)
-        assert last == {0, 1, 2, 3} - {int(number)}
+        later = [{c["partition"] for c in entry["clients"]} for entry in history[2:]]
+        assert {0, 1, 2, 3} - {int(number)} in later
         assert "Client 3 is node" in output
 
 
