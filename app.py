@@ -96,7 +96,6 @@ def federation_server() -> ServerApp:
 
             # A run that goes on was begun with other overrides than it is gone on with.
             told = {"overrides": shlex.join(chosen), "run": run_name(folder)}
-            permit.parse(told["overrides"])
             timeout = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
             cfg = cfg | {"train": cfg["train"] | {"round_timeout": timeout}}
             rounds.run(cfg, grid, folder.resolve(), told)
@@ -200,13 +199,8 @@ def train(
     kept = store.Kept(Path(cfg["residuals"]), partition, number)
     part = sharing.build(cfg["sharing"])
     before = part.join(_received(message), kept)
-    after, metrics = processes.train(
-        cfg,
-        before,
-        partition=partition,
-        server_round=number,
-        proximal_mu=config.get("proximal-mu", 0.0),
-    )
+    mu = config.get("proximal-mu", 0.0)
+    after, metrics = processes.train(cfg, before, partition, number, mu)
     packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
     return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
 
@@ -222,7 +216,8 @@ def evaluate(
     # What has stayed here up to this round is evaluated with what came.
     kept = store.Kept(Path(cfg["residuals"]), partition, number + 1)
     adapter = sharing.build(cfg["sharing"]).join(_received(message), kept)
-    metrics = processes.evaluate(cfg, adapter, partition=partition, base=number == 0)
+    base = number == 0
+    metrics = processes.evaluate(cfg, adapter, partition, base)
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 

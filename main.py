@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import secrets
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -64,6 +65,10 @@ def start(
         if config.resume:
             folder = Path(config.resume)
             config, overrides = resumed(config.resume, overrides)
+            if deployed:
+                from node import permit
+
+                permit.parse(shlex.join(overrides))  # as every node does
             held.enter_context(runs.own(folder, without=()))
         if not config.verbose:
             utils.quiet()
@@ -91,7 +96,7 @@ def start(
 
 def metric(name: str, folder: Path) -> float:
     """A number of a finished run's summary. Raises `UserError` where it has none of that name."""
-    summary = utils.read_json(folder / "summary.json")
+    summary = runs.read(folder, "summary.json")
     numbers = {key: value for key, value in summary.items() if is_number(value)}
     if name not in numbers:
         raise utils.UserError(

@@ -34,7 +34,6 @@ from yaml import AliasToken, YAMLError, scan
 
 IGNORED = -100  # the label of tokens that the loss leaves out
 
-
 PROJECT = Path(__file__).resolve().parent
 
 # owner/name. Libraries take names of one word for something else that they know.
@@ -45,7 +44,7 @@ INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 FEW = 10  # records: what fewer say of a client is left out of "worst" and "spread"
 
 # A reference to another key of a configuration, which calls nothing.
-REFERENCE = re.compile(r"\$\{[\w.]+\}")
+REFERENCE = re.compile(r"\$\{[\w.]+\}", re.ASCII)
 
 # An absolute path, or one with a leading `..`, in a text: up to a blank, quote or bracket; or
 # in quotes; or in a URL without a host (sqlite:////home/...).
@@ -149,8 +148,8 @@ class Settings(dict[str, Any]):
         return Settings({**self, **more})
 
 
-def construct(node: Any, package: str, **more: Any) -> Any:
-    """Build the class that `node._target_` names, if it lives directly in `package`.
+def construct(node: Any, package: str, kind: type = object, **more: Any) -> Any:
+    """Build the class that `node._target_` names, if it is a `kind` and directly in `package`.
 
     Hydra's own `instantiate` calls anything that can be imported. This runs on clients,
     with values that may have come over the network, so only `package.Class` is allowed.
@@ -163,6 +162,8 @@ def construct(node: Any, package: str, **more: Any) -> Any:
     made = getattr(importlib.import_module(package), name, None)
     if module != package or not isinstance(made, type):
         raise UserError(f"_target_={target} is not a class of {package}.")
+    if not issubclass(made, kind):  # what the module itself has imported, say
+        raise UserError(f"_target_={target} is no {kind.__name__.lower()}.")
     try:
         return made(**arguments)
     except Exception as error:  # of any type: each class has its own
@@ -338,17 +339,6 @@ def read_text(path: Path, most: int = 2**30) -> str:
         raise UserError(
             f"{path} is broken ({type(error).__name__}: {error})."
         ) from None
-
-
-def _literal(node: Any) -> Any:
-    """A configuration in which a string holds a reference to another key, or no `${`."""
-    if isinstance(node, dict):
-        return {key: _literal(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return list(map(_literal, node))
-    if isinstance(node, str) and "${" in node and not REFERENCE.fullmatch(node):
-        return node.replace("${", "$ {")  # not to be asked for
-    return node
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -56,7 +56,7 @@ def forget_quantization(base: PreTrainedModel) -> None:
 
 
 def fill_buffers(base: PreTrainedModel) -> None:
-    """Compute rotary frequencies, masks and the like, and leave the weights (transformers 5.23.0)."""
+    """Compute buffers (rotary frequencies, masks), and leave the weights (transformers 5.23.0)."""
     for module in base.modules():
         module._is_hf_initialized = False
         for parameter in module.parameters(recurse=False):

@@ -34,7 +34,7 @@ def build(node: dict[str, Any]) -> Aggregation:
     """
     settings = {k: v for k, v in node.items() if k not in OURS}
     if node["_target_"].startswith(f"{__name__}."):
-        return construct(settings, __name__)
+        return construct(settings, __name__, Aggregation)
     # Whom a round asks is not its choice, so it is shown nobody.
     nobody = {
         "fraction_train": 1.0,

@@ -11,8 +11,8 @@ Names = Collection[str]
 
 
 def build(node: dict[str, Any]) -> "Adapter":
-    """What `conf/sharing` names. Raises `UserError` for what is no class of this module."""
-    return construct(node, __name__)
+    """What `conf/sharing` names. Raises `UserError` for what is no such class of this module."""
+    return construct(node, __name__, Adapter)
 
 
 class Adapter:

@@ -18,8 +18,6 @@ import torch
 
 from methods.base import Contribution, State, Step, Unusable
 
-DTYPES = ("float32", "float16", "int8")
-
 SCALE = ":scale"  # no parameter's name holds a colon
 
 HEADER = 1024  # bytes of `np.save` before the values: 128 for an adapter's shapes

@@ -26,7 +26,16 @@ from omegaconf.errors import OmegaConfBaseException
 import utils
 from settings import schema
 from settings.compose import decided, resolve
-from utils import HUB_NAME, PROJECT, Refusal, Settings, UserError, flat, mix_seed
+from utils import (
+    HUB_NAME,
+    PROJECT,
+    REFERENCE,
+    Refusal,
+    Settings,
+    UserError,
+    flat,
+    mix_seed,
+)
 
 # Every key that `--node-config` may hold, and its type.
 SETTINGS: dict[str, type] = {
@@ -72,8 +81,6 @@ RUN_NAME = re.compile(r"[^\w-]")  # what a name may not hold that becomes a fold
 # PEFT matches names of modules by regular expressions, which can take for ever.
 MODULE_NAME = re.compile(r"[\w.-]*", re.ASCII)
 
-REFERENCE = re.compile(r"\$\{[\w.]+\}", re.ASCII)  # to another setting
-
 Plain = str | int | float | bool | None
 
 
@@ -101,9 +108,8 @@ def settle(
         choose_device(own.get("device"))
         overrides = parse(str(told["overrides"]))
         cfg = schema.validated(resolve(compose(overrides)))
-        if (
-            cfg["mode"] != "federated"
-        ):  # centralized would read the data num_clients times
+        # mode=centralized would read the data num_clients times.
+        if cfg["mode"] != "federated":
             raise Refusal("mode is a baseline's, which is for simulations")
         partition = choose_partition(cfg, own)
         if not simulated:

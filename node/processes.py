@@ -39,27 +39,19 @@ def initial_adapter(cfg: dict[str, Any]) -> State:
     return _ask(cfg, "initial_adapter")
 
 
-def train(
-    cfg: dict[str, Any],
-    state: State,
-    partition: int,
-    server_round: int,
-    proximal_mu: float = 0.0,
-) -> tuple[State, Metrics]:
+def train(cfg: dict[str, Any], *arguments: Any) -> tuple[State, Metrics]:
     """`client.train`, by `launch.processes` of them; `peak_memory` is the first's.
 
     A step takes `per_device_train_batch_size` examples for each process, and gives what
     one process would make of them all. Where a process fails none is left over: raises
     its `UserError`, or else `RuntimeError` with the cause.
     """
-    return _ask(cfg, "train", state, partition, server_round, proximal_mu)
+    return _ask(cfg, "train", *arguments)
 
 
-def evaluate(
-    cfg: dict[str, Any], state: State, partition: int, base: bool = False
-) -> Metrics:
+def evaluate(cfg: dict[str, Any], *arguments: Any) -> Metrics:
     """`client.evaluate`, by `launch.processes` of them; each goes over all records."""
-    return _ask(cfg, "evaluate", state, partition, base)
+    return _ask(cfg, "evaluate", *arguments)
 
 
 def _ask(cfg: dict[str, Any], name: str, *arguments: Any) -> Any:

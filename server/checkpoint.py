@@ -24,8 +24,8 @@ def save(
 ) -> None:
     """Write the state after round `done` of the run in `folder`; drop all but the newest two.
 
-    `memory` is the aggregation's, `seconds` what the run has taken so far. Raises `Unwritable` where the disk is full, with
-    the earlier checkpoints intact.
+    `memory` is the aggregation's, `seconds` what the run has taken so far. Raises
+    `Unwritable` where the disk is full, with the earlier checkpoints intact.
     """
     kept = {f"{k}/{n}": v for k, each in memory.items() for n, v in each.items()}
     target = folder / "checkpoints" / f"{done:06d}"

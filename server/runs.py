@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from utils import FEW, UserError, _literal, command, read_json, read_yaml, say, writing
+from utils import FEW, REFERENCE, UserError, command, read_json, read_yaml, say, writing
 
 # --- what stands in its files ---------------------------------------------------------------
 
@@ -414,6 +414,17 @@ def read_config(run: Path) -> DictConfig:
         line = " ".join(str(error).split())
         raise UserError(f"{path} is broken ({type(error).__name__}: {line}).") from None
     return cfg
+
+
+def _literal(node: Any) -> Any:
+    """A configuration in which a string holds a reference to another key, or no `${`."""
+    if isinstance(node, dict):
+        return {key: _literal(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return list(map(_literal, node))
+    if isinstance(node, str) and "${" in node and not REFERENCE.fullmatch(node):
+        return node.replace("${", "$ {")  # not to be asked for
+    return node
 
 
 def read_overrides(run: Path) -> dict[str, str]:

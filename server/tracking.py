@@ -253,9 +253,7 @@ def make(node: dict[str, Any]) -> Tracker:
 
     Raises `UserError` where its settings or its library are at fault.
     """
-    tracker = construct(node, "server.tracking")
-    if not isinstance(tracker, Tracker):
-        raise UserError(f"tracking._target_={node['_target_']} is no tracker.")
+    tracker = construct(node, __name__, Tracker)
     if tracker.library and find_spec(tracker.library) is None:
         raise UserError(
             f"{node['_target_']} needs {tracker.library}, which is not installed: "

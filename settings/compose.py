@@ -45,9 +45,7 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
             raise UserError(f"{saved}/overrides.yaml is broken: {odd[0]} is no text.")
         words = [*begun_with, *overrides]
         keys = [parse(word).key_or_group for word in words]
-    except (
-        Exception
-    ) as error:  # of whatever kind what is broken makes the libraries raise
+    except Exception as error:  # whatever the libraries make of what is broken
         raise UserError(
             f"resume={folder}: no run to go on with is here ({error}). Give the folder "
             "that the run named as its results, outputs/<date>/<time>."

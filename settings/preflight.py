@@ -28,13 +28,20 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     """Resolve the configuration and hold it against this machine and its data.
 
     `deployed`: this is the server of a federation, where data, devices and the base's
-    weights are the nodes' own affair. Returns what a run is to read: a new configuration, with what a baseline's
-    mode means put in and gradient_checkpointing=auto decided. Raises `UserError` with what is
-    wrong and what to do.
+    weights are the nodes' own affair. Returns what a run is to read: a new configuration,
+    with what a baseline's mode means put in and gradient_checkpointing=auto decided. Raises
+    `UserError` with what is wrong and what to do.
     """
-    from server import tracking
+    from server import runs, tracking
 
     cfg = validated(resolve(config))
+    if (metric := cfg["optimized_metric"]) not in (
+        known := runs.Summary.__annotations__
+    ):
+        raise UserError(
+            f"optimized_metric={metric}: summary.json has no such key. Take one of "
+            f"{', '.join(known)}."
+        )
     tracking.make(cfg["tracking"])  # whose library has to be here
     if not (cfg["dry_run"] or deployed):
         address = cfg["simulation"]["init_args"]["address"]

@@ -36,15 +36,18 @@ def setting(meaning: str, later: bool = False, **limits: Any) -> Any:
     return Field(description=meaning, json_schema_extra={"later": later}, **limits)
 
 
-def _exact(value: Any) -> Any:
-    """Literals are compared by ==, and 4.0 equals 4."""
-    if isinstance(value, float):
-        raise PydanticCustomError("literal_error", "a float is none of them")
-    return value
+def choice(*values: Any) -> Any:
+    """One of these, by type as well: for a `Literal` 1 is True, and 4.0 is 4."""
+
+    def exact(value: Any) -> Any:
+        if not any(value == one and type(value) is type(one) for one in values):
+            raise PydanticCustomError("literal_error", "it is none of them")
+        return value
+
+    return Annotated[Literal[values], BeforeValidator(exact)]
 
 
 Name = Annotated[str, Field(min_length=1)]
-Bits = Annotated[Literal[4, 8, None], BeforeValidator(_exact)]
 
 
 class Section(BaseModel):
@@ -67,7 +70,7 @@ class ClientResources(Section):
 
 
 class Comm(Section):
-    dtype: Literal["float32", "float16", "int8"] = setting(
+    dtype: choice("float32", "float16", "int8") = setting(
         "type of adapters on the wire"
     )
 
@@ -113,8 +116,8 @@ class Lora(Section):
 
 class Model(Section):
     name: Name = setting("a model of the hub, or a folder")
-    quantization: Bits = setting("bits of the base's weights")
-    gradient_checkpointing: Literal[True, False, "auto"] = setting(
+    quantization: choice(4, 8, None) = setting("bits of the base's weights")
+    gradient_checkpointing: choice(True, False, "auto") = setting(
         "compute activations twice instead of keeping them"
     )
     use_fast_tokenizer: bool
@@ -152,7 +155,7 @@ class Strategy(Target):
     min_fit_replies: int = setting("replies that a round needs", ge=1)
     max_round_retries: int = setting("repetitions of a round with fewer replies", ge=0)
     clip_norm: float | None = setting("largest L2 norm of an update", gt=0)
-    weighted_by: Literal["examples", "records"] = setting("what a client counts for")
+    weighted_by: choice("examples", "records") = setting("what a client counts for")
     max_weight: int | None = setting("largest weight of a client", ge=1)
 
 
@@ -180,8 +183,8 @@ class TrainingArguments(Open):
     lr_scheduler_type: Any
     lr_scheduler_kwargs: Any = None
     warmup_steps: float | None = None
-    report_to: Literal[None, "none"] = setting("a tracker is tracking=wandb")
-    save_strategy: Literal["no"] = setting(
+    report_to: choice(None, "none") = setting("a tracker is tracking=wandb")
+    save_strategy: choice("no") = setting(
         "adapters are saved by train.save_every_round"
     )
     logging_steps: float | None = None
@@ -199,7 +202,7 @@ class Train(Section):
     )
     min_records: int = setting("records of a node that takes part", ge=1)
     seq_length: int = setting("tokens of an example", ge=2)
-    padding_side: Literal["left", "right"]
+    padding_side: choice("left", "right")
     learning_rate_max: float = setting("learning rate of the first round", ge=0)
     learning_rate_min: float = setting("learning rate that the last round nears", ge=0)
     training_arguments: TrainingArguments
@@ -217,13 +220,13 @@ class Train(Section):
 class Baseline(Section):
     """What a mode to compare with means: the same steps, differently spent."""
 
-    clients: Literal[1, "all"] = setting("that train in a round")
-    steps: Literal["own", "cohort"] = setting("of each of them in a round")
+    clients: choice(1, "all") = setting("that train in a round")
+    steps: choice("own", "cohort") = setting("of each of them in a round")
     strategy: Target
 
 
 class Run(Section):
-    mode: Literal["federated", "centralized", "local"]
+    mode: choice("federated", "centralized", "local")
     baseline: Baseline | None
     num_clients: int = setting(
         "clients among whom the data is dealt out", ge=1, le=1_000_000

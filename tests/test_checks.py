@@ -44,6 +44,11 @@ SETTINGS = [
     # What partitioners answer with errors of their own.
     ("partitioner.num_partitions=2.5", "num_partitions=2.5: a whole number is needed"),
     ("partitioner=clusters partitioner.columns=x", "ClusterPartitioner refuses its"),
+    ("sharing._target_=methods.sharing.Kept", "Kept is no adapter"),
+    ("strategy._target_=methods.aggregate.Reply", "Reply is no aggregation"),
+    ("optimized_metric=trian_loss", "summary.json has no such key"),
+    ("model.gradient_checkpointing=1", "take true, false or auto"),
+    ("mode=local baseline.clients=true", "take 1 or all"),
     ("partitioner=natural partitioner.partition_by=[output]", "text is needed"),
     (
         "partitioner=dirichlet partitioner.min_partition_size=x",

@@ -22,7 +22,7 @@ from methods import aggregate, sharing
 from server import journal, rounds
 from settings import preflight, schema
 from settings.compose import compose, record, resumed
-from utils import PROJECT, UserError, construct
+from utils import PROJECT, Refusal, UserError, construct
 
 CONF = PROJECT / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.glob("**/*.yaml"))
@@ -339,6 +339,17 @@ def test_a_run_is_started_gone_on_with_and_told_to_a_sweeper(loopback, tmp_path)
         UserError, match=r"no such number\. Take rounds, train_loss_fir"
     ):
         main.metric("accuracy", tmp_path)
+
+
+def test_a_federation_goes_on_with_nothing_that_its_nodes_would_refuse(tmp_path):
+    words = ["experiment=debug", "+peft.use_rslora=true"]  # as a simulation may
+    record(compose(" ".join(words)), words, tmp_path)
+    before = (tmp_path / ".hydra/overrides.yaml").read_text()
+    more = [f"resume={tmp_path}", "num_rounds=2"]
+    config = compose(" ".join(["experiment=debug", *more]))
+    with pytest.raises(Refusal, match=r"peft\.use_rslora does more than give a plain"):
+        main.start(config, more, tmp_path, pytest.fail, deployed=True)
+    assert (tmp_path / ".hydra/overrides.yaml").read_text() == before
 
 
 @pytest.mark.slow

@@ -298,7 +298,7 @@ def test_a_node_tracks_nothing_whatever_the_run_says(tmp_path, workplace):
     own["cache-path"] = str(tmp_path / "cache")
     cfg, partition = permit.settle({"overrides": overrides, "run": "first"}, own)
     state = processes.initial_adapter(cfg)
-    processes.train(cfg, state, partition=partition, server_round=1, proximal_mu=0.0)
+    processes.train(cfg, state, partition, 1, 0.0)
     assert cfg["tracking"]["tracking_uri"] == "sqlite:///here.db"
     assert not (workplace / "here.db").exists()
 
