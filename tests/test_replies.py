@@ -644,16 +644,8 @@ def odd_contents(draw) -> RecordDict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "examples"),
-    [
-        ("float16", 25),
-        *(pytest.param(each, 150, marks=pytest.mark.slow) for each in wire.DTYPES),
-    ],
-)
-def test_no_reply_ends_a_round_or_moves_it_beyond_its_share(
-    dtype, examples, serve, capsys
-):
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_no_reply_ends_a_round_or_moves_it_beyond_its_share(dtype, serve, capsys):
     longest = 0.5
     server = serve(comm__dtype=dtype, strategy__clip_norm=longest)
     honest_norm = max(
@@ -663,7 +655,7 @@ def test_no_reply_ends_a_round_or_moves_it_beyond_its_share(
     assert honest_norm < longest  # the honest are not clipped
 
     @settings(
-        max_examples=examples,
+        max_examples=150,
         deadline=None,
         derandomize=True,
         database=None,
