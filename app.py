@@ -42,7 +42,7 @@ Settle = Callable[[Message, Context], tuple[dict[str, Any], int]]
 # --- in a simulation: around a configuration ----------------------------------------------
 
 
-def make_server_app(cfg: dict[str, Any], folder: Path) -> ServerApp:
+def make_server_app(cfg: utils.Settings, folder: Path) -> ServerApp:
     """A ServerApp that runs `cfg` and writes the results into `folder`."""
     app = ServerApp()
 
@@ -55,7 +55,7 @@ def make_server_app(cfg: dict[str, Any], folder: Path) -> ServerApp:
     return app
 
 
-def make_client_app(cfg: dict[str, Any], folder: Path) -> ClientApp:
+def make_client_app(cfg: utils.Settings, folder: Path) -> ClientApp:
     """A ClientApp that trains and evaluates whichever partition a message names.
 
     What its clients keep from one round to another goes into the run's `folder`.
@@ -96,8 +96,8 @@ def federation_server() -> ServerApp:
 
             # A run that goes on was begun with other overrides than it is gone on with.
             told = {"overrides": shlex.join(chosen), "run": run_name(folder)}
-            timeout = cfg["train"]["round_timeout"] or ROUND_TIMEOUT
-            cfg = cfg | {"train": cfg["train"] | {"round_timeout": timeout}}
+            timeout = cfg.train.round_timeout or ROUND_TIMEOUT
+            cfg = cfg | {"train": cfg.train | {"round_timeout": timeout}}
             rounds.run(cfg, grid, folder.resolve(), told)
 
         with ExitStack() as held:
@@ -179,7 +179,7 @@ def client_app(settle: Settle, private: bool) -> ClientApp:
 
 
 def query(
-    cfg: dict[str, Any], partition: int, message: Message, context: Context
+    cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The first adapter."""
     from node import processes
@@ -188,7 +188,7 @@ def query(
 
 
 def train(
-    cfg: dict[str, Any], partition: int, message: Message, context: Context
+    cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
     from methods import sharing, steps, store
@@ -196,8 +196,8 @@ def train(
 
     config = message.content["config"]
     number = int(config["server-round"])
-    kept = store.Kept(Path(cfg["residuals"]), partition, number)
-    part = sharing.build(cfg["sharing"])
+    kept = store.Kept(Path(cfg.residuals), partition, number)
+    part = sharing.build(cfg.sharing)
     before = part.join(_received(message), kept)
     mu = config.get("proximal-mu", 0.0)
     after, metrics = processes.train(cfg, before, partition, number, mu)
@@ -206,7 +206,7 @@ def train(
 
 
 def evaluate(
-    cfg: dict[str, Any], partition: int, message: Message, context: Context
+    cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The metrics of the adapter that came in; of the base before round 1."""
     from methods import sharing, store
@@ -214,8 +214,8 @@ def evaluate(
 
     number = int(message.content["config"]["server-round"])
     # What has stayed here up to this round is evaluated with what came.
-    kept = store.Kept(Path(cfg["residuals"]), partition, number + 1)
-    adapter = sharing.build(cfg["sharing"]).join(_received(message), kept)
+    kept = store.Kept(Path(cfg.residuals), partition, number + 1)
+    adapter = sharing.build(cfg.sharing).join(_received(message), kept)
     base = number == 0
     metrics = processes.evaluate(cfg, adapter, partition, base)
     return RecordDict({"metrics": MetricRecord(metrics)})

@@ -21,24 +21,24 @@ from evaluation import examine
 from methods import sharing
 from methods.base import State
 from records import templates
-from utils import learning_rate, mix_seed
+from utils import Settings, learning_rate, mix_seed
 
 Metrics = dict[str, float]
 
 
-def initial_adapter(cfg: dict[str, Any]) -> State:
+def initial_adapter(cfg: Settings) -> State:
     """The adapter that everybody starts from; `cfg.seed` decides it.
 
     Made where the base is: some methods (DoRA) take their start from its weights, and the
     server need not hold it. The first round finds the base loaded.
     """
-    model.use_cpus(cfg["client_resources"]["num_cpus"])
+    model.use_cpus(cfg.client_resources.num_cpus)
     device = model.default_device()
-    return model.first_state(cfg["model"], cfg["peft"], cfg["seed"], device)
+    return model.first_state(cfg.model, cfg.peft, cfg.seed, device)
 
 
 def train(
-    cfg: dict[str, Any],
+    cfg: Settings,
     state: State,
     partition: int,
     server_round: int,
@@ -59,7 +59,7 @@ def train(
     tokenizer = _tokenizer(cfg)
     clock.lap("load")
     rows = dataset.training_rows(cfg, partition)
-    seed = mix_seed(cfg["seed"], "train", partition, server_round)
+    seed = mix_seed(cfg.seed, "train", partition, server_round)
     arguments = training_arguments(cfg, server_round, seed)
     batch = arguments.train_batch_size * arguments.world_size  # of all processes
     count = arguments.max_steps * arguments.gradient_accumulation_steps * batch
@@ -68,11 +68,11 @@ def train(
         lambda row: _encode(cfg, row, tokenizer),
         seed,
         examples=count if count > 0 else None,
-        passes=cfg["train"]["training_arguments"]["num_train_epochs"],
+        passes=cfg.train.training_arguments.num_train_epochs,
     )
     examples = dataset.group_by_length(examples, batch, seed)
     clock.lap("tokenise")
-    trains = sharing.build(cfg["sharing"]).trains(state.keys(), server_round)
+    trains = sharing.build(cfg.sharing).trains(state.keys(), server_round)
 
     def fit(arguments: TrainingArguments) -> float:
         model.set_adapter_state(net, state)
@@ -87,7 +87,7 @@ def train(
                 data_collator=_collator(cfg, tokenizer),
                 proximal_mu=proximal_mu,
             )
-            if not cfg["verbose"]:
+            if not cfg.verbose:
                 trainer.remove_callback(PrinterCallback)
             return trainer.mean(trainer.train().training_loss)
 
@@ -132,16 +132,17 @@ def frozen(net: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def smaller(cfg: dict[str, Any]) -> dict[str, Any]:
+def smaller(cfg: Settings) -> Settings:
     """The same steps on the same examples, with half the examples in memory at a time."""
-    settings = dict(cfg["train"]["training_arguments"])
-    size = settings["per_device_train_batch_size"]
-    parts = next(
-        n for n in range(2, size + 1) if size % n == 0
-    )  # an odd size has no half
-    settings["per_device_train_batch_size"] = size // parts
-    settings["gradient_accumulation_steps"] *= parts
-    return {**cfg, "train": {**cfg["train"], "training_arguments": settings}}
+    settings = cfg.train.training_arguments
+    size = settings.per_device_train_batch_size
+    # An odd size has no half.
+    parts = next(n for n in range(2, size + 1) if size % n == 0)
+    settings = settings | {
+        "per_device_train_batch_size": size // parts,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps * parts,
+    }
+    return cfg | {"train": cfg.train | {"training_arguments": settings}}
 
 
 def fill(examples: list[templates.Example], batch: int) -> list[templates.Example]:
@@ -171,7 +172,7 @@ class Clock:
 
 
 def evaluate(
-    cfg: dict[str, Any], state: State, partition: int, base: bool = False
+    cfg: Settings, state: State, partition: int, base: bool = False
 ) -> Metrics:
     """How the adapter does on the records held back here; or, with `base`, the base alone.
 
@@ -184,9 +185,9 @@ def evaluate(
     rows = dataset.load_partition(cfg, partition)
     _, rows = dataset.split(cfg, rows)
     examples, dropped = dataset.draw(
-        rows, lambda row: _encode(cfg, row, tokenizer), cfg["seed"]
+        rows, lambda row: _encode(cfg, row, tokenizer), cfg.seed
     )
-    size = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
+    size = cfg.train.training_arguments.per_device_train_batch_size
     # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
     with net.disable_adapter() if base else nullcontext():
         scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
@@ -237,13 +238,13 @@ class LocalTrainer(Trainer):
 
 
 def training_arguments(
-    cfg: dict[str, Any], server_round: int, seed: int
+    cfg: Settings, server_round: int, seed: int
 ) -> TrainingArguments:
     """`train.training_arguments` with this round's learning rate and seed.
 
     Raises `TypeError` or `ValueError` for what `TrainingArguments` does not take.
     """
-    given = cfg["train"]["training_arguments"].items()
+    given = cfg.train.training_arguments.items()
     settings = {name: value for name, value in given if value is not None}
     settings["learning_rate"] = learning_rate(cfg, server_round)
     settings |= {"report_to": "none", "save_strategy": "no"}
@@ -269,7 +270,7 @@ REHEARSED = (
 )
 
 
-def rehearse(cfg: dict[str, Any]) -> torch.Tensor:
+def rehearse(cfg: Settings) -> torch.Tensor:
     """A weight after ten steps of a round's optimizer and schedule: do they work here?
 
     On the CPU, of shape (64, 64): bitsandbytes keeps smaller ones in 32 bits. Raises
@@ -304,32 +305,26 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _load(cfg: dict[str, Any]) -> torch.nn.Module:
-    model.use_cpus(cfg["client_resources"]["num_cpus"])
-    return model.build_once(
-        cfg["model"], cfg["peft"], cfg["seed"], model.default_device()
-    )
+def _load(cfg: Settings) -> torch.nn.Module:
+    model.use_cpus(cfg.client_resources.num_cpus)
+    return model.build_once(cfg.model, cfg.peft, cfg.seed, model.default_device())
 
 
-def _tokenizer(cfg: dict[str, Any]) -> Any:
-    return model.load_tokenizer(
-        cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
-    )
+def _tokenizer(cfg: Settings) -> Any:
+    return model.load_tokenizer(cfg.model.name, cfg.model.use_fast_tokenizer)
 
 
-def _encode(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> Any:
-    record = dataset.to_record(row, cfg["dataset"]["columns"])
+def _encode(cfg: Settings, row: dict[str, Any], tokenizer: Any) -> Any:
+    record = dataset.to_record(row, cfg.dataset.columns)
     return templates.encode(
-        record, cfg["dataset"]["template"], tokenizer, cfg["train"]["seq_length"]
+        record, cfg.dataset.template, tokenizer, cfg.train.seq_length
     )
 
 
-def _truncated(
-    cfg: dict[str, Any], examples: list[templates.Example], tokenizer: Any
-) -> int:
-    template = cfg["dataset"]["template"]
+def _truncated(cfg: Settings, examples: list[templates.Example], tokenizer: Any) -> int:
+    template = cfg.dataset.template
     return sum(templates.is_cut(example, template, tokenizer) for example in examples)
 
 
-def _collator(cfg: dict[str, Any], tokenizer: Any) -> dataset.Collator:
-    return dataset.Collator(tokenizer.pad_token_id, cfg["train"]["padding_side"])
+def _collator(cfg: Settings, tokenizer: Any) -> dataset.Collator:
+    return dataset.Collator(tokenizer.pad_token_id, cfg.train.padding_side)

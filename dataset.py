@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from records import files
-from utils import HUB_NAME, IGNORED, Refusal, UserError, construct, local_path
+from utils import HUB_NAME, IGNORED, Refusal, Settings, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
@@ -60,49 +60,49 @@ class Collator:
 # --- loading and dealing out ------------------------------------------------------------------
 
 
-def load_partition(cfg: dict[str, Any], partition: int) -> Dataset:
+def load_partition(cfg: Settings, partition: int) -> Dataset:
     """One client's records, in the dataset's own columns.
 
     The data is loaded and divided once per process; only this partition is taken. Without
     a partitioner it is one node's own, all of it.
     """
-    if cfg["partitioner"] is None:
-        return _load(cfg["dataset"], cfg["dataset"]["path"], "data-path")
+    if cfg.partitioner is None:
+        return _load(cfg.dataset, cfg.dataset.path, "data-path")
     return _partitioner(cfg).load_partition(partition)
 
 
-def test_wanted(cfg: dict[str, Any]) -> bool:
+def test_wanted(cfg: Settings) -> bool:
     """Whether a run asks the test questions at all."""
-    settings = cfg["evaluate"]
+    settings = cfg.evaluate
     return any(settings[name] for name in ("exact_match", "every_round", "choices"))
 
 
-def load_test(cfg: dict[str, Any]) -> tuple[list[Record], list[list[str]]]:
+def load_test(cfg: Settings) -> tuple[list[Record], list[list[str]]]:
     """All test records, and each one's choices if `evaluate.choices` names their column.
 
     Those of `dataset.test_path`, or of the hub dataset's test split. Raises `UserError`
     where there are none, or a record's choices are not a list that holds its output.
     """
-    dataset, column = cfg["dataset"], cfg["evaluate"]["choices"]
-    if dataset["test_path"]:
-        path = str(dataset["test_path"])
+    dataset, column = cfg.dataset, cfg.evaluate.choices
+    if dataset.test_path:
+        path = str(dataset.test_path)
         rows = _load(dataset, path, "dataset.test_path", lists=column)
-    elif dataset["path"]:
+    elif dataset.path:
         raise UserError(
             "evaluate.exact_match, every_round and choices need test questions: name them "
             "with dataset.test_path=/path/to/test.jsonl, or set evaluate.exact_match=false."
         )
     else:
         try:
-            name = dataset["name"]
+            name = dataset.name
             rows = load_dataset(str(local_path(name) or name), split="test")
         except ValueError as error:
             raise UserError(
-                f"dataset.name={dataset['name']} has no test split: name questions of "
+                f"dataset.name={dataset.name} has no test split: name questions of "
                 "yours with dataset.test_path, or set evaluate.exact_match=false."
             ) from error
-        _check_columns(rows, [*dataset["columns"].values()], dataset["name"])
-    records = [to_record(row, dataset["columns"]) for row in rows]
+        _check_columns(rows, [*dataset.columns.values()], dataset.name)
+    records = [to_record(row, dataset.columns) for row in rows]
     if not column:
         return records, []
     return records, [
@@ -135,14 +135,14 @@ def to_record(row: dict[str, Any], columns: dict[str, str | None]) -> Record:
 
 
 def scorable(
-    cfg: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    cfg: Settings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[tuple[Record, list[str], Example]], int]:
     """The test records that can be scored, with their choices and tokens, and how many fall out.
 
     Those that have no answer, whose prompt fills `train.seq_length`, or one of whose choices
     would be cut there. Raises `UserError` where none is left.
     """
-    template, seq_length = cfg["dataset"]["template"], cfg["train"]["seq_length"]
+    template, seq_length = cfg.dataset.template, cfg.train.seq_length
 
     def fits(record: Record, choice: str) -> bool:
         made = encode(record | {"output": choice}, template, tokenizer, seq_length)
@@ -172,15 +172,15 @@ def _load(
     lists: str | None = None,
 ) -> Dataset:
     """The records of local files, in the columns that are asked for."""
-    columns = dataset["columns"]
-    names = [*columns.values(), dataset["label"] if label else None, lists]
+    columns = dataset.columns
+    names = [*columns.values(), dataset.label if label else None, lists]
     wanted = list(dict.fromkeys(str(name) for name in names if name is not None))
     return files.load(path, key, wanted, columns["input"], lists)
 
 
-def _partitioner(cfg: dict[str, Any]) -> "Partitioner":
+def _partitioner(cfg: Settings) -> "Partitioner":
     return _partitioner_once(
-        json.dumps([cfg["dataset"], cfg["partitioner"], cfg["seed"]], sort_keys=True)
+        json.dumps([cfg.dataset, cfg.partitioner, cfg.seed], sort_keys=True)
     )
 
 
@@ -191,20 +191,20 @@ def forget() -> None:
 
 @lru_cache(maxsize=1)
 def _partitioner_once(key: str) -> "Partitioner":
-    dataset, settings, seed = json.loads(key)
+    dataset, settings, seed = json.loads(key, object_hook=Settings)
     # This one of ours, or any of Flower's; no other class may be built here.
     ours = settings["_target_"] == "records.clusters.ClusterPartitioner"
     partitioner = construct(
         settings, "records.clusters" if ours else "flwr_datasets.partitioner"
     )
-    if dataset["path"]:
-        rows = _load(dataset, str(dataset["path"]), "dataset.path", label=True)
+    if dataset.path:
+        rows = _load(dataset, str(dataset.path), "dataset.path", label=True)
         partitioner.dataset = rows.shuffle(seed=seed)
         return partitioner
     from flwr_datasets import FederatedDataset
 
     federated = FederatedDataset(
-        dataset=str(local_path(dataset["name"]) or dataset["name"]),
+        dataset=str(local_path(dataset.name) or dataset.name),
         partitioners={"train": partitioner},
         seed=seed,
     )
@@ -214,26 +214,31 @@ def _partitioner_once(key: str) -> "Partitioner":
 # --- what a client trains on ---------------------------------------------------------------------
 
 
-def training_rows(cfg: dict[str, Any], partition: int) -> Dataset:
-    """What a client trains on: its partition, or in `mode=centralized` everybody's.
+def is_pooled(cfg: Settings) -> bool:
+    """Whether this is the baseline that has everybody's records in one place."""
+    return bool(cfg.baseline) and cfg.baseline.records == "all"
+
+
+def training_rows(cfg: Settings, partition: int) -> Dataset:
+    """What a client trains on: its partition, or with `baseline.records=all` everybody's.
 
     Without what is held back for evaluation, each client's own part.
     """
-    pooled = cfg["mode"] == "centralized"
+    pooled = is_pooled(cfg)
     parts = []
-    for part in range(cfg["num_clients"]) if pooled else [partition]:
+    for part in range(cfg.num_clients) if pooled else [partition]:
         rows = load_partition(cfg, part)
-        if cfg["strategy"]["fraction_evaluate"] > 0:
+        if cfg.strategy.fraction_evaluate > 0:
             rows, _ = split(cfg, rows)
         parts.append(rows)
     return concatenate_datasets(parts) if pooled else parts[0]
 
 
-def split(cfg: dict[str, Any], rows: Dataset) -> tuple[Dataset, Dataset]:
+def split(cfg: Settings, rows: Dataset) -> tuple[Dataset, Dataset]:
     """A partition's records to train on, and those to evaluate on, as `cfg` divides them."""
-    columns = cfg["dataset"]["columns"]
+    columns = cfg.dataset.columns
     asked = [columns[name] for name in ("instruction", "input") if columns[name]]
-    return hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"], asked)
+    return hold_out(rows, cfg.evaluate.holdout, cfg.seed, asked)
 
 
 def hold_out(
@@ -262,7 +267,7 @@ def hold_out(
 
 def _questions(rows: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """What each record asks in `columns`, to be compared."""
-    texts = ([files.plain(files.text(value)) for value in rows[c]] for c in columns)
+    texts = ([files.plain(files.text(value)) for value in rows[c][:]] for c in columns)
     return list(zip(*texts, strict=True))
 
 
@@ -331,8 +336,8 @@ def check_name(dataset: dict[str, Any]) -> None:
     `datasets` has readers of files by such names (text, csv, json, ...). Without being told
     which files they take all of the working directory, and `pandas` unpickles them.
     """
-    name = dataset["name"]
-    if dataset["path"] or local_path(name) or HUB_NAME.fullmatch(str(name)):
+    name = dataset.name
+    if dataset.path or local_path(name) or HUB_NAME.fullmatch(str(name)):
         return
     raise UserError(
         f"dataset.name={name}: a dataset of the hub has a name like owner/name. For files "
@@ -340,35 +345,35 @@ def check_name(dataset: dict[str, Any]) -> None:
     )
 
 
-def check(cfg: dict[str, Any]) -> list[str]:
+def check(cfg: Settings) -> list[str]:
     """Raise `UserError` for data that is missing, broken or cannot be divided like this.
 
     Returns what the user should know of it, in sentences. Looks at every client: two
     milliseconds each.
     """
-    dataset, clients = cfg["dataset"], cfg["num_clients"]
-    where = dataset["path"] or dataset["name"]
-    settings = cfg["partitioner"]
+    dataset, clients = cfg.dataset, cfg.num_clients
+    where = dataset.path or dataset.name
+    settings = cfg.partitioner
     kind = settings["_target_"]
-    if dataset["template"] not in TEMPLATES:
+    if dataset.template not in TEMPLATES:
         raise UserError(
-            f"dataset.template={dataset['template']} is unknown: take "
+            f"dataset.template={dataset.template} is unknown: take "
             f"{', '.join(TEMPLATES)}."
         )
     if settings.get("partition_by", "") is None:
         raise UserError(f"{kind} deals by a column: name it with dataset.label=...")
-    if dataset["path"] and dataset["test_path"] and test_wanted(cfg):
-        _check_apart(str(dataset["path"]), str(dataset["test_path"]))
+    if dataset.path and dataset.test_path and test_wanted(cfg):
+        _check_apart(str(dataset.path), str(dataset.test_path))
     try:
         partitioner = _partitioner(cfg)
         rows = partitioner.dataset
     except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
         raise UserError(_unloadable(where, error)) from error
     _check_columns(
-        rows, [*dataset["columns"].values(), settings.get("partition_by")], where
+        rows, [*dataset.columns.values(), settings.get("partition_by")], where
     )
-    answers = dataset["columns"]["output"]
-    whole = [bool(files.text(answer).strip()) for answer in rows[answers]]
+    answers = dataset.columns.output
+    whole = [bool(files.text(answer).strip()) for answer in rows[answers][:]]
     if not any(whole):
         raise UserError(f"{where}: no record has an answer in {answers!r}.")
     if len(rows) < clients:
@@ -403,7 +408,7 @@ def check(cfg: dict[str, Any]) -> list[str]:
         )
     notes = _check_questions(cfg, rows) if test_wanted(cfg) else []
     label = settings.get("partition_by")
-    if bare := sum(not files.text(v).strip() for v in rows[label]) if label else 0:
+    if bare := sum(not files.text(v).strip() for v in rows[label][:]) if label else 0:
         notes.append(
             f"{bare} of {len(rows)} records have nothing in {label!r}: they count as a label "
             "of their own."
@@ -437,23 +442,23 @@ def _check_columns(rows: Dataset, columns: list[str | None], where: str) -> None
                 f"{where}: {name!r} holds values of type {type(kind).__name__}; text or "
                 "numbers are needed. Conversations are not supported yet."
             )
-        numbers = rows[name] if "float" in str(kind.dtype) else []
-        if np.isinf(np.array(list(numbers), dtype=float)).any():
+        numbers = rows[name][:] if "float" in str(kind.dtype) else []
+        if np.isinf(np.array(numbers, dtype=float)).any():
             raise UserError(f"{where}: {name!r} holds numbers that are infinite.")
 
 
-def _unfit(cfg: dict[str, Any], rows: Dataset, answered: bool) -> str | None:
+def _unfit(cfg: Settings, rows: Dataset, answered: bool) -> str | None:
     """What keeps a client with these records from taking part, or None.
 
     `answered`: all records are known to have an answer.
     """
-    held_back = cfg["strategy"]["fraction_evaluate"] > 0
+    held_back = cfg.strategy.fraction_evaluate > 0
     if len(rows) < (needed := 2 if held_back else 1):
         one = " (one to hold back, with strategy.fraction_evaluate)" * held_back
         return f"would have {len(rows)} records, and {needed} are needed{one}"
-    if answered or cfg["mode"] == "centralized":
+    if answered or is_pooled(cfg):
         return None
-    column = cfg["dataset"]["columns"]["output"]
+    column = cfg.dataset.columns.output
     for part in split(cfg, rows) if held_back else [rows]:
         if not any(files.text(answer).strip() for answer in part[column]):
             return "would train, or be evaluated, on records that have no answer"
@@ -471,9 +476,9 @@ def _check_apart(path: str, test_path: str) -> None:
         )
 
 
-def _check_questions(cfg: dict[str, Any], rows: Dataset) -> list[str]:
+def _check_questions(cfg: Settings, rows: Dataset) -> list[str]:
     """That the test questions are not those of the training data, in case and spaces either."""
-    columns = cfg["dataset"]["columns"]
+    columns = cfg.dataset.columns
     names = [columns[name] for name in ("instruction", "input") if columns[name]]
     known = set(_questions(rows, names))
     records, _ = load_test(cfg)

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import hydra
 import psutil
@@ -76,7 +75,7 @@ def start(
         if not (utils.local_path(str(config.model.name)) and here):
             utils.offline_if_unreachable()
         cfg = check(config, deployed)
-        if cfg["dry_run"]:
+        if cfg.dry_run:
             from settings import plan
 
             utils.say(plan.show(cfg, None if deployed else folder))
@@ -87,11 +86,11 @@ def start(
         utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
         if not deployed and (note := journal.quantised_on_cpu(cfg)):
             utils.say(f"Note: {note}.")
-        if deployed or cfg["resume"]:  # which Hydra has not written
+        if deployed or cfg.resume:  # which Hydra has not written
             compose.record(config, overrides, folder)
         train(cfg, folder, overrides)
         journal.report(cfg, folder)
-        return metric(cfg["optimized_metric"], folder)
+        return metric(cfg.optimized_metric, folder)
 
 
 def metric(name: str, folder: Path) -> float:
@@ -123,10 +122,10 @@ def simulate(cfg: Settings, folder: Path, overrides: list[str]) -> None:
             run_simulation(
                 server_app=make_server_app(cfg, folder),
                 client_app=make_client_app(cfg, folder),
-                num_supernodes=cfg["num_clients"],
+                num_supernodes=cfg.num_clients,
                 # Passed on to Ray: a worker that is killed comes back for later rounds.
                 backend_config={
-                    "client_resources": {**cfg["client_resources"], "max_restarts": -1}
+                    "client_resources": {**cfg.client_resources, "max_restarts": -1}
                 },
             )
         except utils.Stopped as error:
@@ -199,13 +198,13 @@ PASSED_ON = (
 
 
 @contextmanager
-def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
+def start_ray(cfg: Settings) -> Iterator[None]:
     """Start Ray here or join a cluster, as `simulation.init_args` say, until the end.
 
     Flower takes up the connection that it finds. Raises `UserError` where Ray refuses or
     no machine has room for a client.
     """
-    local = cfg["simulation"]["init_args"]["address"] == "local"
+    local = cfg.simulation.init_args.address == "local"
     if local and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # Ray listens on all interfaces, and runs the code of whoever reaches it. It reads
         # this when it is imported; one token serves all runs of a multirun.
@@ -214,13 +213,13 @@ def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
     import ray
 
     passed_on = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
-    if not cfg["client_resources"]["num_gpus"]:
+    if not cfg.client_resources.num_gpus:
         passed_on["CUDA_VISIBLE_DEVICES"] = ""  # a worker would take one that it sees
     try:
         connection = ray.init(
-            **cfg["simulation"]["init_args"],
-            log_to_driver=cfg["verbose"],
-            logging_level=logging.INFO if cfg["verbose"] else logging.ERROR,
+            **cfg.simulation.init_args,
+            log_to_driver=cfg.verbose,
+            logging_level=logging.INFO if cfg.verbose else logging.ERROR,
             runtime_env={"env_vars": passed_on},
         )
     except SystemExit:  # how Ray answers a SIGTERM while it starts
@@ -229,7 +228,7 @@ def start_ray(cfg: dict[str, Any]) -> Iterator[None]:
         hint = ". Is this machine one of its nodes?" * isinstance(error, OSError)
         raise utils.UserError(f"simulation.init_args: {error}{hint}") from error
     with connection:
-        check_nodes(cfg["client_resources"], ray.nodes())
+        check_nodes(cfg.client_resources, ray.nodes())
         yield
 
 

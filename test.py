@@ -130,7 +130,7 @@ def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
     return tokenizer.decode(added, skip_special_tokens=True).strip()
 
 
-def file_settings(about: dict, options) -> dict:
+def file_settings(about: dict, options) -> utils.Settings:
     """What `examine.Examination` takes of a configuration: the run's, on the file given.
 
     Raises `UserError` for a file that cannot be used.
@@ -141,7 +141,7 @@ def file_settings(about: dict, options) -> dict:
     if missing := [name for name in model.EXAMINED if name not in about]:
         print(f"Not in {model.ABOUT}, so taken from the defaults: {', '.join(missing)}")
     about = model.EXAMINED | about
-    cfg = {
+    told = {
         "dataset": {
             "template": about["template"],
             "test_path": options.file,
@@ -157,11 +157,12 @@ def file_settings(about: dict, options) -> dict:
             "training_arguments": {"per_device_train_batch_size": about["batch_size"]},
         },
     }
+    cfg = utils.Settings.of(told)
     dataset.load_test(cfg)  # a broken line is named before the base is loaded
     return cfg
 
 
-def examine_file(opened: tuple, cfg: dict, options) -> None:
+def examine_file(opened: tuple, cfg: utils.Settings, options) -> None:
     """Answer a file's records and score the answers that it knows; print it, or `--out`.
 
     By the code and the settings of the run, whose own figures come out for its test file.

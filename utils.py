@@ -3,6 +3,7 @@
 Knows nothing of Flower, of models or of data, and imports none of our modules.
 """
 
+import copy
 import hashlib
 import importlib
 import io
@@ -145,7 +146,14 @@ class Settings(dict[str, Any]):
             raise AttributeError(name) from None
 
     def __or__(self, more: dict[str, Any]) -> "Settings":
-        return Settings({**self, **more})
+        return Settings.of({**self, **more})
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Settings":
+        """The same values, sections as `Settings`."""
+        return cls(
+            (k, cls.of(v) if isinstance(v, dict) else v) for k, v in values.items()
+        )
 
 
 def construct(node: Any, package: str, kind: type = object, **more: Any) -> Any:
@@ -156,7 +164,9 @@ def construct(node: Any, package: str, kind: type = object, **more: Any) -> Any:
 
     Raises `UserError` for another target or for arguments the class does not take.
     """
-    arguments = OmegaConf.to_container(OmegaConf.create({**node}), resolve=True) | more
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    arguments = copy.deepcopy({**node}) | more
     target = arguments.pop("_target_")
     module, _, name = target.rpartition(".")
     made = getattr(importlib.import_module(package), name, None)
@@ -200,17 +210,17 @@ def cosine(step: int, steps: int, maximum: float, minimum: float) -> float:
     return minimum + (maximum - minimum) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def learning_rate(cfg: dict[str, Any], server_round: int) -> float:
+def learning_rate(cfg: Settings, server_round: int) -> float:
     """What clients train with in a round, by the resolved configuration.
 
     `train.training_arguments.learning_rate`, or the cosine over `num_rounds`.
     """
-    train = cfg["train"]
-    constant = train["training_arguments"].get("learning_rate")
+    train = cfg.train
+    constant = train.training_arguments.get("learning_rate")
     if constant is not None:
         return constant
-    low, high = train["learning_rate_min"], train["learning_rate_max"]
-    return cosine(server_round, cfg["num_rounds"], high, low)
+    low, high = train.learning_rate_min, train.learning_rate_max
+    return cosine(server_round, cfg.num_rounds, high, low)
 
 
 def git_commit() -> str | None:

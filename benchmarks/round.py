@@ -43,7 +43,6 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import peft
 import torch
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import (
@@ -60,7 +59,7 @@ import model
 import utils
 from compute import patches
 from records import templates
-from settings.compose import compose
+from settings.compose import compose, resolve
 
 Batch = dict[str, torch.Tensor]
 
@@ -500,7 +499,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         overrides = settings(options, folder)
-        cfg: Any = OmegaConf.to_container(compose(shlex.join(overrides)))
+        cfg = resolve(compose(shlex.join(overrides)))
         history = run_app(overrides, folder / "run")
         cohorts = [[c["partition"] for c in entry["clients"]] for entry in history]
         entries = {"app": [app_entry(cfg, entry) for entry in history[1:]]}

@@ -201,18 +201,17 @@ def run_replies(argument: str) -> None:
     """One round of the real server loop on ready-made replies; prints its memory."""
     name, count = argument.split(":")
     import utils
-    from settings.compose import compose
+    from settings.compose import compose, resolve
 
     utils.quiet()
     import torch
     from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
-    from omegaconf import OmegaConf
 
     from server.rounds import Server
 
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
-    cfg = OmegaConf.to_container(
+    cfg = resolve(
         compose(
             f"experiment=quickstart strategy={name} num_clients={count} "
             "strategy.fraction_fit=1 comm.dtype=float16"

@@ -17,7 +17,7 @@ import dataset
 import model
 from compute.loss import answer_scores
 from records import templates
-from utils import look_for_stop
+from utils import Settings, look_for_stop
 
 # Prompts that are answered side by side. With 64 on a CPU a base of 135M (1.1 GiB) took 0.3
 # GiB more for its answers, with 16 0.1, for about the same time.
@@ -192,10 +192,10 @@ def _key(scores: Scores, name: str) -> str | None:
     return next((key for key in keys if key in scores), None)
 
 
-def _build(cfg: dict[str, Any]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _build(cfg: Settings) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A run's base with a fresh adapter, and its tokenizer."""
-    name, fast = cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
-    net = model.build(cfg["model"], cfg["peft"], cfg["seed"], model.default_device())
+    name, fast = cfg.model.name, cfg.model.use_fast_tokenizer
+    net = model.build(cfg.model, cfg.peft, cfg.seed, model.default_device())
     return net.eval(), model.load_tokenizer(name, fast)
 
 
@@ -212,15 +212,15 @@ class Examination:
     @model.all_cores()
     def __init__(
         self,
-        cfg: dict[str, Any],
+        cfg: Settings,
         opened: tuple[PeftModel, PreTrainedTokenizerBase] | None = None,
     ) -> None:
         """`opened`: an adapter on its base that is there already (`model.open_adapter`)."""
-        self.settings = cfg["evaluate"]
-        self.answers_known = cfg["dataset"]["columns"]["output"] is not None
-        self.template = cfg["dataset"]["template"]
-        self.seq_length = cfg["train"]["seq_length"]
-        self.batch = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
+        self.settings = cfg.evaluate
+        self.answers_known = cfg.dataset.columns.output is not None
+        self.template = cfg.dataset.template
+        self.seq_length = cfg.train.seq_length
+        self.batch = cfg.train.training_arguments.per_device_train_batch_size
         self.net, self.tokenizer = opened or _build(cfg)
         self.collate = dataset.Collator(self.tokenizer.pad_token_id, "left")
         if self.answers_known:

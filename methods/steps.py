@@ -2,15 +2,15 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from methods.base import Contribution, State, Step, Steps
 from methods.wire import Wire
+from utils import Settings
 
 
-def build(cfg: dict[str, Any]) -> Steps:
+def build(cfg: Settings) -> Steps:
     """The steps of a run, in the order in which a client takes them."""
-    return Steps(Clip(cfg["strategy"]["clip_norm"]), Wire(cfg["comm"]["dtype"]))
+    return Steps(Clip(cfg.strategy.clip_norm), Wire(cfg.comm.dtype))
 
 
 class Clip(Step):

@@ -108,24 +108,24 @@ def settle(
         choose_device(own.get("device"))
         overrides = parse(str(told["overrides"]))
         cfg = schema.validated(resolve(compose(overrides)))
-        # mode=centralized would read the data num_clients times.
-        if cfg["mode"] != "federated":
+        # Pooled, the data would be read num_clients times.
+        if cfg.baseline:
             raise Refusal("mode is a baseline's, which is for simulations")
         partition = choose_partition(cfg, own)
         if not simulated:
             # A relative name means something of the bundle, and nothing of the node's.
             os.chdir(PROJECT)
-            cfg["model"]["name"] = choose_base(cfg["model"]["name"], own)
-            cfg["dataset"] = choose_data(cfg["dataset"], own)
+            cfg.model["name"] = choose_base(cfg.model.name, own)
+            cfg["dataset"] = choose_data(cfg.dataset, own)
         cache = Path(own["cache-path"])
-        cfg["model"]["cache"] = str(cache)
+        cfg.model["cache"] = str(cache)
         # Two nodes of one machine may share the folder, but not their data.
-        share = mix_seed(str(cfg["dataset"]["path"]), partition)
+        share = mix_seed(str(cfg.dataset.path), partition)
         run = RUN_NAME.sub("_", str(told["run"]))[:100]
         cfg["residuals"] = str(cache / "runs" / f"{run}-{share:08x}")
-        if not cfg["verbose"]:
+        if not cfg.verbose:
             utils.quiet()
-        if not utils.local_path(cfg["model"]["name"]):
+        if not utils.local_path(cfg.model.name):
             utils.offline_if_unreachable()
         settle_resources(cfg, own, simulated)
         if not simulated:
@@ -134,7 +134,7 @@ def settle(
         cfg = decided(cfg)
         cfg["records"] = check_data(cfg, partition)
         if not simulated:
-            check_demands(cfg, own, cfg["records"])
+            check_demands(cfg, own, cfg.records)
     except Refusal:
         raise
     except UserError as error:
@@ -284,14 +284,14 @@ def choose_device(device: str | None) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
-def choose_partition(cfg: dict[str, Any], own: dict[str, Any]) -> int:
+def choose_partition(cfg: Settings, own: dict[str, Any]) -> int:
     """Which partition this node is; a node with data of its own is a whole one."""
     if "data-path" in own:
         cfg["partitioner"] = None
         return 0
     if "partition-id" not in own:
         raise Refusal("it has neither data-path nor partition-id in its --node-config")
-    clients, partition = cfg["num_clients"], own["partition-id"]
+    clients, partition = cfg.num_clients, own["partition-id"]
     if own.get("num-partitions", clients) != clients or not 0 <= partition < clients:
         raise Refusal(
             "its partition-id and num-partitions do not fit the run's num_clients"
@@ -354,7 +354,7 @@ def in_bundle(path: str) -> Path | None:
     return None
 
 
-def settle_resources(cfg: dict[str, Any], own: dict[str, Any], simulated: bool) -> None:
+def settle_resources(cfg: Settings, own: dict[str, Any], simulated: bool) -> None:
     """Train with what the node has, and leave nothing elsewhere.
 
     A simulated node is one of several on its machine, and has what the run gives it.
@@ -366,26 +366,26 @@ def settle_resources(cfg: dict[str, Any], own: dict[str, Any], simulated: bool) 
         if own.get("device", "cpu") != "cpu" and not gpu:
             raise UserError(f"--node-config: device={own['device']} is not here.")
         cpus = own.get("cpus", os.cpu_count() or 1)
-        processes = cfg["launch"]["processes"] = own.get("processes", 1)
+        processes = cfg.launch["processes"] = own.get("processes", 1)
         gpus = processes if gpu else 0
         cfg["client_resources"] = Settings(num_cpus=cpus, num_gpus=gpus)
 
 
-def check_demands(cfg: dict[str, Any], own: dict[str, Any], rows: int = 0) -> None:
+def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
     """That a round, and its adapter, take no more than the node gives.
 
     `rows`: the node's records, of which a run by epochs asks for a multiple.
     """
-    train, arguments = cfg["train"], cfg["train"]["training_arguments"]
-    batch = arguments["per_device_train_batch_size"]
-    step = batch * arguments["gradient_accumulation_steps"] * cfg["launch"]["processes"]
-    by_steps, passes = arguments["max_steps"] > 0, arguments["num_train_epochs"]
-    examples = arguments["max_steps"] * step if by_steps else passes * rows
-    if cfg["strategy"]["fraction_evaluate"] > 0:
-        examples = max(examples, cfg["evaluate"]["holdout"] * rows)
+    train, arguments = cfg.train, cfg.train.training_arguments
+    batch = arguments.per_device_train_batch_size
+    step = batch * arguments.gradient_accumulation_steps * cfg.launch.processes
+    by_steps, passes = arguments.max_steps > 0, arguments.num_train_epochs
+    examples = arguments.max_steps * step if by_steps else passes * rows
+    if cfg.strategy.fraction_evaluate > 0:
+        examples = max(examples, cfg.evaluate.holdout * rows)
     sizes = [
         value
-        for key, value in flat(cfg["peft"]).items()
+        for key, value in flat(cfg.peft).items()
         if isinstance(value, (int, float)) and key != "lora_alpha"  # which is a factor
     ]
     for key, asked, by in (
@@ -397,22 +397,22 @@ def check_demands(cfg: dict[str, Any], own: dict[str, Any], rows: int = 0) -> No
             raise Refusal(f"the run's settings of {by} ask for more than its {key}")
 
 
-def check_data(cfg: dict[str, Any], partition: int) -> int:
+def check_data(cfg: Settings, partition: int) -> int:
     """How many records the node has: as many as the run asks of everyone, or more."""
     import dataset
 
     rows = len(dataset.load_partition(cfg, partition))
-    if rows < cfg["train"]["min_records"]:
+    if rows < cfg.train.min_records:
         raise Refusal("it has fewer records than train.min_records")
     return rows
 
 
-def account(message: Message, cfg: dict[str, Any], content: RecordDict) -> str:
+def account(message: Message, cfg: Settings, content: RecordDict) -> str:
     """What a message has read of the node's data and takes away, for the node's log."""
     config = message.content["config"]
     kind = f"{message.metadata.message_type}, run {config.get('run')}"
     kind += f", round {config.get('server-round', 0)}"
-    data = cfg["dataset"]
+    data = cfg.dataset
     columns = ", ".join(column for column in data["columns"].values() if column)
     arrays = [
         one for record in content.array_records.values() for one in record.values()
@@ -423,6 +423,6 @@ def account(message: Message, cfg: dict[str, Any], content: RecordDict) -> str:
     for record in content.metric_records.values():
         sent += "".join(f", {name} {value:g}" for name, value in record.items())
     return (
-        f"{kind}: read {data['path'] or data['name']} ({columns}), {cfg['records']} records; "
+        f"{kind}: read {data['path'] or data['name']} ({columns}), {cfg.records} records; "
         f"sent {sent}"
     )

@@ -25,7 +25,7 @@ from torch.distributed import TCPStore, init_process_group
 import client
 import model
 from client import Metrics, State
-from utils import PROJECT, UserError
+from utils import PROJECT, Settings, UserError
 
 COMMAND = [sys.executable, "-m", "node.processes"]  # starts a member
 
@@ -34,12 +34,12 @@ HOST = "127.0.0.1"
 TIMEOUT = timedelta(hours=1)  # for loading a large base from a slow disk
 
 
-def initial_adapter(cfg: dict[str, Any]) -> State:
+def initial_adapter(cfg: Settings) -> State:
     """`client.initial_adapter`, by `launch.processes` of them."""
     return _ask(cfg, "initial_adapter")
 
 
-def train(cfg: dict[str, Any], *arguments: Any) -> tuple[State, Metrics]:
+def train(cfg: Settings, *arguments: Any) -> tuple[State, Metrics]:
     """`client.train`, by `launch.processes` of them; `peak_memory` is the first's.
 
     A step takes `per_device_train_batch_size` examples for each process, and gives what
@@ -49,19 +49,19 @@ def train(cfg: dict[str, Any], *arguments: Any) -> tuple[State, Metrics]:
     return _ask(cfg, "train", *arguments)
 
 
-def evaluate(cfg: dict[str, Any], *arguments: Any) -> Metrics:
+def evaluate(cfg: Settings, *arguments: Any) -> Metrics:
     """`client.evaluate`, by `launch.processes` of them; each goes over all records."""
     return _ask(cfg, "evaluate", *arguments)
 
 
-def _ask(cfg: dict[str, Any], name: str, *arguments: Any) -> Any:
-    processes = cfg["launch"]["processes"]
+def _ask(cfg: Settings, name: str, *arguments: Any) -> Any:
+    processes = cfg.launch.processes
     if processes == 1:
         return getattr(client, name)(cfg, *arguments)
-    resources = cfg["client_resources"]
+    resources = cfg.client_resources
     resources = resources | {"num_cpus": resources["num_cpus"] / processes}
-    shards = processes if cfg["launch"]["sharded"] else 1
-    base = cfg["model"] | {"shards": shards}
+    shards = processes if cfg.launch.sharded else 1
+    base = cfg.model | {"shards": shards}
     cfg = cfg | {"client_resources": resources, "model": base}
     team = _team(processes, max(1, int(resources["num_cpus"])))
     try:

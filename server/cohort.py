@@ -3,11 +3,10 @@
 import random
 import time
 from collections.abc import Collection
-from typing import Any
 
 from flwr.serverapp import Grid
 
-from utils import STOP, UserError, look_for_stop, mix_seed, say
+from utils import STOP, Settings, UserError, look_for_stop, mix_seed, say
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
 
@@ -22,7 +21,7 @@ class Clients:
     In a simulation the number is its partition. `named`: each is announced as it comes.
     """
 
-    def __init__(self, cfg: dict[str, Any], grid: Grid, named: bool) -> None:
+    def __init__(self, cfg: Settings, grid: Grid, named: bool) -> None:
         self.cfg, self.grid, self.named = cfg, grid, named
         self.partitions: dict[int, int] = {}  # by node
         self.refused: dict[int, str] = {}  # by node: why it takes no part
@@ -50,7 +49,7 @@ class Clients:
             if waited > NODES_TIMEOUT:
                 raise RunFailed(
                     f"Only {here} of {wanted} clients connected within "
-                    f"{NODES_TIMEOUT:.0f} s (num_clients={self.cfg['num_clients']})."
+                    f"{NODES_TIMEOUT:.0f} s (num_clients={self.cfg.num_clients})."
                 )
             if waited > 5 and not told:
                 say(f"Waiting for {wanted} clients; {here} are connected.")
@@ -78,11 +77,11 @@ class Clients:
                 raise RunFailed(f"All {len(self.refused)} clients refused: {cause}.")
             self.wait_for(1)
             nodes = self.available()
-        size = max(least, cohort_size(len(nodes), self.cfg["strategy"][fraction]))
+        size = max(least, cohort_size(len(nodes), self.cfg.strategy[fraction]))
         nodes = [node for node in nodes if node not in out] or nodes
         size = min(size, len(nodes))
         others = [node for node in nodes if node not in tried]
-        parts = [self.cfg["seed"], fraction, server_round]
+        parts = [self.cfg.seed, fraction, server_round]
         seed = mix_seed(*parts, attempt) if attempt else mix_seed(*parts)
         return sample(others if len(others) >= size else nodes, size, seed)
 

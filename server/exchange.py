@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 import dataset
 from methods.base import Unusable
-from utils import STOP, Refusal, look_for_stop, one_line
+from utils import STOP, Refusal, Settings, look_for_stop, one_line
 
 Read = TypeVar("Read")
 
@@ -88,37 +88,35 @@ def read_figures(kind: str, metrics: Any) -> dict[str, float]:
 
 
 def most_used(
-    cfg: dict[str, Any], kind: str, name: str, partition: int, federated: bool
+    cfg: Settings, kind: str, name: str, partition: int, federated: bool
 ) -> float:
     """The most `num-examples` or `records` that a client can have used for a message.
 
     Infinite where only its node can know.
     """
-    arguments = cfg["train"]["training_arguments"]
-    steps = arguments["max_steps"]
+    arguments = cfg.train.training_arguments
+    steps = arguments.max_steps
     if kind == MessageType.TRAIN and name == "num-examples" and steps > 0:
-        batch = arguments["per_device_train_batch_size"] * cfg["launch"]["processes"]
-        return steps * arguments["gradient_accumulation_steps"] * batch
+        batch = arguments.per_device_train_batch_size * cfg.launch.processes
+        return steps * arguments.gradient_accumulation_steps * batch
     if federated:
         return math.inf
     if kind == MessageType.EVALUATE:
         rows = dataset.load_partition(cfg, partition)
         return len(dataset.split(cfg, rows)[1])
     rows = len(dataset.training_rows(cfg, partition))
-    passes = arguments["num_train_epochs"] if name == "num-examples" else 1
+    passes = arguments.num_train_epochs if name == "num-examples" else 1
     return math.ceil(passes * rows)
 
 
-def bound(
-    cfg: dict[str, Any], client: dict[str, Any], kind: str, federated: bool
-) -> None:
+def bound(cfg: Settings, client: dict[str, Any], kind: str, federated: bool) -> None:
     """Hold a client's word for how much it used against what the server knows.
 
     In a simulation the server knows all of it, and more is a lie: raises `Unusable`. In a
     federation records, and processes that train side by side, are a node's own: more counts
     for what one process takes, or for `strategy.max_weight`.
     """
-    most = cfg["strategy"]["max_weight"] or math.inf
+    most = cfg.strategy.max_weight or math.inf
     for name in ("num-examples", "records"):
         if name not in client:
             continue

@@ -11,7 +11,7 @@ from methods import wire
 from methods.base import State
 from server.cohort import RunFailed
 from server.journal import report_failures
-from utils import UserError
+from utils import Settings, UserError
 
 # Whom was asked, each usable reply's adapter and figures as it comes in, and, after the last,
 # who failed.
@@ -19,7 +19,7 @@ Asked = tuple[list[int], Iterable[tuple[State, dict[str, Any]]], list[dict[str, 
 
 
 def adapter(
-    cfg: dict[str, Any],
+    cfg: Settings,
     held: dict[str, Any],
     ask: Callable[[int, set[int], int], Asked],
 ) -> State:
@@ -31,11 +31,11 @@ def adapter(
     fails is replaced, `strategy.max_round_retries` times. Raises `RunFailed`.
     """
     try:
-        first = model.seeded(cfg["model"], cfg["peft"], cfg["seed"])
+        first = model.seeded(cfg.model, cfg.peft, cfg.seed)
     except UserError:  # no adapter at all can be made without the weights
         first = {k: torch.full(v.shape, math.nan) for k, v in held.items()}
     unknown = [name for name, v in first.items() if not torch.isfinite(v).all()]
-    retries = cfg["strategy"]["max_round_retries"]
+    retries = cfg.strategy.max_round_retries
     tried: set[int] = set()
     for attempt in range(1 + retries):
         made: list[tuple[State, list[dict[str, Any]]]] = []  # by whom, alike
@@ -67,7 +67,7 @@ def adapter(
         cause = "its first adapter is not the one that more than half have made"
         report_failures(0, [who | {"cause": cause} for who in others])
     first |= made[0][0]
-    dtype = cfg["comm"]["dtype"]
+    dtype = cfg.comm.dtype
     if name := wire.lost(first, dtype):
         raise RunFailed(
             f"The first adapter cannot be sent as comm.dtype={dtype}: {name} holds "

@@ -13,7 +13,7 @@ from methods.base import adapters
 from reporting.figures import plot_run
 from server.runs import BEST, OWN, Before, History, Round, read, read_history
 from server.tracking import Tracking
-from utils import command, public, say, write_json, writing
+from utils import Settings, command, public, say, write_json, writing
 
 SHOWN = 3  # sample questions printed after a run
 
@@ -21,16 +21,14 @@ SHOWN = 3  # sample questions printed after a run
 class Journal:
     """Writes a run down, round by round, into its folder."""
 
-    def __init__(
-        self, cfg: dict[str, Any], frame: model.PeftModel, folder: Path
-    ) -> None:
+    def __init__(self, cfg: Settings, frame: model.PeftModel, folder: Path) -> None:
         self.cfg = cfg
         self.frame = frame
         self.folder = folder
         self.before: Before | dict[str, Any] = {}
         self.rounds: list[Round] = []
         self.tokenizer = model.load_tokenizer(
-            cfg["model"]["name"], cfg["model"]["use_fast_tokenizer"]
+            cfg.model.name, cfg.model.use_fast_tokenizer
         )
 
     def go_on(self, done: int) -> None:
@@ -70,13 +68,13 @@ class Journal:
         The best is that of the lowest loss on the test questions, or else on what the
         clients hold back, where either is measured.
         """
-        name = BEST[0] if self.cfg["evaluate"]["every_round"] else BEST[1]
+        name = BEST[0] if self.cfg.evaluate.every_round else BEST[1]
         best = self.best()
         if name in entry:
             # Before the run was gone on with it may have been measured otherwise.
             least = best.get(name, math.inf) if best else math.inf
             entry["best"] = entry[name] < least
-        report_lost(entry, self.rounds, self.cfg["train"]["seq_length"])
+        report_lost(entry, self.rounds, self.cfg.train.seq_length)
         self.rounds.append(entry)
         write_json(self.folder / "history.json", self.history())
         if self._due(entry["round"]) or entry.get("best"):
@@ -94,8 +92,8 @@ class Journal:
         return next((e for e in reversed(self.rounds) if e.get("best")), None)
 
     def _due(self, done: int) -> bool:
-        every = self.cfg["train"]["save_every_round"]
-        return done % every == 0 or done == self.cfg["num_rounds"]
+        every = self.cfg.train.save_every_round
+        return done % every == 0 or done == self.cfg.num_rounds
 
     def save_last(self, state: model.State) -> None:
         """Save `state` as the adapter of the last finished round, if it is not there."""
@@ -103,18 +101,18 @@ class Journal:
         folder = self.folder / f"peft_{done}"
         if not done:
             return
-        settings = dict(self.cfg["model"])
+        settings = dict(self.cfg.model)
         settings["name"] = model.portable_name(settings["name"])
-        train = self.cfg["train"]
+        train = self.cfg.train
         about = {
             "round": done,
-            "template": self.cfg["dataset"]["template"],
+            "template": self.cfg.dataset.template,
             "model": settings,
             # As it is examined, for `test.py --file`.
-            "columns": self.cfg["dataset"]["columns"],
+            "columns": self.cfg.dataset.columns,
             "seq_length": train["seq_length"],
             "batch_size": train["training_arguments"]["per_device_train_batch_size"],
-            "max_new_tokens": self.cfg["evaluate"]["max_new_tokens"],
+            "max_new_tokens": self.cfg.evaluate.max_new_tokens,
         }
         for name, adapter in adapters(state).items():
             if not (folder / name).exists():  # the run has saved this one already
@@ -196,21 +194,21 @@ def report_lost(
 
 def describe(cfg: dict) -> str:
     """One line on what is about to run."""
-    strategy = cfg["strategy"]["_target_"].rpartition(".")[2]
-    bits = cfg["model"]["quantization"]
+    strategy = cfg.strategy._target_.rpartition(".")[2]
+    bits = cfg.model.quantization
     return (
-        f"{'' if cfg['mode'] == 'federated' else cfg['mode'] + ': '}"
-        f"{cfg['model']['name']} ({f'{bits}-bit' if bits else 'not quantised'}), "
-        f"{cfg['peft']['_target_'].rpartition('.')[2].removesuffix('Config')}, "
-        f"{strategy}: {cfg['num_clients']} clients, "
-        f"{cfg['strategy']['fraction_fit']:.0%} of them a round, {cfg['num_rounds']} rounds"
+        f"{cfg.mode + ': ' if cfg.baseline else ''}"
+        f"{cfg.model.name} ({f'{bits}-bit' if bits else 'not quantised'}), "
+        f"{cfg.peft._target_.rpartition('.')[2].removesuffix('Config')}, "
+        f"{strategy}: {cfg.num_clients} clients, "
+        f"{cfg.strategy.fraction_fit:.0%} of them a round, {cfg.num_rounds} rounds"
     )
 
 
-def quantised_on_cpu(cfg: dict[str, Any]) -> str | None:
+def quantised_on_cpu(cfg: Settings) -> str | None:
     """What 4 or 8 bits cost where no GPU computes on them, in a line; None elsewhere."""
-    bits = cfg["model"]["quantization"]
-    if cfg["client_resources"]["num_gpus"] or not bits:
+    bits = cfg.model.quantization
+    if cfg.client_resources.num_gpus or not bits:
         return None
     return (
         f"on a CPU {bits} bits save neither memory nor time, and cost accuracy: "
@@ -218,7 +216,7 @@ def quantised_on_cpu(cfg: dict[str, Any]) -> str | None:
     )
 
 
-def report(cfg: dict[str, Any], folder: Path) -> None:
+def report(cfg: Settings, folder: Path) -> None:
     """Print a finished run's last word: losses, scores, sample answers, what to do next."""
     summary = read(folder, "summary.json")
     last = read_history(folder, summary["rounds"])["rounds"][-1]

@@ -27,6 +27,7 @@ from server.journal import Journal, report_failures, report_memory
 from server.runs import telling
 from utils import (
     Progress,
+    Settings,
     Stopped,
     Unwritable,
     command,
@@ -40,7 +41,7 @@ from utils import (
 
 
 def run(
-    cfg: dict[str, Any],
+    cfg: Settings,
     grid: Grid,
     folder: Path,
     told: dict[str, str] | None = None,
@@ -62,22 +63,20 @@ def run(
     base = examination.base() if examination else ({}, [])
     state: State = {}
     done = 0
-    if cfg["resume"] and (newest := checkpoint.newest(folder)):
+    if cfg.resume and (newest := checkpoint.newest(folder)):
         state, done, seconds = checkpoint.load(newest, server.aggregation)
         started -= seconds
         journal.go_on(done)
         say(f"Going on after round {done}.")
-    progress = Progress(cfg["num_rounds"], done)
+    progress = Progress(cfg.num_rounds, done)
     journal.track()
     try:
         measured: list[Scores] = []
         if not done:
-            state = server.aggregation.start(
-                server.initial_adapter(), cfg["num_clients"]
-            )
+            state = server.aggregation.start(server.initial_adapter(), cfg.num_clients)
             journal.write_before(base[0] | server.evaluate_round(0, state))
         progress.begin({} if done else journal.before)
-        for server_round in range(done + 1, cfg["num_rounds"] + 1):
+        for server_round in range(done + 1, cfg.num_rounds + 1):
             new_state, entry = server.train_round(server_round, state)
             if due(cfg, server_round, default=1):
                 entry |= server.evaluate_round(server_round, new_state)
@@ -105,18 +104,18 @@ def run(
         journal.close()
 
 
-def due(cfg: dict[str, Any], server_round: int, default: int) -> bool:
+def due(cfg: Settings, server_round: int, default: int) -> bool:
     """Whether the adapter of this round is evaluated: every so many rounds, and at the end.
 
     `default` stands for `evaluate.every_round=0`; 0 is never.
     """
-    every = cfg["evaluate"]["every_round"] or default
-    last = server_round == cfg["num_rounds"]
+    every = cfg.evaluate.every_round or default
+    last = server_round == cfg.num_rounds
     return bool(every) and (server_round % every == 0 or last)
 
 
 def conclude(
-    cfg: dict[str, Any],
+    cfg: Settings,
     examination: Examination,
     before: tuple[Scores, list[str]],
     state: State,
@@ -152,7 +151,7 @@ def conclude(
     if "" not in final:
         clients = [{"partition": i, **scores} for i, scores in enumerate(each)]
         told["clients"] = clients
-    if cfg["evaluate"]["exact_match"]:
+    if cfg.evaluate.exact_match:
         after.sort(key=lambda examined: examined[0]["exact_match"])
         _, answers = after[len(after) // 2]
         write_json(
@@ -183,21 +182,21 @@ class Server:
     """Talks to the clients: what goes out, what comes back, what is fit to be used."""
 
     def __init__(
-        self, cfg: dict[str, Any], grid: Grid, told: dict[str, str] | None = None
+        self, cfg: Settings, grid: Grid, told: dict[str, str] | None = None
     ) -> None:
         self.cfg = cfg
         self.grid = grid
         self.told = told or {}
-        self.aggregation = aggregate.build(cfg["strategy"])
-        self.sharing = sharing.build(cfg["sharing"])
+        self.aggregation = aggregate.build(cfg.strategy)
+        self.sharing = sharing.build(cfg.sharing)
         self.steps = steps.build(cfg)
-        self.dtype = cfg["comm"]["dtype"]
-        self.frame = model.skeleton(cfg["model"], cfg["peft"])
+        self.dtype = cfg.comm.dtype
+        self.frame = model.skeleton(cfg.model, cfg.peft)
         # All that the adapter holds. Less of it may be trained, or sent.
         self.held = {n: p for n, p in self.frame.named_parameters() if p.requires_grad}
         self.singly = False  # whether replies are fetched one by one
         self.clients = Clients(cfg, grid, named=bool(self.told))
-        self.clients.wait_for(cfg["num_clients"])
+        self.clients.wait_for(cfg.num_clients)
 
     def _exchange(
         self,
@@ -232,7 +231,7 @@ class Server:
             bound(self.cfg, client, kind, federated=bool(self.told))
             return read(content, client, down[partition])
 
-        timeout = self.cfg["train"]["round_timeout"]
+        timeout = self.cfg.train.round_timeout
         return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
 
     def _replies(self, exchange: Exchange, server_round: int) -> Iterator[Any]:
@@ -271,11 +270,11 @@ class Server:
         `strategy.max_round_retries` times.
         """
         began = time.monotonic()
-        settings = self.cfg["strategy"]
+        settings = self.cfg.strategy
         failures: list[dict[str, Any]] = []
         tried: set[int] = set()
         out: set[int] = set()  # who is left out of the whole round
-        for attempt in range(1 + settings["max_round_retries"]):
+        for attempt in range(1 + settings.max_round_retries):
             nodes = self.clients.sample(
                 "fraction_fit", server_round, attempt, tried, out
             )
@@ -297,12 +296,12 @@ class Server:
             failures += exchange.failures
             tried |= set(nodes)
             received = time.monotonic()
-            few = len(clients) < settings["min_fit_replies"]
+            few = len(clients) < settings.min_fit_replies
             try:
                 if few:
                     raise Unusable(
                         f"{len(clients)} usable replies where "
-                        f"strategy.min_fit_replies={settings['min_fit_replies']}"
+                        f"strategy.min_fit_replies={settings.min_fit_replies}"
                     )
                 mean = self.steps.total(self.aggregation.gathered(), len(clients))
                 new_state = self.aggregation.apply(mean)
@@ -324,12 +323,12 @@ class Server:
         else:
             raise RunFailed(
                 f"Round {server_round} failed {attempt + 1} times "
-                f"(strategy.max_round_retries={settings['max_round_retries']}). The last "
+                f"(strategy.max_round_retries={settings.max_round_retries}). The last "
                 f"cause: {cause}."
             )
         seconds_aggregate += time.monotonic() - received
         clients.sort(key=lambda client: client["partition"])
-        arguments = self.cfg["train"]["training_arguments"]
+        arguments = self.cfg.train.training_arguments
         report_memory(server_round, clients, arguments["per_device_train_batch_size"])
         weights = [self._weight(client) for client in clients]
         losses = [client["train_loss"] for client in clients]
@@ -381,7 +380,7 @@ class Server:
 
     def _weight(self, client: dict[str, Any]) -> int:
         """What a client counts for in the mean, in examples or records."""
-        weight = aggregate.WEIGHTS[self.cfg["strategy"]["weighted_by"]]
+        weight = aggregate.WEIGHTS[self.cfg.strategy.weighted_by]
         if weight not in client:
             raise Unusable(f"its metrics lack {weight}")
         return client[weight]
@@ -394,9 +393,9 @@ class Server:
         by examples; worst and spread (the standard deviation) are over the clients with
         enough records for that (`utils.telling`), if there are any.
         """
-        if not self.cfg["strategy"]["fraction_evaluate"]:
+        if not self.cfg.strategy.fraction_evaluate:
             return {}
-        asked = server_round or self.cfg["num_rounds"]
+        asked = server_round or self.cfg.num_rounds
         nodes = self.clients.sample("fraction_evaluate", asked)
         exchange = self._exchange(
             MessageType.EVALUATE,

@@ -17,18 +17,18 @@ from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
-from utils import UserError, construct, flat, git_commit, say
+from utils import Settings, UserError, construct, flat, git_commit, say
 
 
 class Tracking:
     """A run's tracker. One that fails is named, left alone and costs the run nothing else."""
 
     def __init__(
-        self, cfg: dict[str, Any], folder: Path, rounds: list[dict[str, Any]]
+        self, cfg: Settings, folder: Path, rounds: list[dict[str, Any]]
     ) -> None:
         self.folder = folder
         self.finished = False
-        self.tracker: Tracker | None = make(cfg["tracking"])
+        self.tracker: Tracker | None = make(cfg.tracking)
         cfg = {**cfg, "git_commit": git_commit()}  # among the settings
         last = rounds[-1]["round"] if rounds else -1
         known = self._tell("start", cfg, folder, last)
@@ -78,7 +78,7 @@ class Tracker:
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name}={value}: text is needed")
 
-    def start(self, cfg: dict[str, Any], folder: Path, last: int) -> int:
+    def start(self, cfg: Settings, folder: Path, last: int) -> int:
         """Begin, or go on with, the run of `folder`.
 
         `last` is the last round that is written down, -1 where none is. Returns the last
@@ -103,7 +103,7 @@ class TensorBoard(Tracker):
     library = "tensorboard"
     package = "tensorboard"
 
-    def start(self, cfg: dict[str, Any], folder: Path, last: int) -> int:
+    def start(self, cfg: Settings, folder: Path, last: int) -> int:
         from torch.utils.tensorboard import SummaryWriter
 
         going_on = any(folder.glob("events.out.tfevents.*"))
@@ -139,7 +139,7 @@ class MLflow(Tracker):
     experiment: str
     tracking_uri: str | None
 
-    def start(self, cfg: dict[str, Any], folder: Path, last: int) -> int:
+    def start(self, cfg: Settings, folder: Path, last: int) -> int:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # Its default is to try for minutes, during which a round would wait.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -209,9 +209,9 @@ class Wandb(Tracker):
         if self.mode not in ("online", "offline"):
             raise ValueError(f"mode={self.mode}: take online or offline")
 
-    def start(self, cfg: dict[str, Any], folder: Path, last: int) -> int:
+    def start(self, cfg: Settings, folder: Path, last: int) -> int:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        os.environ.setdefault("WANDB_SILENT", str(not cfg["verbose"]).lower())
+        os.environ.setdefault("WANDB_SILENT", str(not cfg.verbose).lower())
         import wandb
 
         above = group(folder)

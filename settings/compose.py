@@ -99,10 +99,11 @@ def check_choices(words: list[str]) -> None:
             parse(word)
 
 
-def resolve(config: DictConfig) -> dict[str, Any]:
-    """The configuration as a plain dict. Raises `UserError` where it has gaps."""
+def resolve(config: DictConfig) -> Settings:
+    """The configuration's values. Raises `UserError` where it has gaps."""
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return Settings.of(values)
     except MissingMandatoryValue as error:
         raise UserError(
             f"{error.full_key} must be given: {error.full_key}=..."
@@ -113,13 +114,13 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 def decided(cfg: Settings) -> Settings:
     """`cfg` with true or false in the place of `model.gradient_checkpointing=auto`."""
-    if cfg["model"]["gradient_checkpointing"] != "auto":
+    if cfg.model.gradient_checkpointing != "auto":
         return cfg
     needed = {"gradient_checkpointing": needs_checkpointing(cfg)}
-    return cfg | {"model": cfg["model"] | needed}
+    return cfg | {"model": cfg.model | needed}
 
 
-def needs_checkpointing(cfg: dict[str, Any]) -> bool:
+def needs_checkpointing(cfg: Settings) -> bool:
     """Whether a client's step would not fit its share of the GPU (or memory) without.
 
     True as well where that is not known. False where base or adapter do not allow it.
@@ -129,29 +130,29 @@ def needs_checkpointing(cfg: dict[str, Any]) -> bool:
     import model
     from compute.vram import occupied
 
-    share = cfg["client_resources"]["num_gpus"]
+    share = cfg.client_resources.num_gpus
     if share and torch.cuda.device_count():
         room = torch.cuda.get_device_properties(0).total_memory * min(share, 1)
     elif share:
         room = 0  # planning elsewhere for a GPU that is not here to be asked
     else:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        room = pages * cfg["client_resources"]["num_cpus"] / (os.cpu_count() or 1)
-    settings = cfg["model"] | {"gradient_checkpointing": False}
+        room = pages * cfg.client_resources.num_cpus / (os.cpu_count() or 1)
+    settings = cfg.model | {"gradient_checkpointing": False}
     if not share:
         settings["quantization"] = None  # a CPU computes on the unpacked base
-    frame = model.skeleton(settings, cfg["peft"])
+    frame = model.skeleton(settings, cfg.peft)
     terms = estimate(cfg | {"model": settings}, frame)
     if not isinstance(terms, str) and occupied(terms) <= 0.9 * room:
         return False
     try:
-        model.skeleton(settings | {"gradient_checkpointing": True}, cfg["peft"])
+        model.skeleton(settings | {"gradient_checkpointing": True}, cfg.peft)
     except UserError:
         return False
     return True
 
 
-def estimate(cfg: dict[str, Any], frame: Any) -> dict[str, int] | str:
+def estimate(cfg: Settings, frame: Any) -> dict[str, int] | str:
     """`estimate_vram` of a client, or why it does not know this base or this adapter."""
     from compute.vram import estimate_vram
 
@@ -159,11 +160,11 @@ def estimate(cfg: dict[str, Any], frame: Any) -> dict[str, int] | str:
     try:
         return estimate_vram(
             frame,
-            cfg["model"]["quantization"],
-            cfg["train"]["training_arguments"]["per_device_train_batch_size"],
+            cfg.model.quantization,
+            cfg.train.training_arguments.per_device_train_batch_size,
             # Prompt methods put tokens of their own before the text.
-            cfg["train"]["seq_length"] + virtual,
-            cfg["model"]["gradient_checkpointing"],
+            cfg.train.seq_length + virtual,
+            cfg.model.gradient_checkpointing,
         )
     except Exception as error:  # an architecture of other parts than it reckons with
         return f"{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ import dataset
 import model
 from records import templates
 from reporting.figures import COLOURS, GREY, figure
-from utils import UserError, local_path
+from utils import Settings, UserError, local_path
 
 # Records that are tokenised to tell their lengths: of a client, and of all of them, at most.
 SAMPLE = 200
@@ -31,7 +31,7 @@ HATCHES = (
 NAMED = 40  # clients at most that are named one by one
 
 
-def describe(cfg: dict[str, Any]) -> dict[str, Any]:
+def describe(cfg: Settings) -> dict[str, Any]:
     """What each client holds and how far apart they are, in plain values (for JSON).
 
     `category`: the column whose values are counted. `sampled`: how many records of a client
@@ -46,15 +46,15 @@ def describe(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises `UserError` where the data is not on this machine (nothing is downloaded), or
     cannot be dealt out like this.
     """
-    settings = cfg["dataset"]
-    if not (settings["path"] or _is_here(str(settings["name"]))):
-        raise UserError(f"{settings['name']} has not been downloaded to this machine.")
+    settings = cfg.dataset
+    if not (settings.path or _is_here(str(settings.name))):
+        raise UserError(f"{settings.name} has not been downloaded to this machine.")
     dataset.check(cfg)
-    parts = [dataset.load_partition(cfg, i) for i in range(cfg["num_clients"])]
+    parts = [dataset.load_partition(cfg, i) for i in range(cfg.num_clients)]
     column = _category(cfg, parts[0].column_names)
     mixes = [Counter(map(str, part[column])) if column else None for part in parts]
     sampled = min(SAMPLE, max(1, SAMPLE_OF_ALL // len(parts)))
-    tokenizer = _tokenizer(cfg["model"])
+    tokenizer = _tokenizer(cfg.model)
     lengths = [
         _lengths(cfg, part, tokenizer, sampled) if tokenizer else None for part in parts
     ]
@@ -72,7 +72,7 @@ def describe(cfg: dict[str, Any]) -> dict[str, Any]:
         names = sorted(set().union(*mixes))
         counts = np.array([[mix[name] for name in names] for mix in mixes])
         summary["mix_distance"] = mix_distance(counts)
-        summary["mix_by_chance"] = mix_distance(deal_anew(counts, cfg["seed"]))
+        summary["mix_by_chance"] = mix_distance(deal_anew(counts, cfg.seed))
     clients = [
         {"records": len(part), "categories": mix and dict(mix), "tokens": tokens}
         for part, mix, tokens in zip(parts, mixes, lengths, strict=True)
@@ -127,27 +127,27 @@ def _is_here(name: str) -> bool:
     return cached.is_dir() or local_path(name) is not None
 
 
-def _category(cfg: dict[str, Any], columns: list[str]) -> str | None:
+def _category(cfg: Settings, columns: list[str]) -> str | None:
     """The column that tells what a record is about: first, what clients are dealt by."""
-    dealt_by = cfg["partitioner"].get("partition_by")
-    known = (name for name in ("cluster", dealt_by, cfg["dataset"]["label"]))
+    dealt_by = cfg.partitioner.get("partition_by")
+    known = (name for name in ("cluster", dealt_by, cfg.dataset.label))
     return next((name for name in known if name in columns), None)
 
 
 def _tokenizer(settings: dict[str, Any]) -> Any:
     """The base's tokenizer, or None: a plan needs no more than the base's configuration."""
     try:
-        return model.load_tokenizer(settings["name"], settings["use_fast_tokenizer"])
+        return model.load_tokenizer(settings.name, settings.use_fast_tokenizer)
     except (OSError, ValueError):
         return None
 
 
 def _lengths(
-    cfg: dict[str, Any], rows: datasets.Dataset, tokenizer: Any, count: int
+    cfg: Settings, rows: datasets.Dataset, tokenizer: Any, count: int
 ) -> list[float] | None:
     """Percentiles of the lengths of `count` examples; None where none can be trained on."""
-    columns, template = cfg["dataset"]["columns"], cfg["dataset"]["template"]
-    drawn = np.random.default_rng(cfg["seed"]).permutation(len(rows))[:count]
+    columns, template = cfg.dataset.columns, cfg.dataset.template
+    drawn = np.random.default_rng(cfg.seed).permutation(len(rows))[:count]
     examples = (
         templates.encode(dataset.to_record(row, columns), template, tokenizer, UNCUT)
         for row in rows.select(drawn)

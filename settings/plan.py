@@ -7,7 +7,6 @@ hold comes with it where the data is at hand.
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from server.journal import quantised_on_cpu
 from server.rounds import due
 from settings import heterogeneity
 from settings.compose import estimate
-from utils import UserError, learning_rate
+from utils import Settings, UserError, learning_rate
 
 Rows = list[tuple[str, str]]  # label and value
 
@@ -33,7 +32,7 @@ PROCESS = (
 SCALE_BYTES = 4  # int8: a float32 for each row
 
 
-def show(cfg: dict[str, Any], folder: Path | None = None) -> str:
+def show(cfg: Settings, folder: Path | None = None) -> str:
     """The plan as text, one line a row, the values one below the other.
 
     With a `folder`, also how unequal the clients are, and `clients.png` in there.
@@ -43,9 +42,9 @@ def show(cfg: dict[str, Any], folder: Path | None = None) -> str:
     return "\n".join(f"{label:{widest}}  {value}" for label, value in rows)
 
 
-def plan(cfg: dict[str, Any]) -> Rows:
+def plan(cfg: Settings) -> Rows:
     """Parameters, work, bytes on the wire and VRAM of the resolved configuration."""
-    frame = model.skeleton(cfg["model"], cfg["peft"])
+    frame = model.skeleton(cfg.model, cfg.peft)
     return [
         *_parameters(frame),
         *_work(cfg),
@@ -54,7 +53,7 @@ def plan(cfg: dict[str, Any]) -> Rows:
     ]
 
 
-def clients(cfg: dict[str, Any], folder: Path) -> Rows:
+def clients(cfg: Settings, folder: Path) -> Rows:
     """How unequal the clients are, and a plot of it in `folder`; or why that is not known."""
     try:
         data = heterogeneity.describe(cfg)
@@ -70,7 +69,7 @@ def clients(cfg: dict[str, Any], folder: Path) -> Rows:
             f"{summary['mix_distance']:.2f} from the pooled mix by {data['category']} "
             f"(0: equal, 1: apart; by chance {summary['mix_by_chance']:.2f})"
         )
-    tokens = f"not known: no tokenizer in {cfg['model']['name']}"
+    tokens = f"not known: no tokenizer in {cfg.model.name}"
     if summary["median_tokens"]:
         medians, highs = (
             f"{low:.0f} to {high:.0f}"
@@ -78,7 +77,7 @@ def clients(cfg: dict[str, Any], folder: Path) -> Rows:
         )
         tokens = (
             f"{medians} in a client's median, {highs} in its 90th percentile "
-            f"(of up to {data['sampled']} records; cut at {cfg['train']['seq_length']})"
+            f"(of up to {data['sampled']} records; cut at {cfg.train.seq_length})"
         )
     return [
         (
@@ -106,20 +105,18 @@ def wire_bytes(frame: torch.nn.Module, dtype: str) -> int:
     return total
 
 
-def steps_per_client(cfg: dict[str, Any]) -> int:
+def steps_per_client(cfg: Settings) -> int:
     """Optimizer steps of one client in one round; of the one with most data, by epochs."""
-    arguments = cfg["train"]["training_arguments"]
-    if arguments["max_steps"] > 0:
-        return arguments["max_steps"]
-    records = max(
-        len(dataset.load_partition(cfg, i)) for i in range(cfg["num_clients"])
-    )
-    if cfg["strategy"]["fraction_evaluate"]:
-        records -= max(1, math.floor(cfg["evaluate"]["holdout"] * records))
-    examples = math.ceil(arguments["num_train_epochs"] * records)
-    each = arguments["per_device_train_batch_size"] * cfg["launch"]["processes"]
+    arguments = cfg.train.training_arguments
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    records = max(len(dataset.load_partition(cfg, i)) for i in range(cfg.num_clients))
+    if cfg.strategy.fraction_evaluate:
+        records -= max(1, math.floor(cfg.evaluate.holdout * records))
+    examples = math.ceil(arguments.num_train_epochs * records)
+    each = arguments.per_device_train_batch_size * cfg.launch.processes
     batches = math.ceil(examples / each)
-    return math.ceil(batches / arguments["gradient_accumulation_steps"])
+    return math.ceil(batches / arguments.gradient_accumulation_steps)
 
 
 def _trained(frame: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -135,16 +132,16 @@ def _parameters(frame: torch.nn.Module) -> Rows:
     ]
 
 
-def _work(cfg: dict[str, Any]) -> Rows:
-    arguments = cfg["train"]["training_arguments"]
-    size = arguments["per_device_train_batch_size"] * cfg["launch"]["processes"]
-    parts = arguments["gradient_accumulation_steps"]
-    rounds, clients = cfg["num_rounds"], _cohort(cfg, "fraction_fit")
+def _work(cfg: Settings) -> Rows:
+    arguments = cfg.train.training_arguments
+    size = arguments.per_device_train_batch_size * cfg.launch.processes
+    parts = arguments.gradient_accumulation_steps
+    rounds, clients = cfg.num_rounds, _cohort(cfg, "fraction_fit")
     steps = steps_per_client(cfg)
-    most = "" if arguments["max_steps"] > 0 else "at most "
-    tokens = clients * steps * size * parts * cfg["train"]["seq_length"]
+    most = "" if arguments.max_steps > 0 else "at most "
+    tokens = clients * steps * size * parts * cfg.train.seq_length
     return [
-        ("clients a round", f"{clients} of {cfg['num_clients']}"),
+        ("clients a round", f"{clients} of {cfg.num_clients}"),
         (
             "steps a round",
             f"{most}{clients * steps:,} ({steps:,} a client, {size} x {parts} examples each)",
@@ -160,12 +157,12 @@ def _work(cfg: dict[str, Any]) -> Rows:
     ]
 
 
-def _weight(cfg: dict[str, Any]) -> Rows:
+def _weight(cfg: Settings) -> Rows:
     """What clients weigh in the mean, where there is one of several."""
-    if cfg["mode"] != "federated" or not aggregate.build(cfg["strategy"]).linear:
+    if cfg.baseline or not aggregate.build(cfg.strategy).linear:
         return []
-    by_steps = cfg["train"]["training_arguments"]["max_steps"] > 0
-    if cfg["strategy"].get("weighted_by", "examples") == "records":
+    by_steps = cfg.train.training_arguments.max_steps > 0
+    if cfg.strategy.get("weighted_by", "examples") == "records":
         weight = "by its records"
     elif by_steps:
         weight = "the same for all, however few its records: all take as many steps"
@@ -174,16 +171,16 @@ def _weight(cfg: dict[str, Any]) -> Rows:
     return [("a client's weight", weight)]
 
 
-def _rate(cfg: dict[str, Any]) -> str:
-    first, last = (learning_rate(cfg, n) for n in (1, cfg["num_rounds"]))
-    rounds = f"{cfg['num_rounds']} rounds"
+def _rate(cfg: Settings) -> str:
+    first, last = (learning_rate(cfg, n) for n in (1, cfg.num_rounds))
+    rounds = f"{cfg.num_rounds} rounds"
     if first == last:
         return f"{first:.3g} in {rounds}"
     return f"{first:.3g} -> {last:.3g} over {rounds}"
 
 
-def _traffic(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
-    dtype, rounds = cfg["comm"]["dtype"], cfg["num_rounds"]
+def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
+    dtype, rounds = cfg.comm.dtype, cfg.num_rounds
     adapter = wire_bytes(frame, dtype)
     way = _cohort(cfg, "fraction_fit") * adapter
     # The clients of the first round make the first adapter and send it in float32.
@@ -196,7 +193,7 @@ def _traffic(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
             f"{_bytes(2 * rounds * way)} both ways, and {_bytes(first)} for the first adapter",
         ),
     ]
-    if cfg["strategy"]["fraction_evaluate"]:
+    if cfg.strategy.fraction_evaluate:
         down = _cohort(cfg, "fraction_evaluate") * adapter
         times = 1 + sum(
             due(cfg, n, default=1) for n in range(1, rounds + 1)
@@ -206,9 +203,9 @@ def _traffic(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     return rows
 
 
-def _memory(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
+def _memory(cfg: Settings, frame: torch.nn.Module) -> Rows:
     """What a client's step takes of a GPU, or of memory where it has none, and how many fit."""
-    checkpointing = cfg["model"]["gradient_checkpointing"]
+    checkpointing = cfg.model.gradient_checkpointing
     rows = [
         (
             "checkpointing",
@@ -217,17 +214,17 @@ def _memory(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
             else "off: activations are kept",
         )
     ]
-    if not cfg["client_resources"]["num_gpus"]:
+    if not cfg.client_resources.num_gpus:
         return rows + _ram(cfg, frame)
     return rows + _vram(cfg, frame)
 
 
-def _ram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
+def _ram(cfg: Settings, frame: torch.nn.Module) -> Rows:
     # A CPU computes on a 4-bit base unpacked once.
-    bits = cfg["model"]["quantization"]
-    settings = cfg["model"] | {"quantization": None if bits == 4 else bits}
+    bits = cfg.model.quantization
+    settings = cfg.model | {"quantization": None if bits == 4 else bits}
     terms = estimate(cfg | {"model": settings}, frame)
-    cores, each = os.cpu_count() or 1, cfg["client_resources"]["num_cpus"]
+    cores, each = os.cpu_count() or 1, cfg.client_resources.num_cpus
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     busy = min(max(1, int(cores / each)), _cohort(cfg, "fraction_fit"))
     use = f"{busy} side by side, {int(each)} of {cores} cores each"
@@ -249,7 +246,7 @@ def _ram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     return rows
 
 
-def _vram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
+def _vram(cfg: Settings, frame: torch.nn.Module) -> Rows:
     terms = estimate(cfg, frame)
     if isinstance(terms, str):
         return [("VRAM a client", f"not known: {terms}")]
@@ -261,7 +258,7 @@ def _vram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
         ),
         *((f"  {name}", _bytes(size)) for name, size in at_peak(terms).items()),
     ]
-    share = cfg["client_resources"]["num_gpus"]
+    share = cfg.client_resources.num_gpus
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         fit = gpu.total_memory // occupied(terms)
@@ -278,8 +275,8 @@ def _vram(cfg: dict[str, Any], frame: torch.nn.Module) -> Rows:
     return rows
 
 
-def _cohort(cfg: dict[str, Any], fraction: str) -> int:
-    return cohort_size(cfg["num_clients"], cfg["strategy"][fraction])
+def _cohort(cfg: Settings, fraction: str) -> int:
+    return cohort_size(cfg.num_clients, cfg.strategy[fraction])
 
 
 def _count(number: int) -> str:

@@ -35,42 +35,40 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     from server import runs, tracking
 
     cfg = validated(resolve(config))
-    if (metric := cfg["optimized_metric"]) not in (
-        known := runs.Summary.__annotations__
-    ):
+    if (metric := cfg.optimized_metric) not in (known := runs.Summary.__annotations__):
         raise UserError(
             f"optimized_metric={metric}: summary.json has no such key. Take one of "
             f"{', '.join(known)}."
         )
-    tracking.make(cfg["tracking"])  # whose library has to be here
-    if not (cfg["dry_run"] or deployed):
-        address = cfg["simulation"]["init_args"]["address"]
+    tracking.make(cfg.tracking)  # whose library has to be here
+    if not (cfg.dry_run or deployed):
+        address = cfg.simulation.init_args.address
         if address == "local":
-            check_machine(cfg["client_resources"])
+            check_machine(cfg.client_resources)
         else:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
     check_training_arguments(cfg)
-    if deployed and cfg["mode"] != "federated":
+    if deployed and cfg.baseline:
         raise UserError(
-            f"mode={cfg['mode']} is a baseline for simulations: the data of a federation "
+            f"mode={cfg.mode} is a baseline for simulations: the data of a federation "
             "cannot be pooled, and its nodes need no server to train alone."
         )
     cfg = as_baseline(cfg)
-    by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
+    by_epochs = cfg.train.training_arguments.max_steps < 1
     import dataset
 
-    dataset.check_name(cfg["dataset"])
+    dataset.check_name(cfg.dataset)
     # A plan by steps needs no data, so none is downloaded for it.
-    if not deployed and (by_epochs or not cfg["dry_run"] or cfg["dataset"]["path"]):
+    if not deployed and (by_epochs or not cfg.dry_run or cfg.dataset.path):
         for note in dataset.check(cfg):
             say(note)
-    with naming(cfg["model"]["name"]):
+    with naming(cfg.model.name):
         cfg = decided(cfg)
-    check_model(cfg, weights=not (cfg["dry_run"] or deployed))
-    if cfg["resume"]:
-        check_progress(cfg, Path(cfg["resume"]))
+    check_model(cfg, weights=not (cfg.dry_run or deployed))
+    if cfg.resume:
+        check_progress(cfg, Path(cfg.resume))
     return cfg
 
 
@@ -78,7 +76,7 @@ def check_machine(resources: dict[str, float]) -> None:
     """That at least one client fits this machine."""
     import torch
 
-    gpus, cpus = resources["num_gpus"], resources["num_cpus"]
+    gpus, cpus = resources.num_gpus, resources.num_cpus
     if gpus > 0 and not torch.cuda.is_available():
         raise UserError(
             f"client_resources.num_gpus={gpus:g}, but there is no CUDA device here. To try "
@@ -117,9 +115,9 @@ def check_cluster(address: str) -> None:
 
 def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> None:
     """That one of Ray's nodes, as `ray.nodes()` tells them, has room for a client."""
-    cpus, gpus = resources["num_cpus"], resources["num_gpus"]
+    cpus, gpus = resources.num_cpus, resources.num_gpus
     rooms = [
-        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
+        (node["Resources"].get("CPU", 0), node.Resources.get("GPU", 0))
         for node in nodes
         if node["Alive"]
     ]
@@ -131,26 +129,26 @@ def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> Non
         )
 
 
-def check_launch(cfg: dict[str, Any]) -> None:
+def check_launch(cfg: Settings) -> None:
     """That each process of a client has its own GPU, or none, and what it needs of the base."""
-    processes = cfg["launch"]["processes"]
-    gpus = cfg["client_resources"]["num_gpus"]
+    processes = cfg.launch.processes
+    gpus = cfg.client_resources.num_gpus
     if gpus not in (0, processes) and max(gpus, processes) > 1:
         raise UserError(
             f"client_resources.num_gpus={gpus:g}, but launch.processes={processes}: each "
             "process takes one GPU. Set both to the same number (above 1 with launch=ddp or "
             "launch=fsdp), or client_resources.num_gpus=0."
         )
-    if processes == 1 or not cfg["launch"]["sharded"]:
+    if processes == 1 or not cfg.launch.sharded:
         return
-    if bits := cfg["model"]["quantization"]:
+    if bits := cfg.model.quantization:
         raise UserError(
             f"launch=fsdp with model.quantization={bits}: a quantised base cannot be "
             "sharded. Set model.quantization=null, or launch=ddp, which holds it whole on "
             "every GPU."
         )
-    kind = cfg["peft"]["_target_"].removeprefix("peft.")
-    whole = "DoRA" if cfg["peft"].get("use_dora") else kind
+    kind = cfg.peft._target_.removeprefix("peft.")
+    whole = "DoRA" if cfg.peft.get("use_dora") else kind
     if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig"):
         raise UserError(
             f"launch=fsdp: {whole} reads weights of the base that no process has whole. "
@@ -158,37 +156,37 @@ def check_launch(cfg: dict[str, Any]) -> None:
         )
 
 
-def check_strategy(cfg: dict[str, Any], deployed: bool = False) -> None:
+def check_strategy(cfg: Settings, deployed: bool = False) -> None:
     """That the strategy takes its settings and makes an adapter of a round's replies."""
     from methods import aggregate, sharing
     from server.cohort import cohort_size
 
-    node = cfg["strategy"]
-    sharing.build(cfg["sharing"])
+    node = cfg.strategy
+    sharing.build(cfg.sharing)
     made = aggregate.build(node)
     check_kinds("strategy", node, type(getattr(made, "strategy", made)))
     for name, value in node.items():
         if is_number(value) and value < 0:
             raise UserError(f"strategy.{name}={value}: it must be 0 or more.")
-    cohort = cohort_size(cfg["num_clients"], node["fraction_fit"])
-    if cohort < node["min_fit_replies"]:
+    cohort = cohort_size(cfg.num_clients, node.fraction_fit)
+    if cohort < node.min_fit_replies:
         raise UserError(
-            f"strategy.min_fit_replies={node['min_fit_replies']}, but strategy.fraction_fit="
-            f"{node['fraction_fit']} of num_clients={cfg['num_clients']} are {cohort} "
+            f"strategy.min_fit_replies={node.min_fit_replies}, but strategy.fraction_fit="
+            f"{node.fraction_fit} of num_clients={cfg.num_clients} are {cohort} "
             "clients a round."
         )
-    if node["_target_"].endswith(".Bulyan"):
-        needed = 4 * node["num_malicious_nodes"] + 3
+    if node._target_.endswith(".Bulyan"):
+        needed = 4 * node.num_malicious_nodes + 3
         if cohort < needed:
             raise UserError(
-                f"strategy.fraction_fit={node['fraction_fit']} of num_clients="
-                f"{cfg['num_clients']} are {cohort} clients a round; Bulyan with "
-                f"num_malicious_nodes={node['num_malicious_nodes']} needs {needed}."
+                f"strategy.fraction_fit={node.fraction_fit} of num_clients="
+                f"{cfg.num_clients} are {cohort} clients a round; Bulyan with "
+                f"num_malicious_nodes={node.num_malicious_nodes} needs {needed}."
             )
     aggregate.rehearse(node, min(cohort, 100))
-    records = node["weighted_by"] == "records"
-    by_epochs = cfg["train"]["training_arguments"]["max_steps"] < 1
-    if deployed and (records or by_epochs) and node["max_weight"] is None:
+    records = node.weighted_by == "records"
+    by_epochs = cfg.train.training_arguments.max_steps < 1
+    if deployed and (records or by_epochs) and node.max_weight is None:
         setting = "strategy.weighted_by=records" if records else "max_steps=-1"
         raise UserError(
             f"{setting}: how many records a node has is its own word, and it weighs by "
@@ -204,18 +202,18 @@ def as_baseline(cfg: Settings) -> Settings:
     from methods import aggregate
     from server.cohort import cohort_size
 
-    if (told := cfg["baseline"]) is None:
+    if (told := cfg.baseline) is None:
         return cfg
-    clients, node, train = cfg["num_clients"], cfg["strategy"], cfg["train"]
-    fraction = 1.0 if told["clients"] == "all" else 1 / clients
+    clients, node, train = cfg.num_clients, cfg.strategy, cfg.train
+    fraction = 1.0 if told.clients == "all" else 1 / clients
     strategy = Settings({name: node[name] for name in aggregate.OURS})
-    strategy |= told["strategy"] | {"fraction_fit": fraction}
+    strategy |= told.strategy | {"fraction_fit": fraction}
     arguments = train["training_arguments"]
-    if told["steps"] == "cohort":
-        cohort = cohort_size(clients, node["fraction_fit"])
-        most = arguments["max_steps"]
+    if told.steps == "cohort":
+        cohort = cohort_size(clients, node.fraction_fit)
+        most = arguments.max_steps
         arguments = arguments | {
-            "num_train_epochs": arguments["num_train_epochs"] * (cohort / clients),
+            "num_train_epochs": arguments.num_train_epochs * (cohort / clients),
             "max_steps": most * cohort if most > 0 else most,
         }
     train = train | {"training_arguments": arguments}
@@ -244,7 +242,7 @@ def naming(name: str) -> Iterator[None]:
         ) from error
 
 
-def check_model(cfg: dict[str, Any], weights: bool) -> None:
+def check_model(cfg: Settings, weights: bool) -> None:
     """That the base can be found and takes this adapter; needs its `config.json` only.
 
     `weights`: they and the tokenizer are needed here.
@@ -255,7 +253,7 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
     import model
     from records import templates
 
-    name = cfg["model"]["name"]
+    name = cfg.model.name
     path = local_path(name)
     if path and weights and not list(path.glob("*.safetensors")):
         raise UserError(
@@ -271,19 +269,15 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
                 f"model.name={name}: {file} is broken ({error})."
             ) from error
     with naming(name):
-        frame = model.skeleton(cfg["model"], cfg["peft"])
-        check_kinds("peft", cfg["peft"], type(frame.peft_config["default"]))
-        model.rehearse(
-            cfg["model"], cfg["peft"], cfg["seed"], cfg["train"]["seq_length"]
-        )
-        if cfg["dry_run"]:
+        frame = model.skeleton(cfg.model, cfg.peft)
+        check_kinds("peft", cfg.peft, type(frame.peft_config["default"]))
+        model.rehearse(cfg.model, cfg.peft, cfg.seed, cfg.train.seq_length)
+        if cfg.dry_run:
             return
-        tokenizer = model.load_tokenizer(name, cfg["model"]["use_fast_tokenizer"])
+        tokenizer = model.load_tokenizer(name, cfg.model.use_fast_tokenizer)
     if not any(p.numel() for p in frame.parameters() if p.requires_grad):
-        raise UserError(
-            f"{cfg['peft']['_target_']} with these settings trains nothing."
-        )
-    template = cfg["dataset"]["template"]
+        raise UserError(f"{cfg.peft._target_} with these settings trains nothing.")
+    template = cfg.dataset.template
     try:
         templates.check_template(template, tokenizer)
     except UserError as error:
@@ -299,7 +293,7 @@ def check_model(cfg: dict[str, Any], weights: bool) -> None:
             say(
                 f"{left_out} of {len(kept) + left_out} test questions are left out: they "
                 "have no answer, or are longer than "
-                f"train.seq_length={cfg['train']['seq_length']} tokens."
+                f"train.seq_length={cfg.train.seq_length} tokens."
             )
 
 
@@ -331,7 +325,7 @@ def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> 
             )
 
 
-def check_progress(cfg: dict[str, Any], folder: Path) -> None:
+def check_progress(cfg: Settings, folder: Path) -> None:
     """That what a run has left in `folder` can be read, fits, and is not all of it."""
     import model
     from methods.base import adapters
@@ -341,15 +335,15 @@ def check_progress(cfg: dict[str, Any], folder: Path) -> None:
         return
     state, done = checkpoint.read(newest)[:2]
     runs.read_history(folder, done)
-    frame = model.skeleton(cfg["model"], cfg["peft"])
+    frame = model.skeleton(cfg.model, cfg.peft)
     expected = {n: p for n, p in frame.named_parameters() if p.requires_grad}
     for adapter in adapters(state).values():
         if fault := wire.mismatch(adapter, expected):
             raise UserError(
                 f"resume={folder}: {newest} does not fit the base: {fault}."
             )
-    if cfg["num_rounds"] < done:
+    if cfg.num_rounds < done:
         raise UserError(
             f"resume={folder}: {done} rounds are done, and num_rounds="
-            f"{cfg['num_rounds']}. Set num_rounds={done} or more."
+            f"{cfg.num_rounds}. Set num_rounds={done} or more."
         )

@@ -221,6 +221,7 @@ class Baseline(Section):
     """What a mode to compare with means: the same steps, differently spent."""
 
     clients: choice(1, "all") = setting("that train in a round")
+    records: choice("own", "all") = setting("that each of them trains on")
     steps: choice("own", "cohort") = setting("of each of them in a round")
     strategy: Target
 
@@ -310,13 +311,13 @@ INSTEAD = {
 }
 
 
-def validated(cfg: dict[str, Any]) -> Settings:
-    """`cfg` as `Settings`, when each setting fits its type and range.
+def validated(cfg: Settings) -> Settings:
+    """`cfg` itself, when each setting fits its type and range.
 
-    No value is changed or put in. Raises `UserError` with the first that does not fit.
+    Raises `UserError` with the first that does not fit.
     """
     check_against(Run, cfg)
-    return _settings(Run, cfg)
+    return cfg
 
 
 def check_against(model: type[BaseModel], values: Any, path: str = "") -> None:
@@ -339,7 +340,7 @@ def check_kinds(path: str, settings: dict[str, Any], made: type) -> None:
     check_against(create_model(made.__name__, __base__=Open, **kinds), settings, path)
 
 
-def check_training_arguments(cfg: dict[str, Any]) -> None:
+def check_training_arguments(cfg: Settings) -> None:
     """That each of `train.training_arguments` has its effect here.
 
     null stands for one that is not given.
@@ -351,7 +352,7 @@ def check_training_arguments(cfg: dict[str, Any]) -> None:
     reasons = {
         name: reason for reason, names in INSTEAD.items() for name in names.split()
     }
-    given, taken = cfg["train"]["training_arguments"], TrainingArguments.model_fields
+    given, taken = cfg.train.training_arguments, TrainingArguments.model_fields
     for name in [name for name in given if name not in taken]:
         key = f"train.training_arguments.{name}"
         if name not in defaults:
@@ -368,7 +369,7 @@ def check_training_arguments(cfg: dict[str, Any]) -> None:
     for name in client.REHEARSED:
         if given.get(name, defaults[name]) in (None, defaults[name]):
             continue
-        train = cfg["train"] | {"training_arguments": given | {name: None}}
+        train = cfg.train | {"training_arguments": given | {name: None}}
         try:
             useless = client.rehearse(cfg | {"train": train}).equal(moved)
         except (TypeError, ValueError):  # what cannot be left out has an effect
@@ -404,15 +405,6 @@ def _section(field: FieldInfo | None) -> type[BaseModel] | None:
     kinds = (field.annotation, *get_args(field.annotation)) if field else ()
     classes = (kind for kind in kinds if isinstance(kind, type))
     return next((kind for kind in classes if issubclass(kind, BaseModel)), None)
-
-
-def _settings(model: type[BaseModel], values: dict[str, Any]) -> Settings:
-    """The same values, sections as `Settings`."""
-    inner = {name: _section(field) for name, field in _fields(model).items()}
-    return Settings(
-        (name, _settings(inner[name], value) if inner.get(name) and value else value)
-        for name, value in values.items()
-    )
 
 
 def _near(name: str, known: Iterable[str]) -> str:

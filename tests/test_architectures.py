@@ -11,7 +11,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 import architectures
@@ -19,7 +18,7 @@ import model
 import utils
 from compute import cpu, loss
 from settings import plan
-from settings.compose import compose, needs_checkpointing
+from settings.compose import compose, needs_checkpointing, resolve
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -228,8 +227,8 @@ def test_an_encoder_is_told_from_a_decoder(name, tmp_path):
 def test_what_a_step_takes_is_known_or_said_not_to_be(name, tmp_path):
     architectures.config(name).save_pretrained(tmp_path)
     model_cfg, peft_cfg = settings(name, tmp_path)
-    cfg = OmegaConf.to_container(compose("experiment=quickstart"), resolve=True)
-    cfg = {**cfg, "model": cfg["model"] | model_cfg, "peft": peft_cfg}
+    cfg = resolve(compose("experiment=quickstart"))
+    cfg = cfg | {"model": cfg.model | model_cfg, "peft": peft_cfg}
     needed = needs_checkpointing(cfg)
     estimate = plan.estimate(cfg, model.skeleton(model_cfg, peft_cfg))
     if isinstance(estimate, dict):
@@ -246,6 +245,6 @@ def test_what_a_step_takes_is_known_or_said_not_to_be(name, tmp_path):
 def test_what_is_not_known_is_said_in_the_plan(tmp_path):
     architectures.config("mamba").save_pretrained(tmp_path)
     model_cfg, peft_cfg = settings("mamba", tmp_path)
-    cfg = OmegaConf.to_container(compose("experiment=quickstart"), resolve=True)
-    cfg = {**cfg, "model": cfg["model"] | model_cfg, "peft": peft_cfg}
+    cfg = resolve(compose("experiment=quickstart"))
+    cfg = cfg | {"model": cfg.model | model_cfg, "peft": peft_cfg}
     assert dict(plan.plan(cfg))["memory a client"].startswith("not known: ")

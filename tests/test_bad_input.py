@@ -1169,7 +1169,7 @@ def test_data(made, message, local, tmp_path):
     made(tmp_path)
     [path] = tmp_path.glob("data*")
     with pytest.raises(UserError) as told:
-        dataset.check({**local, "dataset": local["dataset"] | {"path": str(path)}})
+        dataset.check(local | {"dataset": local.dataset | {"path": str(path)}})
     assert message in str(told.value)
     assert str(path) in str(told.value)
 
@@ -1362,16 +1362,14 @@ def test_a_link_out_of_the_bundle_is_refused(tmp_path, monkeypatch):
 def test_links_within_data_of_ones_own_are_followed(local, tmp_path):
     put("elsewhere.jsonl", LINES)(tmp_path)
     both(folder_named("data"), link("data/a.jsonl", "../elsewhere.jsonl"))(tmp_path)
-    dataset.check({**local, "dataset": local["dataset"] | {"path": f"{tmp_path}/data"}})
+    dataset.check(local | {"dataset": local.dataset | {"path": f"{tmp_path}/data"}})
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.csv"])
 def test_a_byte_order_mark_is_no_fault(name, local, tmp_path):
     text = {"data.json": ARRAY, "data.jsonl": LINES, "data.csv": CSV}[name]
     put(name, text.encode("utf-8-sig"))(tmp_path)
-    dataset.check(
-        {**local, "dataset": local["dataset"] | {"path": f"{tmp_path}/{name}"}}
-    )
+    dataset.check(local | {"dataset": local.dataset | {"path": f"{tmp_path}/{name}"}})
 
 
 def test_a_run_goes_on_without_its_newest_checkpoint(configure, loopback, tmp_path):

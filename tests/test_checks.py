@@ -364,7 +364,7 @@ def test_every_other_argument_is_refused(configure):
             changed = {**given, field.name: True}
             with pytest.raises(UserError, match=f"{field.name} is (set|not taken)"):
                 schema.check_training_arguments(
-                    {**cfg, "train": {**cfg["train"], "training_arguments": changed}}
+                    cfg | {"train": cfg.train | {"training_arguments": changed}}
                 )
     named = " ".join(schema.INSTEAD.values()).split()
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}

@@ -12,6 +12,7 @@ import client
 import dataset
 import model
 from records import templates
+from utils import Settings
 
 CONSTANT_RATE = "+train.training_arguments.learning_rate=1e-3"
 
@@ -115,7 +116,7 @@ def test_data_order_differs_by_client_and_round_and_repeats_by_seed(
     assert order(0, 1) == first
     assert order(0, 2) != first
     assert order(1, 1) != first
-    assert order(0, 1, {**cfg, "seed": cfg["seed"] + 1}) != first
+    assert order(0, 1, cfg | {"seed": cfg.seed + 1}) != first
 
 
 def test_learning_rate_follows_a_cosine_over_the_rounds(configure):
@@ -299,7 +300,7 @@ def test_an_odd_micro_batch_is_divided_by_its_smallest_factor():
             "per_device_train_batch_size": size,
             "gradient_accumulation_steps": 2,
         }
-        given = {"train": {"training_arguments": arguments}}
+        given = Settings.of({"train": {"training_arguments": arguments}})
         made = client.smaller(given)["train"]["training_arguments"]
         assert arguments["per_device_train_batch_size"] == size
         return (

@@ -11,13 +11,12 @@ import zipfile
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 
 import dataset
 import model
 from evaluation import benchmarks, examine, harness
 from records import templates
-from settings.compose import compose
+from settings.compose import compose, resolve
 from utils import PROJECT, UserError
 
 CPU = torch.device("cpu")
@@ -44,9 +43,7 @@ def command():
 def net():
     """The tiny base with a LoRA adapter of random weights."""
     cfg = compose("experiment=quickstart")
-    model_cfg, peft_cfg = (
-        OmegaConf.to_container(part, resolve=True) for part in (cfg.model, cfg.peft)
-    )
+    model_cfg, peft_cfg = (resolve(part) for part in (cfg.model, cfg.peft))
     net = model.build(model_cfg, peft_cfg, 0, CPU)
     generator = torch.Generator().manual_seed(3)
     state = {

@@ -48,11 +48,11 @@ def exam(configure, tmp_path):
         "evaluate.exact_match=true",
         "evaluate.max_new_tokens=2",
     )
-    cfg["dataset"] |= {
-        "test_path": str(path),
-        "columns": {"instruction": "q", "input": None, "output": "a"},
+    columns = {"instruction": "q", "input": None, "output": "a"}
+    cfg |= {
+        "dataset": cfg.dataset | {"test_path": str(path), "columns": columns},
+        "evaluate": cfg.evaluate | {"choices": "c"},
     }
-    cfg["evaluate"]["choices"] = "c"
     return cfg, examine.Examination(cfg), path
 
 

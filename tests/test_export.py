@@ -31,7 +31,7 @@ from records import templates
 from reporting import export
 from reporting.card import INPUT, QUESTION, Card
 from server import runs
-from settings.compose import compose, record
+from settings.compose import compose, record, resolve
 from utils import PROJECT, UserError
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def saved(tmp_path_factory):
     def make(*overrides: str) -> Path:
         """An adapter of random weights, as of the seventh round of a run."""
         cfg = compose(" ".join(["experiment=quickstart", *overrides]))
-        cfg = OmegaConf.to_container(cfg)
+        cfg = resolve(cfg)
         net = model.build(cfg["model"], cfg["peft"], 0, CPU)
         draw = torch.Generator().manual_seed(3)
         state = {
@@ -457,7 +457,7 @@ def card(tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
     leave(folder, rounds=7)
     (folder / ".hydra/config.yaml").unlink()
-    plain = OmegaConf.to_container(compose("experiment=quickstart"), resolve=True)
+    plain = resolve(compose("experiment=quickstart"))
 
     def make(base: str = "a/b", text: str = "plain", name="adapter_7", merged=False):
         model = {"name": base, "quantization": 4}

@@ -174,7 +174,7 @@ def test_before_training_the_base_is_measured_whatever_the_method(name, configur
 def test_a_run_that_goes_on_keeps_what_was_before(finished, loopback_once, tmp_path):
     cfg, folder, _ = finished
     shutil.copytree(folder, tmp_path / "longer")
-    longer = {**cfg, "resume": str(tmp_path / "longer"), "num_rounds": 3}
+    longer = cfg | {"resume": str(tmp_path / "longer"), "num_rounds": 3}
     rounds.run(longer, loopback_once(longer), tmp_path / "longer")
     history = read(tmp_path / "longer", "history")
     assert history["before"] == read(folder, "history")["before"]
@@ -259,7 +259,7 @@ def test_without_test_questions_no_record_is_shown(finished, tmp_path, capsys):
     cfg, folder, _ = finished
     own = shutil.copytree(folder, tmp_path / "a folder")
     quiet = {"exact_match": False, "every_round": 0, "choices": None}
-    cfg = {**cfg, "evaluate": {**cfg["evaluate"], **quiet}}
+    cfg = cfg | {"evaluate": cfg.evaluate | quiet}
     kept = ("_before", "_after")
     summary = {k: v for k, v in read(own).items() if not k.endswith(kept)}
     utils.write_json(own / "summary.json", summary)

@@ -73,10 +73,10 @@ def float32() -> Iterator[None]:
 def both(cfg: dict[str, Any], sharded: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same step of 8 examples as one process takes it, and as two of them."""
     train = cfg["train"]
-    settings = {**train["training_arguments"], "per_device_train_batch_size": 8}
-    one = {**cfg, "train": {**train, "training_arguments": settings}}
+    settings = train.training_arguments | {"per_device_train_batch_size": 8}
+    one = cfg | {"train": train | {"training_arguments": settings}}
     one["launch"] = {"processes": 1, "sharded": False}
-    return one, {**cfg, "launch": {"processes": 2, "sharded": sharded}}
+    return one, cfg | {"launch": {"processes": 2, "sharded": sharded}}
 
 
 def adapter(cfg: dict[str, Any]) -> model.State:
@@ -180,7 +180,7 @@ def test_one_process_that_fails_is_one_error(server_round, cause, configure):
 def test_what_a_user_can_mend_is_said_as_by_one_process(configure):
     one, two = both(configure(PLAIN), sharded=False)
     start = adapter(one)
-    two["model"] = {**two["model"], "name": "assets/none"}
+    two["model"] = two.model | {"name": "assets/none"}
     with pytest.raises(UserError, match=r"^model\.name=assets/none: no weights"):
         processes.train(two, start, 0, 1)
 

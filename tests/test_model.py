@@ -16,7 +16,7 @@ import model
 from compute import loss
 from methods import wire
 from records import templates
-from settings.compose import compose
+from settings.compose import compose, resolve
 from utils import PROJECT, UserError
 
 CPU = torch.device("cpu")
@@ -29,9 +29,8 @@ def parts(*overrides: str) -> tuple:
 
 
 def plain(model_cfg, peft_cfg) -> tuple[dict, dict]:
-    from omegaconf import OmegaConf
 
-    return tuple(OmegaConf.to_container(c, resolve=True) for c in (model_cfg, peft_cfg))
+    return tuple(resolve(c) for c in (model_cfg, peft_cfg))
 
 
 def weight(base: torch.nn.Module) -> torch.Tensor:

@@ -23,7 +23,7 @@ import model
 from node import permit
 from settings import schema
 from settings.compose import compose
-from utils import PROJECT, Refusal, UserError, flat
+from utils import PROJECT, Refusal, Settings, UserError, flat
 
 RUN = (
     "experiment=quickstart num_clients=4 evaluate.exact_match=false "
@@ -364,7 +364,7 @@ def test_no_reader_of_local_files_is_a_dataset(reader):
     with pytest.raises(Refusal, match=r"dataset.name is no owner/name of the hub"):
         permit.choose_data(wanted, {})
     with pytest.raises(UserError, match=rf"dataset.name={reader}.*dataset=local"):
-        dataset.check_name(wanted)
+        dataset.check_name(Settings(wanted))
 
 
 def test_the_base_is_the_nodes_own_where_it_names_one(notes):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import GPTNeoXConfig, LlamaConfig
 
 import model
@@ -10,7 +9,7 @@ import utils
 from compute.vram import allocated, estimate_vram, occupied
 from methods import wire
 from settings import plan
-from settings.compose import compose
+from settings.compose import compose, resolve
 
 MIB = 2**20
 
@@ -55,7 +54,7 @@ def frame(tmp_path):
 
 def configuration(*overrides: str) -> dict:
     cfg = compose(" ".join(["experiment=quickstart", *overrides]))
-    return OmegaConf.to_container(cfg, resolve=True)
+    return resolve(cfg)
 
 
 def trained(net) -> int:
