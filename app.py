@@ -198,9 +198,11 @@ def train(
     number = int(config["server-round"])
     kept = store.Kept(Path(cfg.residuals), partition, number)
     part = sharing.build(cfg.sharing)
-    before = part.join(_received(message), kept)
+    before = part.join(_received(message, cfg), kept)
     mu = config.get("proximal-mu", 0.0)
     after, metrics = processes.train(cfg, before, partition, number, mu)
+    if "rank" in cfg:
+        metrics["rank"] = cfg.rank
     packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
     return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
 
@@ -215,16 +217,18 @@ def evaluate(
     number = int(message.content["config"]["server-round"])
     # What has stayed here up to this round is evaluated with what came.
     kept = store.Kept(Path(cfg.residuals), partition, number + 1)
-    adapter = sharing.build(cfg.sharing).join(_received(message), kept)
+    adapter = sharing.build(cfg.sharing).join(_received(message, cfg), kept)
     base = number == 0
     metrics = processes.evaluate(cfg, adapter, partition, base)
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
-def _received(message: Message) -> dict[str, Any]:
-    from methods import wire
+def _received(message: Message, cfg: utils.Settings) -> dict[str, Any]:
+    """The adapter that came in, of the node's own rank where that is lower."""
+    from methods import lora, wire
 
-    return wire.unpack(message.content["arrays"].to_torch_state_dict())
+    state = wire.unpack(message.content["arrays"].to_torch_state_dict())
+    return lora.cut(state, cfg.rank, lora.power(cfg.peft)) if "rank" in cfg else state
 
 
 server = federation_server()

@@ -18,7 +18,7 @@ import model
 from compute import patches
 from compute.loss import answer_loss
 from evaluation import examine
-from methods import sharing
+from methods import lora, sharing
 from methods.base import State
 from records import templates
 from utils import Settings, learning_rate, mix_seed
@@ -55,7 +55,7 @@ def train(
     `seconds`, whole and by part.
     """
     clock = Clock()
-    net = _load(cfg)
+    net = _load(cfg, state)
     tokenizer = _tokenizer(cfg)
     clock.lap("load")
     rows = dataset.training_rows(cfg, partition)
@@ -179,7 +179,7 @@ def evaluate(
     The metrics: `num-examples`, `eval_loss` (nats per answer token), `eval_accuracy` (share
     of answer tokens, in [0, 1]), `dropped` and `truncated` as in `train`. Raises `ValueError` where none of them can be used.
     """
-    net = _load(cfg).eval()
+    net = _load(cfg, state).eval()
     model.set_adapter_state(net, state)
     tokenizer = _tokenizer(cfg)
     rows = dataset.load_partition(cfg, partition)
@@ -305,9 +305,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _load(cfg: Settings) -> torch.nn.Module:
+def _load(cfg: Settings, state: State) -> torch.nn.Module:
+    """The model, with an adapter of the rank that `state` has."""
     model.use_cpus(cfg.client_resources.num_cpus)
-    return model.build_once(cfg.model, cfg.peft, cfg.seed, model.default_device())
+    net = model.build_once(cfg.model, cfg.peft, cfg.seed, model.default_device())
+    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    if (rank := lora.rank(state)) != lora.rank(trained) and rank:
+        model.set_rank(net, cfg.peft, rank)
+    return net
 
 
 def _tokenizer(cfg: Settings) -> Any:

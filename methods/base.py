@@ -6,6 +6,7 @@
 None of it knows models, data or messages: tensors by name, in float32 on the CPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +89,12 @@ class Aggregation:
     """
 
     linear = False  # whether `gathered` is the weighted mean of the updates
+    products = (
+        False  # whether it needs an adapter that is a sum of products, all of it sent
+    )
+    layers: Sequence[
+        Any
+    ] = ()  # which the server sets: `lora.Layer`s, where there are any
     keeps: tuple[str, ...] = ()  # the names of what `memory` may hold
 
     def start(self, adapter: State, clients: int) -> State:
@@ -101,6 +108,9 @@ class Aggregation:
         own = f"{partition}/"
         named = ((name.removeprefix(own), tensor) for name, tensor in state.items())
         return {name: tensor for name, tensor in named if "/" not in name}
+
+    def hear(self, client: dict[str, Any]) -> None:
+        """What a client has told of itself, now or before the run was stopped."""
 
     def told(self, server_round: int) -> dict[str, Any]:
         """What clients are told beside it."""

@@ -79,7 +79,8 @@ class Client(Reply, _Laps):
     """A client that trained: its mean loss in nats per answer token, and what that took.
 
     `records`: how many it has to train on; `tokens`: trained on, without padding;
-    `peak_memory` in bytes; `micro_batch`: examples at a time, at last;
+    `peak_memory` in bytes; `micro_batch`: examples at a time, at last; `rank` of its adapter,
+    where clients may have different ones;
     `seconds`, and what of them went into each `seconds_*`.
     """
 
@@ -87,6 +88,7 @@ class Client(Reply, _Laps):
     records: NotRequired[float]
     tokens: NotRequired[int]
     micro_batch: NotRequired[int]
+    rank: NotRequired[int]
     peak_memory: NotRequired[float]
 
 
@@ -127,7 +129,9 @@ class Round(Measured):
 
     `sampled` were asked, `replied` were of use, `retries` asked anew. `bytes_*`: adapters as
     they travel, over all clients; `peak_memory_*`: bytes, the most of any; `seconds_aggregate`
-    of its `seconds`. `best`: it had the lowest loss so far, where that was measured.
+    of its `seconds`. `aggregation_error`: how far the new adapter is from the exact mean of what
+    the clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
+    that is not known. `best`: it had the lowest loss so far, where that was measured.
     """
 
     round: int
@@ -148,6 +152,7 @@ class Round(Measured):
     clients: list[Client]
     seconds_aggregate: NotRequired[float]
     seconds: NotRequired[float]
+    aggregation_error: NotRequired[float | None]
     best: NotRequired[bool]
 
 

@@ -67,6 +67,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     with naming(cfg.model.name):
         cfg = decided(cfg)
     check_model(cfg, weights=not (cfg.dry_run or deployed))
+    check_ranks(cfg, deployed)
     if cfg.resume:
         check_progress(cfg, Path(cfg.resume))
     return cfg
@@ -271,6 +272,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
     with naming(name):
         frame = model.skeleton(cfg.model, cfg.peft)
         check_kinds("peft", cfg.peft, type(frame.peft_config["default"]))
+        check_products(cfg, frame)
         model.rehearse(cfg.model, cfg.peft, cfg.seed, cfg.train.seq_length)
         if cfg.dry_run:
             return
@@ -295,6 +297,63 @@ def check_model(cfg: Settings, weights: bool) -> None:
                 "have no answer, or are longer than "
                 f"train.seq_length={cfg.train.seq_length} tokens."
             )
+
+
+def check_products(cfg: Settings, frame: Any) -> None:
+    """That the adapter is a sum of products, and known whole, where something computes so."""
+    from methods import aggregate, lora, sharing
+
+    products = aggregate.build(cfg.strategy).products
+    key = f"strategy._target_={cfg.strategy._target_}"
+    if not products:
+        key = f"strategy.clip_weights={cfg.strategy.clip_weights}"
+    if not products and cfg.strategy.clip_weights is None:
+        return
+    if fault := lora.fault(frame):
+        raise UserError(
+            f"{key} computes with what LoRA's factors do together, and peft="
+            f"{cfg.peft._target_} cannot be taken apart so: {fault}. Take peft=lora or rslora."
+        )
+    part = sharing.build(cfg.sharing)
+    names = {name for name, p in frame.named_parameters() if p.requires_grad}
+    kinds = (part.comes, part.trains, part.goes) if products else (part.comes,)
+    for number in (1, 2):
+        if any(names != {*kind(names, number)} for kind in kinds):
+            raise UserError(
+                f"sharing._target_={cfg.sharing._target_} leaves a part of the adapter out, "
+                f"and {key} needs all of it. Let everything be shared, or leave that away."
+            )
+    if products and cfg.comm.dtype == "int8":
+        raise UserError(
+            f"comm.dtype=int8 with {key}: what rounding took from an update is added to the "
+            "client's next one, and by then the factors are others. Take comm.dtype=float16."
+        )
+
+
+def check_ranks(cfg: Settings, deployed: bool) -> None:
+    """That clients of the ranks in `strategy.ranks` can be there, if it gives any."""
+    import model
+
+    if not (ranks := cfg.strategy.get("ranks")):
+        return
+    key = f"strategy.ranks={ranks}"
+    if deployed:
+        raise UserError(
+            f"{key}: in a federation a node's rank is its own setting, --node-config rank=8. "
+            "Set strategy.ranks=null."
+        )
+    highest = model.highest_rank(cfg.peft)
+    if max(ranks) > highest:
+        raise UserError(
+            f"{key}: the run's adapter has rank {highest}, and no client has more. Raise "
+            f"model.lora.peft_lora_r to {max(ranks)}."
+        )
+    start = cfg.peft.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian") or cfg.peft.get("lora_bias"):
+        raise UserError(
+            f"{key}: clients of different ranks would begin with different bases, or biases, "
+            "with these settings of peft. Set peft.init_lora_weights=true and no lora_bias."
+        )
 
 
 def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> None:
