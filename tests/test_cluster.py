@@ -65,6 +65,7 @@ def test_auto_without_a_cluster(monkeypatch, tmp_path):
         check(f"{ADDRESS}=auto")
 
 
+@pytest.mark.slow
 def test_auto_with_an_address_that_is_out_of_date(tmp_path):
     folder = f"hydra.run.dir={tmp_path}"
     done = subprocess.run(

@@ -324,6 +324,7 @@ def test_flowertune_sweep_expands_to_the_eight_published_settings():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_is_started_gone_on_with_and_told_to_a_sweeper(loopback, tmp_path):
     def train(cfg, folder, overrides):
         rounds.run(cfg, loopback(cfg, folder=folder), folder)

@@ -1197,6 +1197,7 @@ def test_the_base_may_take_longer_to_load_than_a_round(serve, monkeypatch):
 # --- which strategies there are --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_strategy_of_flowers_works_or_is_refused_in_a_line():
     import flwr.serverapp.strategy as flower
 

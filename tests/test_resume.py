@@ -133,6 +133,7 @@ def test_the_order_of_replies_leaves_no_trace(configure, loopback, tmp_path):
     assert same(adapter(one, 2), adapter(other, 2))
 
 
+@pytest.mark.slow
 def test_more_rounds_may_be_asked_for(configure, loopback, tmp_path):
     cfg = configure("num_rounds=2", "train.save_every_round=1")
     rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
@@ -275,6 +276,7 @@ def main(overrides: str, **more) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_what_may_change_and_what_may_not(begun):
     config, overrides = resumed(str(begun), ["num_rounds=9", "verbose=true"])
     assert config.num_rounds == 9
