@@ -80,9 +80,9 @@ def federation_server() -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        from main import start
         from server import runs
         from settings.compose import compose_run
+        from settings.start import start
 
         logging.getLogger("flwr").addFilter(shorten)
         overrides = str(context.run_config["overrides"])

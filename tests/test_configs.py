@@ -17,10 +17,9 @@ from omegaconf import OmegaConf
 from peft import PeftConfig
 
 import client
-import main
 from methods import aggregate, sharing
 from server import journal, rounds
-from settings import preflight, schema
+from settings import preflight, schema, start
 from settings.compose import compose, record, resolve, resumed
 from utils import PROJECT, Refusal, UserError, construct
 
@@ -331,15 +330,15 @@ def test_a_run_is_started_gone_on_with_and_told_to_a_sweeper(loopback, tmp_path)
 
     words = ["experiment=debug", "optimized_metric=rounds"]
     record(config := compose(" ".join(words)), words, tmp_path)
-    assert main.start(config, words, tmp_path, train) == 1
+    assert start.start(config, words, tmp_path, train) == 1
     more = [f"resume={tmp_path}", "num_rounds=2"]
     config = compose(" ".join([*words, *more]))
-    assert main.start(config, more, tmp_path / "another", train) == 2
+    assert start.start(config, more, tmp_path / "another", train) == 2
     assert not (tmp_path / "another").exists()
     with pytest.raises(
         UserError, match=r"no such number\. Take rounds, train_loss_fir"
     ):
-        main.metric("accuracy", tmp_path)
+        start.metric("accuracy", tmp_path)
 
 
 def test_a_federation_goes_on_with_nothing_that_its_nodes_would_refuse(tmp_path):
@@ -349,7 +348,7 @@ def test_a_federation_goes_on_with_nothing_that_its_nodes_would_refuse(tmp_path)
     more = [f"resume={tmp_path}", "num_rounds=2"]
     config = compose(" ".join(["experiment=debug", *more]))
     with pytest.raises(Refusal, match=r"peft\.use_rslora does more than give a plain"):
-        main.start(config, more, tmp_path, pytest.fail, deployed=True)
+        start.start(config, more, tmp_path, pytest.fail, deployed=True)
     assert (tmp_path / ".hydra/overrides.yaml").read_text() == before
 
 
