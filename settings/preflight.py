@@ -117,7 +117,7 @@ def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> Non
     """That one of Ray's nodes, as `ray.nodes()` tells them, has room for a client."""
     cpus, gpus = resources.num_cpus, resources.num_gpus
     rooms = [
-        (node["Resources"].get("CPU", 0), node.Resources.get("GPU", 0))
+        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
         for node in nodes
         if node["Alive"]
     ]
