@@ -16,6 +16,7 @@ from utils import UserError, construct, one_line
 OURS = (
     "fraction_fit",
     "fraction_evaluate",
+    "sampling",
     "min_fit_replies",
     "max_round_retries",
     "clip_norm",

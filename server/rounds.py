@@ -67,6 +67,8 @@ def run(
         state, done, seconds = checkpoint.load(newest, server.aggregation)
         started -= seconds
         journal.go_on(done)
+        for entry in journal.rounds:  # one from before this was told begins a new pass
+            server.clients.note(entry.get("asked", []))
         say(f"Going on after round {done}.")
     progress = Progress(cfg.num_rounds, done)
     journal.track()
@@ -333,11 +335,14 @@ class Server:
         weights = [self._weight(client) for client in clients]
         losses = [client["train_loss"] for client in clients]
         seconds = time.monotonic() - began
+        asked = sorted(self.clients.partitions[node] for node in tried)
+        self.clients.note(asked)
         return new_state, {
             "round": server_round,
             "train_loss": float(np.average(losses, weights=weights)),
             "learning_rate": learning_rate(self.cfg, server_round),
             **totals(clients, seconds),
+            "asked": asked,
             "sampled": len(nodes),
             "replied": len(clients),
             "retries": attempt,

@@ -142,6 +142,7 @@ def _work(cfg: Settings) -> Rows:
     tokens = clients * steps * size * parts * cfg.train.seq_length
     return [
         ("clients a round", f"{clients} of {cfg.num_clients}"),
+        ("a client trains in", _turns(cfg)),
         (
             "steps a round",
             f"{most}{clients * steps:,} ({steps:,} a client, {size} x {parts} examples each)",
@@ -155,6 +156,16 @@ def _work(cfg: Settings) -> Rows:
             "tokens",
         ),
     ]
+
+
+def _turns(cfg: Settings) -> str:
+    rounds, clients = cfg.num_rounds, cfg.num_clients
+    turns = rounds * _cohort(cfg, "fraction_fit") / clients
+    if cfg.strategy.sampling == "random":
+        return f"{turns:.3g} of {rounds} rounds on average, as it is drawn"
+    few, most = math.floor(turns), math.ceil(turns)
+    times = f"{few}" if few == most else f"{few} or {most}"
+    return f"{times} of {rounds} rounds: everybody once before anybody twice"
 
 
 def _weight(cfg: Settings) -> Rows:

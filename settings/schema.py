@@ -152,6 +152,7 @@ class Simulation(Section):
 class Strategy(Target):
     fraction_fit: float = setting("share of the clients that train", gt=0, le=1)
     fraction_evaluate: float = setting("share that measures", ge=0, le=1)
+    sampling: choice("epoch", "random") = setting("who trains in a round")
     min_fit_replies: int = setting("replies that a round needs", ge=1)
     max_round_retries: int = setting("repetitions of a round with fewer replies", ge=0)
     clip_norm: float | None = setting("largest L2 norm of an update", gt=0)
