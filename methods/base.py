@@ -6,7 +6,7 @@
 None of it knows models, data or messages: tensors by name, in float32 on the CPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,13 @@ class Contribution:
     update: Any  # its change of them: a State, or on arrival what the wire carried
     weight: int  # in the mean, 1 or more
     loss: float  # mean of the round, nats a token
+    rest: State = field(default_factory=dict)  # what else of the adapter it was sent
+
+    def value(self, name: str) -> torch.Tensor:
+        """A tensor of the adapter that the client has trained, in float64."""
+        if name not in self.update:
+            return self.rest[name].double()
+        return self.before[name].double() + self.update[name].double()
 
 
 class Step:
