@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import dataset
@@ -26,13 +27,9 @@ from utils import Settings, UserError, learning_rate
 
 Rows = list[tuple[str, str]]  # label and value
 
-VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
-
 PROCESS = (
     800 * 2**20
 )  # bytes of a worker without model and examples (the quickstart's: 913)
-
-SCALE_BYTES = 4  # int8: a float32 for each row
 
 
 def show(cfg: Settings, folder: Path | None = None) -> str:
@@ -99,17 +96,13 @@ def wire_bytes(
 ) -> int:
     """Bytes on the wire in float32, float16 or int8 of one adapter, or of those `names`.
 
-    The values alone, and int8's scales: one for each row, a 1-D tensor being one row.
-    Each tensor's name and header come on top, some hundred bytes.
+    The values alone, and int8's scales. Each tensor's name and header come on top, some
+    hundred bytes.
     """
-    total = 0
-    for name, parameter in _trained(frame).items():
-        if names is not None and name not in names:
-            continue
-        total += VALUE_BYTES[dtype] * parameter.numel()
-        if dtype == "int8":
-            total += SCALE_BYTES * (parameter.shape[0] if parameter.ndim > 1 else 1)
-    return total
+    trained = _trained(frame).items()
+    sent = {name: p for name, p in trained if names is None or name in names}
+    kinds = wire.layout(sent, dtype).values()
+    return sum(math.prod(shape) * np.dtype(kind).itemsize for kind, shape in kinds)
 
 
 def steps_per_client(cfg: Settings) -> int:
