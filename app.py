@@ -232,9 +232,7 @@ def _joined(
 
     received = wire.unpack(message.content["arrays"].to_torch_state_dict())
     unsent = message.content["config"].get("unsent")
-    adapter = part.join(
-        received, unsent, earlier, lambda: processes.initial_adapter(cfg)
-    )
+    adapter = part.join(received, unsent, earlier, lambda: processes.first_adapter(cfg))
     part.hold(received, adapter, now)
     return adapter
 

@@ -15,7 +15,7 @@ import model
 from methods import aggregate, sharing
 from methods.base import Contribution
 from methods.store import Kept
-from node import permit
+from node import permit, processes
 from server import rounds
 from server.rounds import Server
 from settings import plan, preflight
@@ -210,6 +210,21 @@ def test_what_is_not_sent_is_made_or_kept_and_compared(tmp_path):
     # A round that is done again does not see what it has left.
     with pytest.raises(UserError, match="were not sent"):
         joined(part, tmp_path, {B: start[B]}, told({A: later[A]}), number=1)
+
+
+def test_a_client_on_a_base_of_another_type_makes_the_same_half(
+    configure, loopback, monkeypatch
+):
+    """PEFT makes an adapter in the type of the base, and bfloat16 would round it."""
+    monkeypatch.setattr(model, "compute_dtype", lambda device: torch.bfloat16)
+    cfg = configure("sharing=ffa", "num_clients=2", "model.quantization=null", "seed=3")
+    model.forget()
+    server = Server(cfg, loopback(cfg))
+    made = client.initial_adapter(cfg)
+    state = server.initial_adapter()
+    model.forget()
+    assert not all(made[name].equal(state[name]) for name in state if "lora_A" in name)
+    assert all(processes.first_adapter(cfg)[name].equal(state[name]) for name in state)
 
 
 def test_one_bit_is_another_adapter():
