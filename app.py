@@ -198,7 +198,7 @@ def train(
     number = int(config["server-round"])
     kept = store.Kept(Path(cfg.residuals), partition, number)
     part = sharing.build(cfg.sharing)
-    before = part.join(_received(message), kept)
+    before = _joined(cfg, message, part, kept, kept)
     mu = config.get("proximal-mu", 0.0)
     after, metrics = processes.train(cfg, before, partition, number, mu)
     packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
@@ -214,17 +214,27 @@ def evaluate(
 
     number = int(message.content["config"]["server-round"])
     # What has stayed here up to this round is evaluated with what came.
-    kept = store.Kept(Path(cfg.residuals), partition, number + 1)
-    adapter = sharing.build(cfg.sharing).join(_received(message), kept)
+    now, after = (
+        store.Kept(Path(cfg.residuals), partition, n) for n in (number, number + 1)
+    )
+    adapter = _joined(cfg, message, sharing.build(cfg.sharing), after, now)
     base = number == 0
     metrics = processes.evaluate(cfg, adapter, partition, base)
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
-def _received(message: Message) -> dict[str, Any]:
+def _joined(
+    cfg: utils.Settings, message: Message, part: Any, earlier: Any, now: Any
+) -> dict[str, Any]:
+    """The adapter that a message is about, of what came and what is here of `earlier`."""
     from methods import wire
+    from node import processes
 
-    return wire.unpack(message.content["arrays"].to_torch_state_dict())
+    received = wire.unpack(message.content["arrays"].to_torch_state_dict())
+    unsent = message.content["config"].get("unsent")
+    adapter = part.join(received, unsent, earlier, lambda: processes.first_adapter(cfg))
+    part.hold(received, adapter, now)
+    return adapter
 
 
 server = federation_server()

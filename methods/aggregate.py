@@ -114,11 +114,11 @@ class Flower(Aggregation):
         self.strategy.configure_train(server_round, record(state), config, Nobody())
         return config
 
-    def _aggregate(self, replies: list["Reply"]) -> State:
-        """The strategy's next adapter, as precise as it makes it."""
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        """The strategy's adapter after `state`, as precise as it makes it."""
         name = type(self.strategy).__name__
         try:
-            self._configure(self.number, self.state)
+            self._configure(self.number, state)
             aggregated, _ = self.strategy.aggregate_train(self.number, replies)
         except Exception as error:  # of any type: each strategy has its own
             cause = one_line(f"{type(error).__name__}: {error}")
@@ -174,8 +174,19 @@ class Mean(Flower):
     def apply(self, mean: State) -> State:
         """The strategy's adapter of the one that the mean update makes, as a single reply."""
         whole = super().apply(mean)
-        made = self._aggregate([Reply(whole, self.weight, self.loss / self.weight)])
-        # What was not sent stays, whatever a momentum would make of it.
+        part = mean.keys() < self.state.keys()
+        before = self.memory() if part else {}
+        reply = Reply(whole, self.weight, self.loss / self.weight)
+        made = self._aggregate(self.state, [reply])
+        # What was not sent stays, and so do its momenta: of a half that is trained every
+        # second round they would fade in between.
+        if part:
+            after = self.memory()
+            for kept, each in after.items():
+                old = before.get(kept, {})
+                rest = [name for name in each if name not in mean]
+                each |= {k: old.get(k, torch.zeros_like(each[k])) for k in rest}
+            self.recall(after)
         return {
             name: (made[name] if name in mean else tensor).to(torch.float32)
             for name, tensor in self.state.items()
@@ -219,7 +230,9 @@ class All(Flower):
     def gathered(self) -> State:
         """The strategy's change, of replies that hold the adapter that each update makes."""
         self.all.sort(key=lambda one: one.partition)
+        sent = {k: self.state[k] for k in self.all[0].update}
         made = self._aggregate(
+            sent,
             [
                 Reply(
                     {k: self.state[k] + one.update[k] for k in one.update},
@@ -227,7 +240,7 @@ class All(Flower):
                     one.loss,
                 )
                 for one in self.all
-            ]
+            ],
         )
         return {k: made[k].double() - self.state[k].double() for k in made}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
+from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import dataset
@@ -22,7 +22,14 @@ from methods import aggregate, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
-from server.exchange import Exchange, arrays_of, bound, num_bytes, read_figures
+from server.exchange import (
+    Downlink,
+    Exchange,
+    arrays_of,
+    bound,
+    num_bytes,
+    read_figures,
+)
 from server.journal import Journal, report_failures, report_memory
 from server.runs import telling
 from utils import (
@@ -196,6 +203,9 @@ class Server:
         self.frame = model.skeleton(cfg.model, cfg.peft)
         # All that the adapter holds. Less of it may be trained, or sent.
         self.held = {n: p for n, p in self.frame.named_parameters() if p.requires_grad}
+        lasts = self.sharing.lasts(self.held.keys())
+        made = first.seeded(cfg, self.held) if lasts else {}
+        self.downlink = Downlink(self.sharing, self.dtype, made)
         self.singly = False  # whether replies are fetched one by one
         self.clients = Clients(cfg, grid, named=bool(self.told))
         self.clients.wait_for(cfg.num_clients)
@@ -217,21 +227,23 @@ class Server:
             i: self.aggregation.down(state, i) if state else {}
             for i in partitions.values()
         }
-        # Packed once, however many get it.
-        each = {id(adapter): adapter for adapter in down.values()}
-        packed = {k: ArrayRecord(wire.pack(v, self.dtype)[0]) for k, v in each.items()}
+        packed = self.downlink.pack(down)
 
         def write(partition: int) -> RecordDict:
             config = {**(more or {}), **self.told, "partition": partition}
-            arrays = packed[id(down[partition])]
+            arrays, unsent = packed[partition]
+            if unsent:
+                config["unsent"] = unsent
             return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
 
         def use(partition: int, content: RecordDict) -> Any:
-            sent = num_bytes(packed[id(down[partition])])
+            sent = num_bytes(packed[partition][0])
             client = {"partition": partition, "bytes_down": sent}
             client |= read_figures(kind, content.metric_records.get("metrics", {}))
             bound(self.cfg, client, kind, federated=bool(self.told))
-            return read(content, client, down[partition])
+            found = read(content, client, down[partition])
+            self.downlink.answer(partition)
+            return found
 
         timeout = self.cfg.train.round_timeout
         return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
@@ -241,6 +253,8 @@ class Server:
         yield from exchange.replies()
         self.clients.refused |= exchange.refused
         self.singly = exchange.singly
+        for failure in exchange.failures:
+            self.downlink.fail(failure["partition"])
         report_failures(server_round, exchange.failures)
 
     def initial_adapter(self) -> State:
@@ -307,6 +321,7 @@ class Server:
                     )
                 mean = self.steps.total(self.aggregation.gathered(), len(clients))
                 new_state = self.aggregation.apply(mean)
+                new_state = self.sharing.finish(new_state, server_round)
                 self._check(new_state, state)
             except Unusable as error:
                 say(f"round {server_round}: {error}.")
@@ -328,6 +343,7 @@ class Server:
                 f"(strategy.max_round_retries={settings.max_round_retries}). The last "
                 f"cause: {cause}."
             )
+        self.downlink.close_round()
         seconds_aggregate += time.monotonic() - received
         clients.sort(key=lambda client: client["partition"])
         arguments = self.cfg.train.training_arguments
@@ -410,6 +426,7 @@ class Server:
             {"server-round": server_round},
         )
         clients = [*self._replies(exchange, server_round)]
+        self.downlink.close_round()
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
             clients.sort(key=lambda client: client["partition"])

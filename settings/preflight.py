@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from methods import wire
+from methods import sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
     check_kinds,
@@ -158,12 +158,13 @@ def check_launch(cfg: Settings) -> None:
 
 def check_strategy(cfg: Settings, deployed: bool = False) -> None:
     """That the strategy takes its settings and makes an adapter of a round's replies."""
-    from methods import aggregate, sharing
+    from methods import aggregate
     from server.cohort import cohort_size
 
     node = cfg.strategy
     sharing.build(cfg.sharing)
     made = aggregate.build(node)
+    check_sharing(cfg, made.keeps)
     check_kinds("strategy", node, type(getattr(made, "strategy", made)))
     for name, value in node.items():
         if is_number(value) and value < 0:
@@ -191,6 +192,27 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
         raise UserError(
             f"{setting}: how many records a node has is its own word, and it weighs by "
             "it. Say what to believe at most: strategy.max_weight=5000"
+        )
+
+
+def check_sharing(cfg: Settings, keeps: tuple[str, ...]) -> None:
+    """That what is shared goes with the rest; `keeps`: what the strategy keeps for later."""
+    if cfg.sharing.stays and cfg.baseline:
+        raise UserError(
+            f"sharing.stays={cfg.sharing.stays} with mode={cfg.mode}: nobody shares anything "
+            "there. Set sharing.stays=[], or mode=federated."
+        )
+    if not (every := cfg.sharing.get("refactor_every")):
+        return
+    other = {
+        f"strategy={cfg.strategy._target_.rpartition('.')[2].lower()}": bool(keeps),
+        f"comm.dtype={cfg.comm.dtype}": cfg.comm.dtype == "int8",  # error feedback
+        "peft.target_parameters": bool(cfg.peft.get("target_parameters")),
+    }
+    for setting in filter(other.get, other):
+        raise UserError(
+            f"sharing.refactor_every={every} with {setting}: what that keeps or means is "
+            "about factors that a refactoring replaces. Leave out the one or the other."
         )
 
 
@@ -271,6 +293,10 @@ def check_model(cfg: Settings, weights: bool) -> None:
     with naming(name):
         frame = model.skeleton(cfg.model, cfg.peft)
         check_kinds("peft", cfg.peft, type(frame.peft_config["default"]))
+        held = {n: p for n, p in frame.named_parameters() if p.requires_grad}
+        shapes = {name: tuple(p.shape) for name, p in held.items()}
+        if shapes and (fault := sharing.build(cfg.sharing).fault(shapes)):
+            raise UserError(fault)
         model.rehearse(cfg.model, cfg.peft, cfg.seed, cfg.train.seq_length)
         if cfg.dry_run:
             return

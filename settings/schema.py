@@ -31,6 +31,9 @@ from utils import Settings, UserError
 NO_NAME = re.compile(r"null|true|false|[\d.+-]+", re.IGNORECASE)
 
 
+PARTS = re.compile(r"\w+(\.\w+)*")  # of a tensor's name, between dots
+
+
 def setting(meaning: str, later: bool = False, **limits: Any) -> Any:
     """A field that must be given. `later`: a run that goes on may have it otherwise."""
     return Field(description=meaning, json_schema_extra={"later": later}, **limits)
@@ -149,6 +152,21 @@ class Simulation(Section):
     init_args: InitArgs
 
 
+class Sharing(Target):
+    stays: Any = setting("parts of the names of what stays with a client")
+    refactor_every: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def names(self) -> "Sharing":
+        parts = self.stays if isinstance(self.stays, list) else [None]
+        if not all(isinstance(part, str) and PARTS.fullmatch(part) for part in parts):
+            raise ValueError(
+                f"sharing.stays={self.stays}: a list of parts of names is needed, "
+                "[lora_B] say, or []."
+            )
+        return self
+
+
 class Strategy(Target):
     fraction_fit: float = setting("share of the clients that train", gt=0, le=1)
     fraction_evaluate: float = setting("share that measures", ge=0, le=1)
@@ -247,7 +265,7 @@ class Run(Section):
     model: Model
     partitioner: Partitioner
     peft: Target
-    sharing: Target = setting("what of the adapter comes, is trained and goes")
+    sharing: Sharing = setting("what of the adapter comes, is trained and goes")
     simulation: Simulation = setting("where the clients run", later=True)
     strategy: Strategy
     tracking: Target = setting("what follows the run", later=True)
