@@ -191,7 +191,7 @@ def train(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    from methods import sharing, steps, store
+    from methods import scaffold, sharing, steps, store
     from node import processes
 
     config = message.content["config"]
@@ -200,9 +200,17 @@ def train(
     part = sharing.build(cfg.sharing)
     before = part.join(_received(message), kept)
     mu = config.get("proximal-mu", 0.0)
-    after, metrics = processes.train(cfg, before, partition, number, mu)
+    correction = {}
+    if "control" in message.content:
+        control = _received(message, "control")
+        correction = scaffold.correction(control, before, kept)
+    after, metrics = processes.train(cfg, before, partition, number, mu, correction)
+    after, change = scaffold.change(after, kept, cfg.comm.dtype)
     packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
-    return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
+    content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
+    if change:
+        content["control"] = ArrayRecord(change)
+    return RecordDict(content)
 
 
 def evaluate(
@@ -221,10 +229,10 @@ def evaluate(
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
-def _received(message: Message) -> dict[str, Any]:
+def _received(message: Message, name: str = "arrays") -> dict[str, Any]:
     from methods import wire
 
-    return wire.unpack(message.content["arrays"].to_torch_state_dict())
+    return wire.unpack(message.content[name].to_torch_state_dict())
 
 
 server = federation_server()

@@ -208,7 +208,9 @@ def _rate(cfg: Settings) -> str:
 def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
     dtype, rounds = cfg.comm.dtype, cfg.num_rounds
     adapter = wire_bytes(frame, dtype)
-    way = _cohort(cfg, "fraction_fit") * adapter
+    # A control variate is as large as the adapter.
+    each = 2 if aggregate.build(cfg.strategy).corrects else 1
+    way = _cohort(cfg, "fraction_fit") * adapter * each
     # The clients of the first round make the first adapter and send it in float32.
     first = _cohort(cfg, "fraction_fit") * wire_bytes(frame, "float32")
     rows = [
