@@ -191,7 +191,7 @@ def train(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    from methods import sharing, steps, store
+    from methods import scaffold, sharing, steps, store
     from node import processes
 
     config = message.content["config"]
@@ -200,9 +200,17 @@ def train(
     part = sharing.build(cfg.sharing)
     before = _joined(cfg, message, part, kept, kept)
     mu = config.get("proximal-mu", 0.0)
-    after, metrics = processes.train(cfg, before, partition, number, mu)
+    correction = {}
+    if "control" in message.content:
+        control = _received(message, "control")
+        correction = scaffold.correction(control, before, kept)
+    after, metrics = processes.train(cfg, before, partition, number, mu, correction)
+    after, change = scaffold.change(after, kept, cfg.comm.dtype)
     packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
-    return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
+    content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
+    if change:
+        content["control"] = ArrayRecord(change)
+    return RecordDict(content)
 
 
 def evaluate(
@@ -223,14 +231,19 @@ def evaluate(
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
+def _received(message: Message, name: str = "arrays") -> dict[str, Any]:
+    from methods import wire
+
+    return wire.unpack(message.content[name].to_torch_state_dict())
+
+
 def _joined(
     cfg: utils.Settings, message: Message, part: Any, earlier: Any, now: Any
 ) -> dict[str, Any]:
     """The adapter that a message is about, of what came and what is here of `earlier`."""
-    from methods import wire
     from node import processes
 
-    received = wire.unpack(message.content["arrays"].to_torch_state_dict())
+    received = _received(message)
     unsent = message.content["config"].get("unsent")
     adapter = part.join(received, unsent, earlier, lambda: processes.first_adapter(cfg))
     part.hold(received, adapter, now)

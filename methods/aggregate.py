@@ -145,12 +145,11 @@ class Flower(Aggregation):
             setattr(self.strategy, attribute, arrays)
 
 
-class Mean(Flower):
+class Running(Aggregation):
     """The running weighted mean of updates: memory for one, however many.
 
-    Enough for every strategy that is a function of the mean. Summed in float64, where sums
-    of float32 values that differ by less than a factor of 2^17 are exact: the order in
-    which clients answer leaves no trace.
+    Summed in float64, where sums of float32 values that differ by less than a factor of
+    2^17 are exact: the order in which clients answer leaves no trace.
     """
 
     linear = True
@@ -170,6 +169,53 @@ class Mean(Flower):
 
     def gathered(self) -> State:
         return {name: total / self.weight for name, total in self.sums.items()}
+
+
+class Scaffold(Running):
+    """SCAFFOLD (arXiv 1910.06378): beside the mean of updates a control variate c for clients.
+
+    It moves by their changes of c_i (`methods.scaffold`), divided by the number of all
+    `clients`: so c is the mean of what they have told of their c_i, whoever takes part. The
+    updates are weighed as everywhere; the paper's all count the same, as do those of
+    clients that take the same number of steps.
+    """
+
+    corrects = True
+    keeps = ("control",)
+
+    def __init__(self, clients: int) -> None:
+        self.clients = clients
+        self.control: State = {}  # none yet is 0
+
+    def beside(self, state: State) -> State:
+        return self.control or {k: torch.zeros_like(v) for k, v in state.items()}
+
+    def begin(self, state: State, server_round: int) -> None:
+        super().begin(state, server_round)
+        self.changes: State = {}
+
+    def add(self, one: Contribution) -> None:
+        super().add(one)
+        for name, change in one.beside.items():
+            self.changes[name] = self.changes.get(name, 0) + change.double()
+
+    def apply(self, mean: State) -> State:
+        control = self.beside(self.state)
+        self.control = control | {
+            name: (control[name] + total / self.clients).to(torch.float32)
+            for name, total in self.changes.items()
+        }
+        return super().apply(mean)
+
+    def memory(self) -> dict[str, State]:
+        return {"control": self.control} if self.control else {}
+
+    def recall(self, memory: dict[str, State]) -> None:
+        self.control = memory.get("control", {})
+
+
+class Mean(Running, Flower):
+    """Enough for every strategy of Flower's that is a function of the mean."""
 
     def apply(self, mean: State) -> State:
         """The strategy's adapter of the one that the mean update makes, as a single reply."""

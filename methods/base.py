@@ -34,6 +34,7 @@ class Contribution:
     weight: int  # in the mean, 1 or more
     loss: float  # mean of the round, nats a token
     rest: State = field(default_factory=dict)  # what else of the adapter it was sent
+    beside: State = field(default_factory=dict)  # what came beside the update
 
     def value(self, name: str) -> torch.Tensor:
         """A tensor of the adapter that the client has trained, in float64."""
@@ -87,6 +88,7 @@ class Aggregation:
     again, after `recall` of what `memory` gave once it was begun.
     """
 
+    corrects = False  # whether clients that train get, and answer, more than an adapter
     linear = False  # whether `gathered` is the weighted mean of the updates
     keeps: tuple[str, ...] = ()  # the names of what `memory` may hold
 
@@ -101,6 +103,10 @@ class Aggregation:
         own = f"{partition}/"
         named = ((name.removeprefix(own), tensor) for name, tensor in state.items())
         return {name: tensor for name, tensor in named if "/" not in name}
+
+    def beside(self, state: State) -> State:
+        """What clients that train are sent beside it, by the adapter's names; and answer."""
+        return {}
 
     def told(self, server_round: int) -> dict[str, Any]:
         """What clients are told beside it."""

@@ -239,7 +239,9 @@ class Exchange:
             for node, partition in self.nodes.items()
         ]
         self.bytes_down = sum(
-            num_bytes(message.content["arrays"]) for message in messages
+            num_bytes(arrays)
+            for message in messages
+            for arrays in message.content.array_records.values()
         )
         pushed = set(self.grid.push_messages(messages))
         waiting = {}
@@ -315,11 +317,11 @@ def _content(reply: Message | Exception) -> RecordDict:
     return reply.content
 
 
-def arrays_of(content: RecordDict) -> ArrayRecord:
-    """A reply's arrays. Raises `Unusable` where it has none."""
-    arrays = content.array_records.get("arrays")
+def arrays_of(content: RecordDict, name: str = "arrays") -> ArrayRecord:
+    """A reply's arrays of that name. Raises `Unusable` where it has none."""
+    arrays = content.array_records.get(name)
     if arrays is None:
-        raise Unusable("it holds no arrays")
+        raise Unusable(f"it holds no {name}")
     return arrays
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import dataset
@@ -217,6 +217,7 @@ class Server:
         read: Callable[[RecordDict, dict[str, Any], State], Any],
         state: State | None = None,
         more: dict[str, Any] | None = None,
+        beside: State | None = None,
     ) -> Exchange:
         """An exchange with these nodes: the adapter that each gets of `state`, and its settings.
 
@@ -228,16 +229,20 @@ class Server:
             for i in partitions.values()
         }
         packed = self.downlink.pack(down)
+        control = ArrayRecord(wire.pack(beside or {}, self.dtype)[0])
 
         def write(partition: int) -> RecordDict:
             config = {**(more or {}), **self.told, "partition": partition}
             arrays, unsent = packed[partition]
             if unsent:
                 config["unsent"] = unsent
-            return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+            content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+            if control:
+                content["control"] = control
+            return content
 
         def use(partition: int, content: RecordDict) -> Any:
-            sent = num_bytes(packed[partition][0])
+            sent = num_bytes(packed[partition][0]) + num_bytes(control)
             client = {"partition": partition, "bytes_down": sent}
             client |= read_figures(kind, content.metric_records.get("metrics", {}))
             bound(self.cfg, client, kind, federated=bool(self.told))
@@ -295,8 +300,9 @@ class Server:
                 "fraction_fit", server_round, attempt, tried, out
             )
             told = self.aggregation.told(server_round)
+            beside = self._beside(state, server_round)
             exchange = self._exchange(
-                MessageType.TRAIN, nodes, self._read_update, state, told
+                MessageType.TRAIN, nodes, self._read_update, state, told, beside
             )
             self.aggregation.begin(state, server_round)
             memory = self.aggregation.memory()
@@ -381,12 +387,25 @@ class Server:
         sent = {name: before[name] for name in goes}
         one = Contribution(client["partition"], sent, arrays, weight, loss)
         one = self.steps.arrive(one)
-        after = {name: one.before[name] + one.update[name] for name in one.update}
-        if name := wire.lost(after, self.dtype):
-            raise Unusable(
-                f"with its update {name} would hold values beyond comm.dtype={self.dtype}"
-            )
-        return one, client | {"bytes_up": num_bytes(arrays)}
+        size = num_bytes(arrays)
+        if control := self._beside(before, self.aggregation.number):
+            arrays = arrays_of(content, "control")
+            one.beside = wire.decode(arrays, control, self.dtype)
+            size += num_bytes(arrays)
+        for was, change in ((one.before, one.update), (control, one.beside)):
+            after = {name: was[name] + change[name] for name in change}
+            if name := wire.lost(after, self.dtype):
+                raise Unusable(
+                    f"with its update {name} would hold values beyond "
+                    f"comm.dtype={self.dtype}"
+                )
+        return one, client | {"bytes_up": size}
+
+    def _beside(self, state: State, server_round: int) -> State:
+        """What goes and comes beside the tensors that a client answers with."""
+        goes = {*self.sharing.goes(state.keys(), server_round)}
+        beside = self.aggregation.beside(state)
+        return {name: tensor for name, tensor in beside.items() if name in goes}
 
     def _check(self, state: State, before: State) -> None:
         """Raise `Unusable` for what is no state, `OutOfRange` for one that would not arrive

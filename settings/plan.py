@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 import dataset
 import model
@@ -47,7 +48,7 @@ def plan(cfg: Settings) -> Rows:
     frame = model.skeleton(cfg.model, cfg.peft)
     return [
         *_parameters(frame),
-        *_work(cfg),
+        *_work(cfg, frame),
         *_traffic(cfg, frame),
         *_memory(cfg, frame),
     ]
@@ -132,7 +133,7 @@ def _parameters(frame: torch.nn.Module) -> Rows:
     ]
 
 
-def _work(cfg: Settings) -> Rows:
+def _work(cfg: Settings, frame: PeftModel) -> Rows:
     arguments = cfg.train.training_arguments
     size = arguments.per_device_train_batch_size * cfg.launch.processes
     parts = arguments.gradient_accumulation_steps
@@ -147,7 +148,7 @@ def _work(cfg: Settings) -> Rows:
             "steps a round",
             f"{most}{clients * steps:,} ({steps:,} a client, {size} x {parts} examples each)",
         ),
-        *_weight(cfg),
+        *_mean(cfg, frame),
         ("learning rate", _rate(cfg)),
         ("tokens a round", f"at most {tokens:,}"),
         (
@@ -168,8 +169,8 @@ def _turns(cfg: Settings) -> str:
     return f"{times} of {rounds} rounds: everybody once before anybody twice"
 
 
-def _weight(cfg: Settings) -> Rows:
-    """What clients weigh in the mean, where there is one of several."""
+def _mean(cfg: Settings, frame: PeftModel) -> Rows:
+    """What clients weigh in the mean, where there is one of several, and if it is exact."""
     if cfg.baseline or not aggregate.build(cfg.strategy).linear:
         return []
     by_steps = cfg.train.training_arguments.max_steps > 0
@@ -179,7 +180,21 @@ def _weight(cfg: Settings) -> Rows:
         weight = "the same for all, however few its records: all take as many steps"
     else:
         weight = "by its records, because it goes over all of them"
-    return [("a client's weight", weight)]
+    part = sharing.build(cfg.sharing)
+    names = [n for n, p in frame.named_parameters() if p.requires_grad]
+    exact = all(  # what is trained may change from round to round
+        model.averages_exactly(frame.active_peft_config, part.trains(names, n))
+        for n in (1, 2)
+    )
+    return [
+        ("a client's weight", weight),
+        (
+            "the mean",
+            "exact: it does to each weight what the clients' adapters do in the mean"
+            if exact
+            else "not exact: it does not do what the clients' adapters do in the mean",
+        ),
+    ]
 
 
 def _rate(cfg: Settings) -> str:
@@ -208,6 +223,8 @@ def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
     up = cohort * sum(
         wire_bytes(frame, dtype, part.goes(names, n)) for n in range(1, rounds + 1)
     )
+    if aggregate.build(cfg.strategy).corrects:  # as much again, by control variates
+        down, up = down + rounds * cohort * adapter, up + rounds * cohort * adapter
     # The clients of the first round make the first adapter and send it in float32.
     made = cohort * wire_bytes(frame, "float32")
     most = "at most " if once and cohort < cfg.num_clients else ""

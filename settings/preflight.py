@@ -169,6 +169,12 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
     for name, value in node.items():
         if is_number(value) and value < 0:
             raise UserError(f"strategy.{name}={value}: it must be 0 or more.")
+    if node.clip_norm and made.corrects:
+        raise UserError(
+            f"strategy.clip_norm={node.clip_norm} with strategy._target_={node._target_}: "
+            "it would bound a client's update and not its control variate, by which it "
+            "steers the others'. Set strategy.clip_norm=null, or take strategy=fedavg."
+        )
     cohort = cohort_size(cfg.num_clients, node.fraction_fit)
     if cohort < node.min_fit_replies:
         raise UserError(

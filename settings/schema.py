@@ -176,6 +176,7 @@ class Strategy(Target):
     clip_norm: float | None = setting("largest L2 norm of an update", gt=0)
     weighted_by: choice("examples", "records") = setting("what a client counts for")
     max_weight: int | None = setting("largest weight of a client", ge=1)
+    clients: int | None = Field(None, ge=1, le=1_000_000)  # as num_clients
 
 
 class TrainingArguments(Open):
