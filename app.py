@@ -80,9 +80,9 @@ def federation_server() -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        from main import start
         from server import runs
         from settings.compose import compose_run
+        from settings.start import start
 
         logging.getLogger("flwr").addFilter(shorten)
         overrides = str(context.run_config["overrides"])
@@ -191,20 +191,28 @@ def train(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    from methods import sharing, steps, store
+    from methods import scaffold, sharing, steps, store
     from node import processes
 
     config = message.content["config"]
     number = int(config["server-round"])
     kept = store.Kept(Path(cfg.residuals), partition, number)
     part = sharing.build(cfg.sharing)
-    before = part.join(_received(message, cfg), kept)
+    before = _joined(cfg, message, part, kept, kept)
     mu = config.get("proximal-mu", 0.0)
-    after, metrics = processes.train(cfg, before, partition, number, mu)
+    correction = {}
+    if "control" in message.content:
+        control = _received(message, "control")
+        correction = scaffold.correction(control, before, kept)
+    after, metrics = processes.train(cfg, before, partition, number, mu, correction)
     if "rank" in cfg:
         metrics["rank"] = cfg.rank
+    after, change = scaffold.change(after, kept, cfg.comm.dtype)
     packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
-    return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
+    content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
+    if change:
+        content["control"] = ArrayRecord(change)
+    return RecordDict(content)
 
 
 def evaluate(
@@ -216,19 +224,35 @@ def evaluate(
 
     number = int(message.content["config"]["server-round"])
     # What has stayed here up to this round is evaluated with what came.
-    kept = store.Kept(Path(cfg.residuals), partition, number + 1)
-    adapter = sharing.build(cfg.sharing).join(_received(message, cfg), kept)
+    now, after = (
+        store.Kept(Path(cfg.residuals), partition, n) for n in (number, number + 1)
+    )
+    adapter = _joined(cfg, message, sharing.build(cfg.sharing), after, now)
     base = number == 0
     metrics = processes.evaluate(cfg, adapter, partition, base)
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
-def _received(message: Message, cfg: utils.Settings) -> dict[str, Any]:
-    """The adapter that came in, of the node's own rank where that is lower."""
-    from methods import lora, wire
+def _received(message: Message, name: str = "arrays") -> dict[str, Any]:
+    from methods import wire
 
-    state = wire.unpack(message.content["arrays"].to_torch_state_dict())
-    return lora.cut(state, cfg.rank, lora.power(cfg.peft)) if "rank" in cfg else state
+    return wire.unpack(message.content[name].to_torch_state_dict())
+
+
+def _joined(
+    cfg: utils.Settings, message: Message, part: Any, earlier: Any, now: Any
+) -> dict[str, Any]:
+    """The adapter that a message is about, of what came and what is here of `earlier`."""
+    from methods import lora
+    from node import processes
+
+    received = _received(message)
+    if "rank" in cfg:  # the node's own, which is below the run's
+        received = lora.cut(received, cfg.rank, lora.power(cfg.peft))
+    unsent = message.content["config"].get("unsent")
+    adapter = part.join(received, unsent, earlier, lambda: processes.first_adapter(cfg))
+    part.hold(received, adapter, now)
+    return adapter
 
 
 server = federation_server()

@@ -11,14 +11,20 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
 
 import dataset
 import model
 from compute import patches
 from compute.loss import answer_loss
 from evaluation import examine
-from methods import lora, sharing
+from methods import lora, scaffold, sharing
 from methods.base import State
 from records import templates
 from utils import Settings, learning_rate, mix_seed
@@ -43,11 +49,14 @@ def train(
     partition: int,
     server_round: int,
     proximal_mu: float = 0.0,
+    correction: State | None = None,
 ) -> tuple[State, Metrics]:
     """Train the adapter for one round on one partition.
 
     Each process of a team calls this, and all of them get the same adapter and figures.
-    `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on and
+    `proximal_mu` above 0 adds FedProx's term. `correction`, by name, is added to the gradient
+    of each step; what the gradients were without, on the mean, then comes with the adapter
+    as `gradient/<name>` (SCAFFOLD's). The metrics: `num-examples` trained on and
     the `records` that they are drawn from, `train_loss` (nats per answer token), `tokens`
     (of prompts and answers, without padding), examples `truncated` to `train.seq_length`,
     draws `dropped` (no answer, or no room for one), the `micro_batch` that memory allowed,
@@ -74,6 +83,8 @@ def train(
     clock.lap("tokenise")
     trains = sharing.build(cfg.sharing).trains(state.keys(), server_round)
 
+    gradients: State = {}
+
     def fit(arguments: TrainingArguments) -> float:
         model.set_adapter_state(net, state)
         clock.lap("set")
@@ -89,7 +100,11 @@ def train(
             )
             if not cfg.verbose:
                 trainer.remove_callback(PrinterCallback)
-            return trainer.mean(trainer.train().training_loss)
+            correct = Correct(net, correction or {})
+            trainer.add_callback(correct)
+            loss = trainer.mean(trainer.train().training_loss)
+            gradients.update(correct.means())
+            return loss
 
     loss = None
     try:
@@ -104,7 +119,7 @@ def train(
             torch.cuda.empty_cache()
         loss = fit(arguments)
     clock.lap("train")
-    trained = model.adapter_state(net)
+    trained = model.adapter_state(net) | gradients
     clock.lap("read")
     return trained, {
         "num-examples": len(examples),
@@ -199,6 +214,36 @@ def evaluate(
         "dropped": dropped,
         "truncated": _truncated(cfg, examples, tokenizer),
     }
+
+
+class Correct(TrainerCallback):
+    """Adds to each step's gradients, once they are clipped, and keeps what they were before."""
+
+    def __init__(self, net: torch.nn.Module, correction: State) -> None:
+        self.steps = 0
+        self.each = {
+            name: (p, torch.empty_like(p).copy_(correction[name]), torch.zeros_like(p))
+            for name, p in net.named_parameters()
+            if name in correction and p.requires_grad
+        }
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.steps += 1
+        for parameter, correction, total in self.each.values():
+            if parameter.grad is None:  # of a part that no example has come by
+                parameter.grad = torch.zeros_like(parameter)
+            total.add_(parameter.grad)
+            parameter.grad.add_(correction)
+
+    def means(self) -> State:
+        """On the CPU, in float32, as `gradient/<name>`."""
+        return {
+            scaffold.GRADIENT + name: (total / max(self.steps, 1)).to(
+                "cpu", torch.float32
+            )
+            for name, (_, _, total) in self.each.items()
+        }
 
 
 class LocalTrainer(Trainer):

@@ -403,8 +403,12 @@ def check(cfg: Settings) -> list[str]:
         unfit = [i for i in range(clients) if faults[i] == fault]
         more = f" and {len(unfit) - 10} more" if len(unfit) > 10 else ""
         raise UserError(
-            f"{kind} of {where}: client {str(unfit[:10])[1:-1]}{more} {fault}. Take fewer "
-            "clients, or another partitioner."
+            f"{kind} of {where}: client {str(unfit[:10])[1:-1]}{more} {fault}. Take "
+            + (
+                "fewer clients, or another partitioner."
+                if clients > 1
+                else "more records."
+            )
         )
     notes = _check_questions(cfg, rows) if test_wanted(cfg) else []
     label = settings.get("partition_by")

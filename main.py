@@ -7,14 +7,12 @@ Every setting is in `conf/`; any of them can be given here: `num_rounds=50`.
 """
 
 import logging
-import math
 import os
 import secrets
-import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -24,15 +22,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from server import runs
-from settings import compose
-from settings.compose import check_choices, resolve, resumed
-from settings.preflight import check, check_nodes
-from settings.schema import is_number, validated
+from settings.compose import check_choices
+from settings.preflight import check_nodes
+from settings.start import start
 from utils import Settings
-
-# Trains what the settings say in the run's folder, given the overrides that make them.
-Train = Callable[[Settings, Path, list[str]], None]
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -44,65 +37,6 @@ def main(config: DictConfig) -> float:
     task = HydraConfig.get().overrides.task
     overrides = OmegaConf.to_container(task, resolve=False)
     return start(config, overrides, folder, simulate)
-
-
-def start(
-    config: DictConfig,
-    overrides: list[str],
-    folder: Path,
-    train: Train,
-    deployed: bool = False,
-) -> float:
-    """Check a configuration, train as it says, and say what came of it.
-
-    `folder` is the run's, and this process owns it; another's, that `resume` names, is made
-    its own. `deployed`: this is the server of a federation. Returns `optimized_metric`, NaN
-    for a plan. Raises `UserError`.
-    """
-    validated(resolve(config))  # every key that is used below is there
-    with ExitStack() as held:
-        if config.resume:
-            folder = Path(config.resume)
-            config, overrides = resumed(config.resume, overrides)
-            if deployed:
-                from node import permit
-
-                permit.parse(shlex.join(overrides))  # as every node does
-            held.enter_context(runs.own(folder, without=()))
-        if not config.verbose:
-            utils.quiet()
-        here = deployed or config.dataset.get("path")
-        if not (utils.local_path(str(config.model.name)) and here):
-            utils.offline_if_unreachable()
-        cfg = check(config, deployed)
-        if cfg.dry_run:
-            from settings import plan
-
-            utils.say(plan.show(cfg, None if deployed else folder))
-            return math.nan
-        # Imported here, so that a mistake is answered without waiting for it.
-        from server import journal
-
-        utils.say(f"{journal.describe(cfg)}\nResults: {folder}")
-        if not deployed and (note := journal.quantised_on_cpu(cfg)):
-            utils.say(f"Note: {note}.")
-        if deployed or cfg.resume:  # which Hydra has not written
-            compose.record(config, overrides, folder)
-        train(cfg, folder, overrides)
-        journal.report(cfg, folder)
-        return metric(cfg.optimized_metric, folder)
-
-
-def metric(name: str, folder: Path) -> float:
-    """A number of a finished run's summary. Raises `UserError` where it has none of that name."""
-    summary = runs.read(folder, "summary.json")
-    numbers = {key: value for key, value in summary.items() if is_number(value)}
-    if name not in numbers:
-        raise utils.UserError(
-            f"optimized_metric={name}: {folder}/summary.json has no such number. Take "
-            f"{', '.join(numbers)}."
-        )
-    return numbers[name]
 
 
 def simulate(cfg: Settings, folder: Path, overrides: list[str]) -> None:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -322,7 +322,9 @@ def skeleton(model_cfg: Any, peft_cfg: Any) -> PeftModel:
 
     Needs the base's `config.json` only. The server keeps one to check replies against and
     to write adapter folders; it never holds the base. On the meta device, unless the method
-    saves values of its own beside the trained ones (VeRA's projections, say).
+    reads values when it begins, or saves some beside the trained ones (SHiRA's indices,
+    VeRA's projections): then on the CPU, on a `stand_in`, whose weights take next to no
+    memory.
     """
     return _frame(_config(model_cfg), model_cfg, peft_cfg)
 
@@ -363,6 +365,7 @@ def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
     return adapter_state(_with_adapter(base, model_cfg, peft_cfg, seed))
 
 
+@patches.equal_masks_drawn_once()
 def _with_adapter(
     base: torch.nn.Module,
     model_cfg: Any,
@@ -562,6 +565,23 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).abs().max() <= 1e-3 * other.abs().max())
 
 
+# Methods whose change of a weight is linear in what they train.
+LINEAR = ("C3A", "FOURIERFT", "IA3", "MISS", "SHIRA", "TINYLORA", "WAVEFT")
+
+
+def averages_exactly(settings: peft.PeftConfig, trained: Collection[str]) -> bool:
+    """Whether a mean of such adapters does to each weight what they do to it in the mean.
+
+    So where that is linear in the tensors that are `trained`, by name. The product B A of
+    LoRA is linear in either alone; DoRA divides by the norm of a sum.
+    """
+    if settings.peft_type == "LORA":
+        halves = {half for half in "AB" for name in trained if f"_{half}." in name}
+        return len(halves) < 2 and not settings.use_dora
+    bat = getattr(settings, "init_weights", None) == "bat"  # MiSS's, times the weight
+    return settings.peft_type in LINEAR and not bat
+
+
 @contextlib.contextmanager
 def autocast(model: torch.nn.Module) -> Iterator[None]:
     """Run the float32 adapter in the base's compute type; weights keep their type."""
@@ -749,6 +769,7 @@ def _compare(settings: peft.PeftConfig, about: dict[str, Any], folder: str) -> N
                 )
 
 
+@patches.equal_masks_drawn_once()
 def _open(base: torch.nn.Module, settings: peft.PeftConfig, folder: str) -> PeftModel:
     """A saved adapter on its base. Raises `ValueError` unless all of it is in use."""
     state = load_file(Path(folder) / "adapter_model.safetensors")

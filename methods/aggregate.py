@@ -19,6 +19,7 @@ from utils import UserError, construct, one_line
 OURS = (
     "fraction_fit",
     "fraction_evaluate",
+    "sampling",
     "min_fit_replies",
     "max_round_retries",
     "clip_norm",
@@ -204,11 +205,11 @@ class Flower(Aggregation):
         self.strategy.configure_train(server_round, record(state), config, Nobody())
         return config
 
-    def _aggregate(self, replies: list["Reply"]) -> State:
-        """The strategy's next adapter, as precise as it makes it."""
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        """The strategy's adapter after `state`, as precise as it makes it."""
         name = type(self.strategy).__name__
         try:
-            self._configure(self.number, self.state)
+            self._configure(self.number, state)
             aggregated, _ = self.strategy.aggregate_train(self.number, replies)
         except Exception as error:  # of any type: each strategy has its own
             cause = one_line(f"{type(error).__name__}: {error}")
@@ -235,12 +236,11 @@ class Flower(Aggregation):
             setattr(self.strategy, attribute, arrays)
 
 
-class Mean(Flower):
+class Running(Aggregation):
     """The running weighted mean of updates: memory for one, however many.
 
-    Enough for every strategy that is a function of the mean. Summed in float64, where sums
-    of float32 values that differ by less than a factor of 2^17 are exact: the order in
-    which clients answer leaves no trace.
+    Summed in float64, where sums of float32 values that differ by less than a factor of
+    2^17 are exact: the order in which clients answer leaves no trace.
     """
 
     linear = True
@@ -261,11 +261,69 @@ class Mean(Flower):
     def gathered(self) -> State:
         return {name: total / self.weight for name, total in self.sums.items()}
 
+
+class Scaffold(Running):
+    """SCAFFOLD (arXiv 1910.06378): beside the mean of updates a control variate c for clients.
+
+    It moves by their changes of c_i (`methods.scaffold`), divided by the number of all
+    `clients`: so c is the mean of what they have told of their c_i, whoever takes part. The
+    updates are weighed as everywhere; the paper's all count the same, as do those of
+    clients that take the same number of steps.
+    """
+
+    corrects = True
+    keeps = ("control",)
+
+    def __init__(self, clients: int) -> None:
+        self.clients = clients
+        self.control: State = {}  # none yet is 0
+
+    def beside(self, state: State) -> State:
+        return self.control or {k: torch.zeros_like(v) for k, v in state.items()}
+
+    def begin(self, state: State, server_round: int) -> None:
+        super().begin(state, server_round)
+        self.changes: State = {}
+
+    def add(self, one: Contribution) -> None:
+        super().add(one)
+        for name, change in one.beside.items():
+            self.changes[name] = self.changes.get(name, 0) + change.double()
+
+    def apply(self, mean: State) -> State:
+        control = self.beside(self.state)
+        self.control = control | {
+            name: (control[name] + total / self.clients).to(torch.float32)
+            for name, total in self.changes.items()
+        }
+        return super().apply(mean)
+
+    def memory(self) -> dict[str, State]:
+        return {"control": self.control} if self.control else {}
+
+    def recall(self, memory: dict[str, State]) -> None:
+        self.control = memory.get("control", {})
+
+
+class Mean(Running, Flower):
+    """Enough for every strategy of Flower's that is a function of the mean."""
+
     def apply(self, mean: State) -> State:
         """The strategy's adapter of the one that the mean update makes, as a single reply."""
         whole = super().apply(mean)
-        made = self._aggregate([Reply(whole, self.weight, self.loss / self.weight)])
-        # What was not sent stays, whatever a momentum would make of it.
+        part = mean.keys() < self.state.keys()
+        before = self.memory() if part else {}
+        reply = Reply(whole, self.weight, self.loss / self.weight)
+        made = self._aggregate(self.state, [reply])
+        # What was not sent stays, and so do its momenta: of a half that is trained every
+        # second round they would fade in between.
+        if part:
+            after = self.memory()
+            for kept, each in after.items():
+                old = before.get(kept, {})
+                rest = [name for name in each if name not in mean]
+                each |= {k: old.get(k, torch.zeros_like(each[k])) for k in rest}
+            self.recall(after)
         return {
             name: (made[name] if name in mean else tensor).to(torch.float32)
             for name, tensor in self.state.items()
@@ -301,7 +359,9 @@ class All(Every, Flower):
 
     def gathered(self) -> State:
         """The strategy's change, of replies that hold the adapter that each update makes."""
+        sent = {k: self.state[k] for k in self.all[0].update}
         made = self._aggregate(
+            sent,
             [
                 Reply(
                     {k: self.state[k] + one.update[k] for k in one.update},
@@ -309,7 +369,7 @@ class All(Every, Flower):
                     one.loss,
                 )
                 for one in self.in_order()
-            ]
+            ],
         )
         return {k: made[k].double() - self.state[k].double() for k in made}
 
@@ -321,16 +381,12 @@ class Closest(All):
     rule is given places at the distances of what the adapters do, where they are LoRA.
     """
 
-    def _aggregate(self, replies: list["Reply"]) -> State:
-        count, bad = (
-            self.strategy.num_nodes_to_select,
-            self.strategy.num_malicious_nodes,
-        )
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        settings = self.strategy
+        count, bad = settings.num_nodes_to_select, settings.num_malicious_nodes
         chosen = self.select([reply.content for reply in replies], bad, count)
-        near = [
-            reply for reply in replies if any(reply.content is one for one in chosen)
-        ]
-        return super()._aggregate(near)
+        near = [r for r in replies if any(r.content is one for one in chosen)]
+        return super()._aggregate(state, near)
 
     def select(
         self, contents: list[RecordDict], malicious: int, count: int
@@ -352,8 +408,8 @@ class Trimmed(Closest):
         super().__init__(strategy)
         strategy.selection_rule = self.select
 
-    def _aggregate(self, replies: list["Reply"]) -> State:
-        return Flower._aggregate(self, replies)
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        return Flower._aggregate(self, state, replies)
 
 
 # Those that are a function of the mean, or compare replies. Every other gets all of them.

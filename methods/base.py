@@ -35,6 +35,7 @@ class Contribution:
     weight: int  # in the mean, 1 or more
     loss: float  # mean of the round, nats a token
     rest: State = field(default_factory=dict)  # what else of the adapter it was sent
+    beside: State = field(default_factory=dict)  # what came beside the update
 
     def value(self, name: str) -> torch.Tensor:
         """A tensor of the adapter that the client has trained, in float64."""
@@ -88,13 +89,10 @@ class Aggregation:
     again, after `recall` of what `memory` gave once it was begun.
     """
 
+    corrects = False  # whether clients that train get, and answer, more than an adapter
     linear = False  # whether `gathered` is the weighted mean of the updates
-    products = (
-        False  # whether it needs an adapter that is a sum of products, all of it sent
-    )
-    layers: Sequence[
-        Any
-    ] = ()  # which the server sets: `lora.Layer`s, where there are any
+    products = False  # whether it needs a sum of products, all of it shared
+    layers: Sequence[Any] = ()  # the adapter's `lora.Layer`s, which the server knows
     keeps: tuple[str, ...] = ()  # the names of what `memory` may hold
 
     def start(self, adapter: State, clients: int) -> State:
@@ -111,6 +109,10 @@ class Aggregation:
 
     def hear(self, client: dict[str, Any]) -> None:
         """What a client has told of itself, now or before the run was stopped."""
+
+    def beside(self, state: State) -> State:
+        """What clients that train are sent beside it, by the adapter's names; and answer."""
+        return {}
 
     def told(self, server_round: int) -> dict[str, Any]:
         """What clients are told beside it."""

@@ -65,6 +65,9 @@ CEILINGS = {
     "max-rank": 1024,  # of an adapter; also its virtual tokens and hidden sizes
 }
 
+# Of `peft`'s numbers those that take no room, however large: factors and seeds.
+NO_SIZE = ("lora_alpha", "scaling", "random_seed", "random_loc_seed")
+
 SETTINGS |= dict.fromkeys(CEILINGS, int)
 
 # What a run's overrides may hold, and what one value may be.
@@ -400,7 +403,7 @@ def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
     sizes = [
         value
         for key, value in flat(cfg.peft).items()
-        if isinstance(value, (int, float)) and key != "lora_alpha"  # which is a factor
+        if isinstance(value, (int, float)) and key not in NO_SIZE
     ]
     for key, asked, by in (
         ("max-tokens", examples * train["seq_length"], "train"),

@@ -25,6 +25,8 @@ class Clients:
         self.cfg, self.grid, self.named = cfg, grid, named
         self.partitions: dict[int, int] = {}  # by node
         self.refused: dict[int, str] = {}  # by node: why it takes no part
+        self.turns: dict[int, int] = {}  # by number: the last pass it was asked in
+        self.current = 1  # the newest pass through all clients that has begun
 
     def available(self) -> list[int]:
         """Nodes that are connected and take part, in the order in which they were seen."""
@@ -67,7 +69,8 @@ class Clients:
     ) -> list[int]:
         """The nodes that take part, in order of their numbers; waits until there is one.
 
-        Those that were `tried` in this round already come in only if the others are too few,
+        With `strategy.sampling=epoch` who trains is dealt out in passes: everybody is asked
+        once, in an order drawn for the pass, before anybody is asked twice. Those that were `tried` in this round already come in only if the others are too few,
         and those in `out` not at all. `least` of them, where there are as many. Raises
         `RunFailed` when all that ever came refuse.
         """
@@ -81,9 +84,35 @@ class Clients:
         nodes = [node for node in nodes if node not in out] or nodes
         size = min(size, len(nodes))
         others = [node for node in nodes if node not in tried]
-        parts = [self.cfg.seed, fraction, server_round]
-        seed = mix_seed(*parts, attempt) if attempt else mix_seed(*parts)
-        return sample(others if len(others) >= size else nodes, size, seed)
+        parts, more = [self.cfg.seed, fraction], [attempt] if attempt else []
+        # Who measures is drawn: round 0 and the last one then ask the same.
+        if fraction != "fraction_fit" or self.cfg.strategy.sampling == "random":
+            seed = mix_seed(*parts, server_round, *more)
+            return sample(others if len(others) >= size else nodes, size, seed)
+
+        def order(node: int) -> tuple[bool, int, int, int]:
+            number = self.partitions[node]
+            turn = self.turn(number)
+            place = mix_seed(*parts, turn, number, *more)
+            return node in tried, turn, place, number
+
+        return sorted(sorted(nodes, key=order)[:size], key=self.partitions.__getitem__)
+
+    def turn(self, number: int) -> int:
+        """The pass in which a client is asked next: the current one, or the one after it.
+
+        Who comes, or comes back, owes nothing for the passes that it was not there for: it
+        would be asked in every round until it had caught up.
+        """
+        return max(self.turns.get(number, 0) + 1, self.current)
+
+    def note(self, asked: Collection[int]) -> None:
+        """Take down who was asked in a round that is over, by their numbers.
+
+        Turns follow from these alone, so that a run goes on by its `history.json`.
+        """
+        self.turns |= {number: self.turn(number) for number in asked}
+        self.current = max(self.turns.values(), default=1)
 
 
 def cohort_size(num_clients: int, fraction: float) -> int:

@@ -123,9 +123,11 @@ class Journal:
     def write_summary(self, more: dict[str, Any]) -> None:
         """Write `summary.json` and draw `train_loss.png`."""
         losses = [entry["train_loss"] for entry in self.rounds]
-        plot_run(
-            self.history(), public(describe(self.cfg)), self.folder / "train_loss.png"
-        )
+        history = self.history()
+        if "test_loss_after" in more:  # measured now, if not in every round
+            last = self.rounds[-1] | {"test_loss": more["test_loss_after"]}
+            history = history | {"rounds": [*self.rounds[:-1], last]}
+        plot_run(history, public(describe(self.cfg)), self.folder / "train_loss.png")
         summary = {
             "rounds": len(self.rounds),
             "train_loss_first": losses[0],

@@ -23,7 +23,14 @@ from methods import aggregate, lora, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
-from server.exchange import Exchange, arrays_of, bound, num_bytes, read_figures
+from server.exchange import (
+    Downlink,
+    Exchange,
+    arrays_of,
+    bound,
+    num_bytes,
+    read_figures,
+)
 from server.journal import Journal, report_failures, report_memory
 from server.runs import telling
 from utils import (
@@ -68,6 +75,8 @@ def run(
         state, done, seconds = checkpoint.load(newest, server.aggregation)
         started -= seconds
         journal.go_on(done)
+        for entry in journal.rounds:  # one from before this was told begins a new pass
+            server.clients.note(entry.get("asked", []))
         for client in itertools.chain(*(e["clients"] for e in journal.rounds)):
             server.aggregation.hear(client)
         say(f"Going on after round {done}.")
@@ -198,6 +207,9 @@ class Server:
         self.dtype = cfg.comm.dtype
         # All that the adapter holds. Less of it may be trained, or sent.
         self.held = {n: p for n, p in self.frame.named_parameters() if p.requires_grad}
+        lasts = self.sharing.lasts(self.held.keys())
+        made = first.seeded(cfg, self.held) if lasts else {}
+        self.downlink = Downlink(self.sharing, self.dtype, made)
         self.singly = False  # whether replies are fetched one by one
         self.clients = Clients(cfg, grid, named=bool(self.told))
         self.clients.wait_for(cfg.num_clients)
@@ -209,6 +221,7 @@ class Server:
         read: Callable[[RecordDict, dict[str, Any], State], Any],
         state: State | None = None,
         more: dict[str, Any] | None = None,
+        beside: State | None = None,
     ) -> Exchange:
         """An exchange with these nodes: the adapter that each gets of `state`, and its settings.
 
@@ -219,21 +232,27 @@ class Server:
             i: self.aggregation.down(state, i) if state else {}
             for i in partitions.values()
         }
-        # Packed once, however many get it.
-        each = {id(adapter): adapter for adapter in down.values()}
-        packed = {k: ArrayRecord(wire.pack(v, self.dtype)[0]) for k, v in each.items()}
+        packed = self.downlink.pack(down)
+        control = ArrayRecord(wire.pack(beside or {}, self.dtype)[0])
 
         def write(partition: int) -> RecordDict:
             config = {**(more or {}), **self.told, "partition": partition}
-            arrays = packed[id(down[partition])]
-            return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+            arrays, unsent = packed[partition]
+            if unsent:
+                config["unsent"] = unsent
+            content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+            if control:
+                content["control"] = control
+            return content
 
         def use(partition: int, content: RecordDict) -> Any:
-            sent = num_bytes(packed[id(down[partition])])
+            sent = num_bytes(packed[partition][0]) + num_bytes(control)
             client = {"partition": partition, "bytes_down": sent}
             client |= read_figures(kind, content.metric_records.get("metrics", {}))
             bound(self.cfg, client, kind, federated=bool(self.told))
-            return read(content, client, down[partition])
+            found = read(content, client, down[partition])
+            self.downlink.answer(partition)
+            return found
 
         timeout = self.cfg.train.round_timeout
         return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
@@ -243,6 +262,8 @@ class Server:
         yield from exchange.replies()
         self.clients.refused |= exchange.refused
         self.singly = exchange.singly
+        for failure in exchange.failures:
+            self.downlink.fail(failure["partition"])
         report_failures(server_round, exchange.failures)
 
     def initial_adapter(self) -> State:
@@ -283,8 +304,9 @@ class Server:
                 "fraction_fit", server_round, attempt, tried, out
             )
             told = self.aggregation.told(server_round)
+            beside = self._beside(state, server_round)
             exchange = self._exchange(
-                MessageType.TRAIN, nodes, self._read_update, state, told
+                MessageType.TRAIN, nodes, self._read_update, state, told, beside
             )
             self.aggregation.begin(state, server_round)
             memory = self.aggregation.memory()
@@ -311,6 +333,7 @@ class Server:
                     )
                 mean = self.steps.total(self.aggregation.gathered(), len(clients))
                 new_state = self.aggregation.apply(mean)
+                new_state = self.sharing.finish(new_state, server_round)
                 self._check(new_state, state)
             except Unusable as error:
                 say(f"round {server_round}: {error}.")
@@ -333,6 +356,7 @@ class Server:
                 f"cause: {cause}."
             )
         error = exactness.error(state, new_state)
+        self.downlink.close_round()
         seconds_aggregate += time.monotonic() - received
         clients.sort(key=lambda client: client["partition"])
         arguments = self.cfg.train.training_arguments
@@ -340,11 +364,14 @@ class Server:
         weights = [self._weight(client) for client in clients]
         losses = [client["train_loss"] for client in clients]
         seconds = time.monotonic() - began
+        asked = sorted(self.clients.partitions[node] for node in tried)
+        self.clients.note(asked)
         return new_state, {
             "round": server_round,
             "train_loss": float(np.average(losses, weights=weights)),
             "learning_rate": learning_rate(self.cfg, server_round),
             **totals(clients, seconds),
+            "asked": asked,
             "sampled": len(nodes),
             "replied": len(clients),
             "retries": attempt,
@@ -364,7 +391,7 @@ class Server:
         does not answer with is as it was sent."""
         names = state.keys()
         trained = {*self.sharing.trains(names, server_round)}
-        stays = {*self.sharing.comes(names, server_round)} - trained
+        stays = {*self.sharing.comes(names)} - trained
         known = stays | {*self.sharing.goes(names, server_round)}
         return self.layers if known == {*names} else ()
 
@@ -383,12 +410,25 @@ class Server:
         rest = {name: before[name] for name in before.keys() - sent.keys()}
         one = Contribution(client["partition"], sent, arrays, weight, loss, rest)
         one = self.steps.arrive(one)
-        after = {name: one.before[name] + one.update[name] for name in one.update}
-        if name := wire.lost(after, self.dtype):
-            raise Unusable(
-                f"with its update {name} would hold values beyond comm.dtype={self.dtype}"
-            )
-        return one, client | {"bytes_up": num_bytes(arrays)}
+        size = num_bytes(arrays)
+        if control := self._beside(before, self.aggregation.number):
+            arrays = arrays_of(content, "control")
+            one.beside = wire.decode(arrays, control, self.dtype)
+            size += num_bytes(arrays)
+        for was, change in ((one.before, one.update), (control, one.beside)):
+            after = {name: was[name] + change[name] for name in change}
+            if name := wire.lost(after, self.dtype):
+                raise Unusable(
+                    f"with its update {name} would hold values beyond "
+                    f"comm.dtype={self.dtype}"
+                )
+        return one, client | {"bytes_up": size}
+
+    def _beside(self, state: State, server_round: int) -> State:
+        """What goes and comes beside the tensors that a client answers with."""
+        goes = {*self.sharing.goes(state.keys(), server_round)}
+        beside = self.aggregation.beside(state)
+        return {name: tensor for name, tensor in beside.items() if name in goes}
 
     def _check(self, state: State, before: State) -> None:
         """Raise `Unusable` for what is no state, `OutOfRange` for one that would not arrive
@@ -428,6 +468,7 @@ class Server:
             {"server-round": server_round},
         )
         clients = [*self._replies(exchange, server_round)]
+        self.downlink.close_round()
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
             clients.sort(key=lambda client: client["partition"])

@@ -127,15 +127,17 @@ class Before(Measured):
 class Round(Measured):
     """A round, counted from 1. `train_loss`: mean over its clients, weighted as their updates.
 
-    `sampled` were asked, `replied` were of use, `retries` asked anew. `bytes_*`: adapters as
-    they travel, over all clients; `peak_memory_*`: bytes, the most of any; `seconds_aggregate`
-    of its `seconds`. `aggregation_error`: how far the new adapter is from the exact mean of what
-    the clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
+    `asked`: the partitions that were, in all attempts. In the last one `sampled` were asked
+    and `replied` were of use; `retries` asked anew. `bytes_*`: adapters as they travel, over
+    all clients; `peak_memory_*`: bytes, the most of any; `seconds_aggregate` of its
+    `seconds`. `aggregation_error`: how far the new adapter is from the exact mean of what the
+    clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
     that is not known. `best`: it had the lowest loss so far, where that was measured.
     """
 
     round: int
     train_loss: float
+    asked: NotRequired[list[int]]
     sampled: int
     replied: NotRequired[int]
     retries: NotRequired[int]

@@ -153,7 +153,7 @@ def needs_checkpointing(cfg: Settings) -> bool:
 
 
 def estimate(cfg: Settings, frame: Any) -> dict[str, int] | str:
-    """`estimate_vram` of a client, or why it does not know this base or this adapter."""
+    """`estimate_vram` of a client, or that it does not know this base or this adapter."""
     from compute.vram import estimate_vram
 
     virtual = getattr(frame.peft_config["default"], "num_virtual_tokens", 0) or 0
@@ -166,8 +166,11 @@ def estimate(cfg: Settings, frame: Any) -> dict[str, int] | str:
             cfg.train.seq_length + virtual,
             cfg.model.gradient_checkpointing,
         )
-    except Exception as error:  # an architecture of other parts than it reckons with
-        return f"{type(error).__name__}: {error}"
+    except Exception:  # of whatever type: a part that it asks for is not there
+        kind = frame.config.model_type
+        return (
+            f"{kind} with this adapter has other parts than the estimate reckons with"
+        )
 
 
 def compose(overrides: str = "") -> DictConfig:

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from methods import wire
+from methods import sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
     check_kinds,
@@ -159,16 +159,23 @@ def check_launch(cfg: Settings) -> None:
 
 def check_strategy(cfg: Settings, deployed: bool = False) -> None:
     """That the strategy takes its settings and makes an adapter of a round's replies."""
-    from methods import aggregate, sharing
+    from methods import aggregate
     from server.cohort import cohort_size
 
     node = cfg.strategy
     sharing.build(cfg.sharing)
     made = aggregate.build(node)
+    check_sharing(cfg, made.keeps)
     check_kinds("strategy", node, type(getattr(made, "strategy", made)))
     for name, value in node.items():
         if is_number(value) and value < 0:
             raise UserError(f"strategy.{name}={value}: it must be 0 or more.")
+    if node.clip_norm and made.corrects:
+        raise UserError(
+            f"strategy.clip_norm={node.clip_norm} with strategy._target_={node._target_}: "
+            "it would bound a client's update and not its control variate, by which it "
+            "steers the others'. Set strategy.clip_norm=null, or take strategy=fedavg."
+        )
     cohort = cohort_size(cfg.num_clients, node.fraction_fit)
     if cohort < node.min_fit_replies:
         raise UserError(
@@ -192,6 +199,27 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
         raise UserError(
             f"{setting}: how many records a node has is its own word, and it weighs by "
             "it. Say what to believe at most: strategy.max_weight=5000"
+        )
+
+
+def check_sharing(cfg: Settings, keeps: tuple[str, ...]) -> None:
+    """That what is shared goes with the rest; `keeps`: what the strategy keeps for later."""
+    if cfg.sharing.stays and cfg.baseline:
+        raise UserError(
+            f"sharing.stays={cfg.sharing.stays} with mode={cfg.mode}: nobody shares anything "
+            "there. Set sharing.stays=[], or mode=federated."
+        )
+    if not (every := cfg.sharing.get("refactor_every")):
+        return
+    other = {
+        f"strategy={cfg.strategy._target_.rpartition('.')[2].lower()}": bool(keeps),
+        f"comm.dtype={cfg.comm.dtype}": cfg.comm.dtype == "int8",  # error feedback
+        "peft.target_parameters": bool(cfg.peft.get("target_parameters")),
+    }
+    for setting in filter(other.get, other):
+        raise UserError(
+            f"sharing.refactor_every={every} with {setting}: what that keeps or means is "
+            "about factors that a refactoring replaces. Leave out the one or the other."
         )
 
 
@@ -272,6 +300,10 @@ def check_model(cfg: Settings, weights: bool) -> None:
     with naming(name):
         frame = model.skeleton(cfg.model, cfg.peft)
         check_kinds("peft", cfg.peft, type(frame.peft_config["default"]))
+        held = {n: p for n, p in frame.named_parameters() if p.requires_grad}
+        shapes = {name: tuple(p.shape) for name, p in held.items()}
+        if shapes and (fault := sharing.build(cfg.sharing).fault(shapes)):
+            raise UserError(fault)
         check_products(cfg, frame)
         model.rehearse(cfg.model, cfg.peft, cfg.seed, cfg.train.seq_length)
         if cfg.dry_run:
@@ -301,7 +333,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
 
 def check_products(cfg: Settings, frame: Any) -> None:
     """That the adapter is a sum of products, and known whole, where something computes so."""
-    from methods import aggregate, lora, sharing
+    from methods import aggregate, lora
 
     products = aggregate.build(cfg.strategy).products
     key = f"strategy._target_={cfg.strategy._target_}"
@@ -315,14 +347,13 @@ def check_products(cfg: Settings, frame: Any) -> None:
             f"{cfg.peft._target_} cannot be taken apart so: {fault}. Take peft=lora or rslora."
         )
     part = sharing.build(cfg.sharing)
-    names = {name for name, p in frame.named_parameters() if p.requires_grad}
-    kinds = (part.comes, part.trains, part.goes) if products else (part.comes,)
-    for number in (1, 2):
-        if any(names != {*kind(names, number)} for kind in kinds):
-            raise UserError(
-                f"sharing._target_={cfg.sharing._target_} leaves a part of the adapter out, "
-                f"and {key} needs all of it. Let everything be shared, or leave that away."
-            )
+    names = [name for name, p in frame.named_parameters() if p.requires_grad]
+    sent = [part.goes(names, number) for number in (1, 2)] if products else []
+    if any(len(each) < len(names) for each in [part.comes(names), *sent]):
+        raise UserError(
+            f"sharing._target_={cfg.sharing._target_} leaves a part of the adapter out, and "
+            f"{key} needs all of it. Take sharing=all, or leave that away."
+        )
     if products and cfg.comm.dtype == "int8":
         raise UserError(
             f"comm.dtype=int8 with {key}: what rounding took from an update is added to the "

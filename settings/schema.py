@@ -32,6 +32,9 @@ from utils import Settings, UserError
 NO_NAME = re.compile(r"null|true|false|[\d.+-]+", re.IGNORECASE)
 
 
+PARTS = re.compile(r"\w+(\.\w+)*")  # of a tensor's name, between dots
+
+
 def setting(meaning: str, later: bool = False, **limits: Any) -> Any:
     """A field that must be given. `later`: a run that goes on may have it otherwise."""
     return Field(description=meaning, json_schema_extra={"later": later}, **limits)
@@ -150,15 +153,32 @@ class Simulation(Section):
     init_args: InitArgs
 
 
+class Sharing(Target):
+    stays: Any = setting("parts of the names of what stays with a client")
+    refactor_every: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def names(self) -> "Sharing":
+        parts = self.stays if isinstance(self.stays, list) else [None]
+        if not all(isinstance(part, str) and PARTS.fullmatch(part) for part in parts):
+            raise ValueError(
+                f"sharing.stays={self.stays}: a list of parts of names is needed, "
+                "[lora_B] say, or []."
+            )
+        return self
+
+
 class Strategy(Target):
     fraction_fit: float = setting("share of the clients that train", gt=0, le=1)
     fraction_evaluate: float = setting("share that measures", ge=0, le=1)
+    sampling: choice("epoch", "random") = setting("who trains in a round")
     min_fit_replies: int = setting("replies that a round needs", ge=1)
     max_round_retries: int = setting("repetitions of a round with fewer replies", ge=0)
     clip_norm: float | None = setting("largest L2 norm of an update", gt=0)
     clip_weights: float | None = setting("largest change of the weights", gt=0)
     weighted_by: choice("examples", "records") = setting("what a client counts for")
     max_weight: int | None = setting("largest weight of a client", ge=1)
+    clients: int | None = Field(None, ge=1, le=1_000_000)  # as num_clients
 
     ranks: Any = Field(
         None
@@ -267,7 +287,7 @@ class Run(Section):
     model: Model
     partitioner: Partitioner
     peft: Target
-    sharing: Target = setting("what of the adapter comes, is trained and goes")
+    sharing: Sharing = setting("what of the adapter comes, is trained and goes")
     simulation: Simulation = setting("where the clients run", later=True)
     strategy: Strategy
     tracking: Target = setting("what follows the run", later=True)

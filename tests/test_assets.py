@@ -22,6 +22,7 @@ def make_tiny():
     return module
 
 
+@pytest.mark.slow
 def test_the_shipped_questions_are_what_the_script_writes(tmp_path):
     command = [sys.executable, "assets/make_tiny.py", "--data-only", "--out", tmp_path]
     subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)

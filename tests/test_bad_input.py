@@ -1372,6 +1372,7 @@ def test_a_byte_order_mark_is_no_fault(name, local, tmp_path):
     dataset.check(local | {"dataset": local.dataset | {"path": f"{tmp_path}/{name}"}})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_newest_checkpoint(configure, loopback, tmp_path):
     cfg = configure("strategy=fedadam")
     rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)

@@ -140,6 +140,7 @@ def test_robust_strategies_stay_among_the_honest_and_a_mean_does_not(attack, att
     assert attacked(attack, "fedavg").outside() > 0.5
 
 
+@pytest.mark.slow
 def test_clipped_updates_still_go_the_honest_way(attacked):
     norm = update(0).norm().item()
     mean = torch.stack([update(partition) for partition in range(20)]).mean(0)
@@ -154,6 +155,7 @@ def test_clipped_updates_still_go_the_honest_way(attacked):
         assert moved.norm().item() <= norm * 1.001
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again_and_costs_are_against_fedavg_in_peace(
     tmp_path,
 ):

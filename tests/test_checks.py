@@ -374,6 +374,7 @@ def test_every_other_argument_is_refused(configure):
     )
 
 
+@pytest.mark.slow
 def test_null_stands_for_an_argument_that_is_not_given(configure):
     """As published: `output_dir: null # to be set by hydra`, and a learning rate likewise."""
     nulls = ("output_dir", "learning_rate", "hub_token", "warmup_steps")
@@ -602,6 +603,7 @@ def test_a_tokenizer_that_does_not_fit_the_base_is_answered(made, message, base_
         check(base_with(**made))
 
 
+@pytest.mark.slow
 def test_a_template_of_tokens_that_the_base_lacks_is_answered(base_with):
     overrides = base_with(mask_token="<turn>")
     check(overrides)  # nothing but the template would write it

@@ -100,6 +100,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_other_processes_deal_alike_and_cluster_only_where_none_has(tmp_path):
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     Dataset.from_list(records()).save_to_disk(here)

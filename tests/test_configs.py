@@ -17,10 +17,9 @@ from omegaconf import OmegaConf
 from peft import PeftConfig
 
 import client
-import main
 from methods import aggregate, sharing
 from server import journal, rounds
-from settings import preflight, schema
+from settings import preflight, schema, start
 from settings.compose import compose, record, resolve, resumed
 from utils import PROJECT, Refusal, UserError, construct
 
@@ -146,7 +145,8 @@ def test_strategy_builds(name):
 @pytest.mark.parametrize("name", names("sharing"))
 def test_sharing_builds(name):
     node = plain(f"experiment=quickstart sharing={name}")["sharing"]
-    assert type(sharing.build(node)).__name__.lower() == name
+    made = type(sharing.build(node)).__name__.lower()
+    assert made == (name if name in ("ffa", "rolora") else "adapter")
 
 
 @pytest.mark.parametrize("group", ["model", "dataset"])
@@ -325,21 +325,22 @@ def test_flowertune_sweep_expands_to_the_eight_published_settings():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_is_started_gone_on_with_and_told_to_a_sweeper(loopback, tmp_path):
     def train(cfg, folder, overrides):
         rounds.run(cfg, loopback(cfg, folder=folder), folder)
 
     words = ["experiment=debug", "optimized_metric=rounds"]
     record(config := compose(" ".join(words)), words, tmp_path)
-    assert main.start(config, words, tmp_path, train) == 1
+    assert start.start(config, words, tmp_path, train) == 1
     more = [f"resume={tmp_path}", "num_rounds=2"]
     config = compose(" ".join([*words, *more]))
-    assert main.start(config, more, tmp_path / "another", train) == 2
+    assert start.start(config, more, tmp_path / "another", train) == 2
     assert not (tmp_path / "another").exists()
     with pytest.raises(
         UserError, match=r"no such number\. Take rounds, train_loss_fir"
     ):
-        main.metric("accuracy", tmp_path)
+        start.metric("accuracy", tmp_path)
 
 
 def test_a_federation_goes_on_with_nothing_that_its_nodes_would_refuse(tmp_path):
@@ -349,7 +350,7 @@ def test_a_federation_goes_on_with_nothing_that_its_nodes_would_refuse(tmp_path)
     more = [f"resume={tmp_path}", "num_rounds=2"]
     config = compose(" ".join(["experiment=debug", *more]))
     with pytest.raises(Refusal, match=r"peft\.use_rslora does more than give a plain"):
-        main.start(config, more, tmp_path, pytest.fail, deployed=True)
+        start.start(config, more, tmp_path, pytest.fail, deployed=True)
     assert (tmp_path / ".hydra/overrides.yaml").read_text() == before
 
 

@@ -97,6 +97,7 @@ def test_lengths_are_those_before_the_cut(configure, write):
     assert lengths[0] == lengths[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "partitioner", ["dirichlet", "clusters partitioner.num_clusters=8"]
 )
@@ -116,6 +117,7 @@ def test_a_small_alpha_is_more_unequal_than_a_large_one(partitioner, configure):
     assert many["mix_distance"] < many["mix_by_chance"] + 0.05
 
 
+@pytest.mark.slow
 def test_clusters_are_the_categories_even_where_there_is_a_label(configure):
     assert describe(configure("partitioner=clusters"))["category"] == "cluster"
     assert describe(configure("partitioner=size"))["category"] == "category"

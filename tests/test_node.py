@@ -2,11 +2,8 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,30 +68,6 @@ def test_a_node_trains_on_its_own_records_whatever_the_run_names(notes):
     record = dataset.to_record(rows[7], cfg["dataset"]["columns"])
     assert record == {"instruction": "Is it 7?", "input": "", "output": "It is 7."}
     assert cfg["dataset"]["test_path"] is None
-
-
-FRESH = """
-import json, sys
-import app
-from node import permit
-told, own = json.loads(sys.argv[1])
-cfg, _ = permit.settle(told, own)
-assert cfg["model"]["gradient_checkpointing"] is False, "it is still to be decided"
-print(json.dumps([name for name in sys.modules]))
-"""
-
-
-def test_a_nodes_process_loads_nothing_of_the_servers():
-    """What its operator has to read of the bundle is what a client needs."""
-    overrides = f"{RUN} model.gradient_checkpointing=auto"
-    message = json.dumps([{"overrides": overrides, "run": "first"}, SHARE])
-    command = [sys.executable, "-c", FRESH, message]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = json.loads(done.stdout.splitlines()[-1])
-    assert "node.permit" in loaded
-    servers = re.compile(r"(server|reporting|settings\.(preflight|plan))(\..*)?")
-    assert [name for name in loaded if servers.fullmatch(name)] == []
 
 
 def test_a_node_without_data_takes_its_share_of_the_bundles(configure):
@@ -246,6 +219,7 @@ def test_what_a_node_has_no_part_in_is_refused_with_the_reason(override, message
 # --- what is told, and what may be asked for ------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["MARKER", "-77777"])
 def test_no_value_of_the_runs_is_in_what_the_server_is_told(value):
     """For every setting of conf/, a value that fits none."""

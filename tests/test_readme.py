@@ -129,6 +129,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_each_benchmark_takes_its_options():
     asked = commands(r"python benchmarks/\w+\.py")
     assert {words(line)[1] for line in asked} == {

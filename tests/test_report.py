@@ -330,6 +330,7 @@ def test_an_interval_of_shares_ends_at_all_of_them():
     assert scores.show("exact_match", estimate) == "88.3 [69.7, 100.0]"
 
 
+@pytest.mark.slow
 def test_scores_are_means_over_seeds(sweep):
     section = of(sweep)["natural partitions"]
     shown = {
@@ -480,6 +481,7 @@ def test_budget_is_the_configurations(sweep):
 # --- runs that are not there -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_failed_or_never_started_is_named(mine):
     (mine / "4/summary.json").unlink()
     shutil.rmtree(mine / "17")
@@ -795,6 +797,7 @@ document.querySelector("iframe").onload = (event) => {
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="no Chromium here: apt-get install chromium")
 def test_a_browser_shows_it(sweep, tmp_path):
     (tmp_path / "frame.html").write_text(FRAME)

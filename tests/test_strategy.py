@@ -186,6 +186,7 @@ def test_a_round_with_too_few_replies_is_repeated_with_others(configure, loopbac
     ]
 
 
+@pytest.mark.slow
 def test_a_round_that_fails_too_often_ends_the_run_with_all_before_saved(
     configure, loopback, tmp_path, capsys
 ):
@@ -412,6 +413,7 @@ def test_sampling_repeats_by_seed_and_counts_down():
     assert [cohort.cohort_size(*size) for size in sizes] == [2, 2, 29, 1, 7]
 
 
+@pytest.mark.slow
 def test_a_run_repeats_by_seed_whatever_the_order_of_arrival(
     configure, loopback, tmp_path
 ):
@@ -550,6 +552,7 @@ def test_each_wire_format_trains(dtype, size, configure, loopback):
 # --- evaluation and files -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clients_evaluate_the_new_adapter(configure, loopback, tmp_path):
     cfg = configure("strategy.fraction_evaluate=1", "evaluate.holdout=0.02")
     run(cfg, loopback(cfg), tmp_path)
@@ -695,6 +698,7 @@ def test_alone_each_client_trains_an_adapter_that_nobody_else_gets(
     assert last["eval_clients"][3]["eval_loss"] == own["eval_loss"]
 
 
+@pytest.mark.slow
 def test_centralized_one_takes_the_cohorts_steps_on_everybodys_data(
     configure, loopback, tmp_path
 ):

@@ -201,6 +201,7 @@ ROUNDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [0, 1])
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
 def test_a_round_that_is_done_again_is_told_once(name, done, configure, tmp_path):
@@ -231,6 +232,7 @@ def fail(*arguments) -> None:
     raise ConnectionError("the server is gone")
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_in_mid_run_costs_the_run_nothing(
     configure, loopback, tmp_path, monkeypatch, capsys
 ):

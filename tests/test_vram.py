@@ -94,6 +94,7 @@ def test_the_estimate_is_what_a_step_allocates(bits, monkeypatch):
     assert sum(terms[name] for name in during) == pytest.approx(most, rel=0.1)
 
 
+@pytest.mark.slow
 def test_checkpointing_frees_the_inputs_of_8_bit_layers(monkeypatch):
     batch = llama.random_batch(BATCH, LENGTH, SHAPE[-1], CPU)
     torch.manual_seed(0)
