@@ -1,6 +1,7 @@
 """pytest tests/test_svd.py: invariants of aggregation, on what adapters do."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from methods import aggregate, lora
 from methods.base import Contribution, State
+from reporting import tables
 from server import tracking
 from server.rounds import Server, run
 from utils import UserError, read_json
@@ -282,3 +284,12 @@ def test_half_of_an_adapter_is_averaged_exactly_or_not_known(
     _, entry = server.train_round(1, server.initial_adapter())
     error = entry["aggregation_error"]
     assert error < 1e-5 if exact else error is None
+
+
+def test_the_report_tells_the_mean_over_rounds_that_know_it():
+    def told(*errors: float | None) -> SimpleNamespace:
+        rounds = [{"aggregation_error": error} for error in errors]
+        return SimpleNamespace(rounds=[{}, *rounds])  # an older run tells of none
+
+    assert tables.aggregation_error(told(0.25, None, 0.75)) == 50
+    assert math.isnan(tables.aggregation_error(told(None)))
