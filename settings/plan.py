@@ -13,7 +13,7 @@ import torch
 import dataset
 import model
 from compute.vram import allocated, at_peak, occupied
-from methods import aggregate
+from methods import aggregate, personal
 from server.cohort import cohort_size
 from server.journal import quantised_on_cpu
 from server.rounds import due
@@ -137,7 +137,8 @@ def _work(cfg: Settings) -> Rows:
     size = arguments.per_device_train_batch_size * cfg.launch.processes
     parts = arguments.gradient_accumulation_steps
     rounds, clients = cfg.num_rounds, _cohort(cfg, "fraction_fit")
-    steps = steps_per_client(cfg)
+    # Of the adapter that all share, and of the client's own.
+    steps = steps_per_client(cfg) * personal.build(cfg.personal).trainings
     most = "" if arguments.max_steps > 0 else "at most "
     tokens = clients * steps * size * parts * cfg.train.seq_length
     return [

@@ -49,6 +49,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
+    check_personal(cfg)
     check_training_arguments(cfg)
     if deployed and cfg.baseline:
         raise UserError(
@@ -117,7 +118,7 @@ def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> Non
     """That one of Ray's nodes, as `ray.nodes()` tells them, has room for a client."""
     cpus, gpus = resources.num_cpus, resources.num_gpus
     rooms = [
-        (node["Resources"].get("CPU", 0), node.Resources.get("GPU", 0))
+        (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
         for node in nodes
         if node["Alive"]
     ]
@@ -191,6 +192,26 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
         raise UserError(
             f"{setting}: how many records a node has is its own word, and it weighs by "
             "it. Say what to believe at most: strategy.max_weight=5000"
+        )
+
+
+def check_personal(cfg: Settings) -> None:
+    """That adapters of clients' own are made beside a shared one, and can be chosen."""
+    from methods import personal
+
+    if personal.build(cfg.personal).trainings == 1:
+        return
+    name = f"personal._target_={cfg.personal._target_}"
+    if cfg.baseline:
+        raise UserError(
+            f"{name} with mode={cfg.mode}: there is no adapter that clients share for them "
+            "to stay near. Take personal=none, or mode=federated."
+        )
+    if not cfg.strategy.fraction_evaluate:
+        raise UserError(
+            f"{name}: a client chooses between the shared adapter and its own on records "
+            "that it holds back, and strategy.fraction_evaluate=0 holds back none. Set "
+            "strategy.fraction_evaluate=1."
         )
 
 
