@@ -616,6 +616,23 @@ def save_adapter(
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
+def about(cfg: Any, done: int) -> dict[str, Any]:
+    """What `save_adapter` notes beside an adapter of round `done`: how to ask and examine it."""
+    settings = {name: value for name, value in cfg.model.items() if name != "cache"}
+    settings["name"] = portable_name(settings["name"])
+    train = cfg.train
+    return {
+        "round": done,
+        "template": cfg.dataset.template,
+        "model": settings,
+        # As it is examined, for `test.py --file`.
+        "columns": cfg.dataset.columns,
+        "seq_length": train.seq_length,
+        "batch_size": train.training_arguments.per_device_train_batch_size,
+        "max_new_tokens": cfg.evaluate.max_new_tokens,
+    }
+
+
 def _write(frame: PeftModel, state: State, base: str, folder: Path) -> None:
     """PEFT's own two files of an adapter: settings and weights."""
     # The skeleton's own parameters have no storage to copy into.
