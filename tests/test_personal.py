@@ -1,5 +1,6 @@
 """pytest tests/test_personal.py: adapters of clients' own, made, kept, chosen and never sent."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 import app
 import client
 import model
+from assets.testbed.federation import Federation
 from methods import personal, sharing, wire
 from methods.store import Kept
 from node import permit
@@ -448,3 +450,36 @@ def test_a_nodes_limit_counts_both_trainings(node):
     permit.settle(told, node | {"max-tokens": needed})
     with pytest.raises(Refusal, match="max-tokens"):
         permit.settle(told, node | {"max-tokens": needed - 1})
+
+
+@pytest.mark.slow
+def test_in_a_federation_each_node_has_its_own_also_after_a_power_cut(tmp_path):
+    """One is killed between two rounds and started again; the server never has either's."""
+    overrides = f"{RUN} num_clients=2 num_rounds=6 strategy.fraction_fit=1"
+    with Federation(tmp_path / "federation") as federation:
+        nodes = []
+        for i in (0, 1):
+            settings = {
+                **{"partition-id": i, "num-partitions": 2, "cpus": 1},
+                "model-path": str(PROJECT / "assets/tiny_llama"),
+                "cache-path": str(tmp_path / "cache"),
+                "personal-path": str(tmp_path / f"own-{i}"),
+            }
+            words = (f"{key}={json.dumps(value)}" for key, value in settings.items())
+            nodes.append(federation.supernode(f"node-{i}", " ".join(words)))
+        run = federation.submit(PROJECT, f"{overrides} train.round_timeout=50")
+        run.wait_for(r"round 1/6 .* 2 of 2 clients")
+        nodes[1].kill()
+        nodes[1].start()
+        status, output = federation.finish(run)
+        assert status == "finished:completed", output
+        [folder] = federation.superlink.folder.glob("outputs/*/*")
+        # The one that came back is a third client to the server, and the same to itself.
+        told = runs.read(folder, "summary.json")["personal_clients"]
+        assert len(told) == 2
+        assert not (folder / runs.PERSONAL).exists()
+        for i in (0, 1):
+            [place] = (tmp_path / f"own-{i}").glob(f"*/client_{i}")
+            assert model.read_about(str(place))["round"] == 6
+            kept = [*(tmp_path / "cache/runs").glob(f"*/{i}-personal-*")]
+            assert len(kept) == 3
