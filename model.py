@@ -23,7 +23,6 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -560,7 +559,7 @@ def autocast(model: torch.nn.Module) -> Iterator[None]:
         yield
         return
     # PEFT's LoRA layers would cast inputs to float32, and autocast cast them back.
-    with disable_input_dtype_casting(model), torch.autocast(device.type, dtype):
+    with patches.inputs_as_they_come(model), torch.autocast(device.type, dtype):
         yield
 
 
