@@ -215,6 +215,8 @@ def train(
         control = _received(message, "control")
         correction = scaffold.correction(control, before, kept)
     after, metrics = processes.train(cfg, before, partition, number, mu, correction)
+    if "rank" in cfg:
+        metrics["rank"] = cfg.rank
     after, change = scaffold.change(after, kept, cfg.comm.dtype)
 
     def fit(start: "State", anchor: "State", mu: float) -> "State":
@@ -294,9 +296,12 @@ def _joined(
     cfg: utils.Settings, message: Message, part: Any, earlier: Any, now: Any
 ) -> dict[str, Any]:
     """The adapter that a message is about, of what came and what is here of `earlier`."""
+    from methods import lora
     from node import processes
 
     received = _received(message)
+    if "rank" in cfg:  # the node's own, which is below the run's
+        received = lora.cut(received, cfg.rank, lora.power(cfg.peft))
     unsent = message.content["config"].get("unsent")
     adapter = part.join(received, unsent, earlier, lambda: processes.first_adapter(cfg))
     part.hold(received, adapter, now)

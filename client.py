@@ -26,7 +26,7 @@ import model
 from compute import patches
 from compute.loss import answer_loss
 from evaluation import examine
-from methods import personal, scaffold, sharing
+from methods import lora, personal, scaffold, sharing
 from methods.base import State
 from records import templates
 from utils import Settings, learning_rate, mix_seed
@@ -68,7 +68,7 @@ def train(
     `seconds`, whole and by part.
     """
     clock = Clock()
-    net = _load(cfg)
+    net = _load(cfg, state)
     tokenizer = _tokenizer(cfg)
     clock.lap("load")
     rows = dataset.training_rows(cfg, partition)
@@ -271,7 +271,7 @@ def _scores(
     base: bool = False,
 ) -> torch.Tensor:
     """`examine.score` with this adapter, or with none."""
-    net = _load(cfg).eval()
+    net = _load(cfg, state).eval()
     model.set_adapter_state(net, state)
     size = cfg.train.training_arguments.per_device_train_batch_size
     # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
@@ -423,9 +423,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _load(cfg: Settings) -> torch.nn.Module:
+def _load(cfg: Settings, state: State) -> torch.nn.Module:
+    """The model, with an adapter of the rank that `state` has."""
     model.use_cpus(cfg.client_resources.num_cpus)
-    return model.build_once(cfg.model, cfg.peft, cfg.seed, model.default_device())
+    net = model.build_once(cfg.model, cfg.peft, cfg.seed, model.default_device())
+    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    if (rank := lora.rank(state)) != lora.rank(trained) and rank:
+        model.set_rank(net, cfg.peft, rank)
+    return net
 
 
 def _tokenizer(cfg: Settings) -> Any:

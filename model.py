@@ -46,6 +46,7 @@ from records import templates
 from utils import (
     PROJECT,
     Refusal,
+    Settings,
     Unwritable,
     UserError,
     commit,
@@ -270,6 +271,36 @@ def build_once(
     """
     key = json.dumps([model_cfg, peft_cfg, seed], sort_keys=True)
     return _build_once(key, device)[0]
+
+
+def capped(peft_cfg: Any, most: int) -> Settings:
+    """The settings of the same LoRA with no rank above `most`. Alpha stays: the scale
+    alpha / r is that of the rank."""
+    made = construct(peft_cfg, "peft")
+    pattern = {name: min(rank, most) for name, rank in made.rank_pattern.items()}
+    return Settings(peft_cfg) | {"r": min(made.r, most), "rank_pattern": pattern}
+
+
+def highest_rank(peft_cfg: Any) -> int | None:
+    """Of any layer, where the method is LoRA."""
+    made = construct(peft_cfg, "peft")
+    if made.peft_type != "LORA":
+        return None
+    return max(made.r, *made.rank_pattern.values(), 1)
+
+
+def set_rank(model: PeftModel, peft_cfg: Any, most: int) -> None:
+    """Put a LoRA of this rank at most in the place of a model's own, on the same base.
+
+    Whoever does that must set the adapter's state before use.
+    """
+    settings = construct(capped(peft_cfg, most), "peft")
+    settings.task_type = settings.task_type or "CAUSAL_LM"
+    model.delete_adapter("default")
+    model.add_adapter("default", settings)
+    model.set_adapter("default")
+    if model.device.type == "cpu":
+        patches.quicken_dropout(model)
 
 
 def forget() -> None:

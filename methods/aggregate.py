@@ -1,14 +1,17 @@
 """How the updates of a round are combined: Flower's strategies, fed one update at a time."""
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import flwr.serverapp.strategy as flower
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from methods import wire
+from methods import lora, wire
 from methods.base import Aggregation, Contribution, State, Unusable
 from utils import UserError, construct, one_line
 
@@ -20,6 +23,7 @@ OURS = (
     "min_fit_replies",
     "max_round_retries",
     "clip_norm",
+    "clip_weights",
     "weighted_by",
     "max_weight",
 )
@@ -28,11 +32,18 @@ OURS = (
 WEIGHTS = {"examples": "num-examples", "records": "records"}
 
 
-def build(node: dict[str, Any]) -> Aggregation:
+def build(node: dict[str, Any], layers: Sequence[lora.Layer] = ()) -> Aggregation:
     """What `conf/strategy` names: a class of this module, or of Flower's one that it wraps.
 
-    Raises `UserError` for settings that it does not take.
+    `layers`: the adapter's, as far as it is LoRA. Raises `UserError` for settings that it
+    does not take.
     """
+    made = _build(node)
+    made.layers = layers
+    return made
+
+
+def _build(node: dict[str, Any]) -> Aggregation:
     settings = {k: v for k, v in node.items() if k not in OURS}
     if node["_target_"].startswith(f"{__name__}."):
         return construct(settings, __name__, Aggregation)
@@ -95,6 +106,86 @@ class Alone(Aggregation):
 
     def gathered(self) -> State:
         return self.changes
+
+
+class Every(Aggregation):
+    """Every update, whole."""
+
+    def begin(self, state: State, server_round: int) -> None:
+        super().begin(state, server_round)
+        self.all: list[Contribution] = []
+
+    def add(self, one: Contribution) -> None:
+        self.all.append(one)
+
+    def in_order(self) -> list[Contribution]:
+        """By partition: who answers first leaves no trace."""
+        return sorted(self.all, key=lambda one: one.partition)
+
+
+class Svd(Every):
+    """The best adapter of the run's rank for what clients' adapters do on the mean.
+
+    FlexLoRA (arXiv 2402.11505): M = sum p_i s_i B_i A_i for each layer, and of it the nearest
+    of rank r, B = U S / s and A = V^T. The strength goes into B alone, as in a fresh adapter,
+    whose B is 0: a row of A is then as long whatever its direction's strength, so a weak one
+    gets the gradients that a strong one gets. Split evenly, a direction of strength 0 would
+    have two zeros, and never learn again. What is no half of LoRA is the mean.
+
+    A client may have a lower rank: it is sent the strongest directions, and the others stay as
+    they are. `ranks`: a list that is dealt out to partitions again and again, or the share of
+    clients that has each rank; None: the run's, or what a node says that it has.
+    """
+
+    products = True
+
+    def __init__(self, ranks: list[int] | dict[int, float] | None = None) -> None:
+        self.ranks = ranks
+        self.dealt: list[int] = []
+        self.count: Counter[int] = Counter()  # of those dealt out
+        self.heard: dict[int, int] = {}  # by partition, the rank that a node has
+        self.cuts: tuple[State, dict[int, State]] = {}, {}  # of a state, by rank
+
+    def rank(self, partition: int) -> int | None:
+        """The highest rank that a client can have, if it is known to be limited."""
+        if isinstance(self.ranks, list):
+            return self.ranks[partition % len(self.ranks)]
+        while self.ranks and len(self.dealt) <= partition:
+            # To whichever is furthest behind its share.
+            part = (len(self.dealt) + 1) / sum(self.ranks.values())
+            behind = {r: n * part - self.count[r] for r, n in self.ranks.items()}
+            self.dealt.append(max(behind, key=behind.__getitem__))
+            self.count[self.dealt[-1]] += 1
+        return self.dealt[partition] if self.ranks else self.heard.get(partition)
+
+    def hear(self, client: dict[str, Any]) -> None:
+        self.heard.pop(client["partition"], None)
+        if "rank" in client:
+            self.heard[client["partition"]] = client["rank"]
+
+    def down(self, state: State, partition: int) -> State:
+        most = self.rank(partition)
+        if most is None or most >= (lora.rank(state) or 0):
+            return state
+        if self.cuts[0] is not state:
+            self.cuts = state, {}
+        if most not in self.cuts[1]:
+            self.cuts[1][most] = lora.cut(state, most, self.layers[0].power)
+        return self.cuts[1][most]
+
+    def gathered(self) -> State:
+        replies = self.in_order()
+        total = sum(one.weight for one in replies)
+        made: State = {}
+        for layer in self.layers:
+            rank = len(self.state[layer.a])
+            left, right = lora.best(lora.mean(layer, self.state, replies), rank)
+            made |= {layer.a: right, layer.b: left / layer.scale(rank)}
+        change = {name: made[name] - self.state[name].double() for name in made}
+        for name in self.state.keys() - made.keys():
+            weighted = (one.update[name].double() * one.weight for one in replies)
+            change[name] = sum(weighted) / total
+        return change
 
 
 class Flower(Aggregation):
@@ -263,19 +354,11 @@ class Moments(Mean):
     keeps = ("m_t", "v_t")
 
 
-class All(Flower):
-    """Every update, in order of partition: what robust strategies need."""
-
-    def begin(self, state: State, server_round: int) -> None:
-        super().begin(state, server_round)
-        self.all: list[Contribution] = []
-
-    def add(self, one: Contribution) -> None:
-        self.all.append(one)
+class All(Every, Flower):
+    """What robust strategies need: every reply by itself."""
 
     def gathered(self) -> State:
         """The strategy's change, of replies that hold the adapter that each update makes."""
-        self.all.sort(key=lambda one: one.partition)
         sent = {k: self.state[k] for k in self.all[0].update}
         made = self._aggregate(
             sent,
@@ -285,13 +368,51 @@ class All(Flower):
                     one.weight,
                     one.loss,
                 )
-                for one in self.all
+                for one in self.in_order()
             ],
         )
         return {k: made[k].double() - self.state[k].double() for k in made}
 
 
-# Those that are a function of the mean. Every other gets all replies.
+class Closest(All):
+    """Multi-Krum and Krum, which take the clients whose adapters do nearly the same.
+
+    Flower compares factors, value by value: two that do the same may be far apart there. Its
+    rule is given places at the distances of what the adapters do, where they are LoRA.
+    """
+
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        settings = self.strategy
+        count, bad = settings.num_nodes_to_select, settings.num_malicious_nodes
+        chosen = self.select([reply.content for reply in replies], bad, count)
+        near = [r for r in replies if any(r.content is one for one in chosen)]
+        return super()._aggregate(state, near)
+
+    def select(
+        self, contents: list[RecordDict], malicious: int, count: int
+    ) -> list[RecordDict]:
+        """The contents of so many replies, which are those of the round, in its order."""
+        if not self.layers:
+            return select_multikrum(contents, malicious, count)
+        places = lora.places(self.layers, self.state, self.in_order())
+        stands = [RecordDict({"arrays": record({"place": place})}) for place in places]
+        chosen = {*map(id, select_multikrum(stands, malicious, count))}
+        pairs = zip(contents, stands, strict=True)
+        return [content for content, stand in pairs if id(stand) in chosen]
+
+
+class Trimmed(Closest):
+    """Bulyan, whose first step that is."""
+
+    def __init__(self, strategy: flower.Bulyan) -> None:
+        super().__init__(strategy)
+        strategy.selection_rule = self.select
+
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        return Flower._aggregate(self, state, replies)
+
+
+# Those that are a function of the mean, or compare replies. Every other gets all of them.
 WRAPPED: dict[type, type[Flower]] = {
     flower.FedAvg: Mean,
     flower.FedProx: Mean,
@@ -299,6 +420,9 @@ WRAPPED: dict[type, type[Flower]] = {
     flower.FedAdagrad: Moments,
     flower.FedAdam: Moments,
     flower.FedYogi: Moments,
+    flower.Krum: Closest,
+    flower.MultiKrum: Closest,
+    flower.Bulyan: Trimmed,
 }
 
 

@@ -6,6 +6,7 @@
 None of it knows models, data or messages: tensors by name, in float32 on the CPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,8 @@ class Aggregation:
 
     corrects = False  # whether clients that train get, and answer, more than an adapter
     linear = False  # whether `gathered` is the weighted mean of the updates
+    products = False  # whether it needs a sum of products, all of it shared
+    layers: Sequence[Any] = ()  # the adapter's `lora.Layer`s, which the server knows
     keeps: tuple[str, ...] = ()  # the names of what `memory` may hold
 
     def start(self, adapter: State, clients: int) -> State:
@@ -103,6 +106,9 @@ class Aggregation:
         own = f"{partition}/"
         named = ((name.removeprefix(own), tensor) for name, tensor in state.items())
         return {name: tensor for name, tensor in named if "/" not in name}
+
+    def hear(self, client: dict[str, Any]) -> None:
+        """What a client has told of itself, now or before the run was stopped."""
 
     def beside(self, state: State) -> State:
         """What clients that train are sent beside it, by the adapter's names; and answer."""

@@ -92,6 +92,11 @@ def rank(state: State) -> int | None:
     )
 
 
+def power(peft_cfg: dict[str, Any]) -> float:
+    """A `Layer`'s, by the settings of PEFT."""
+    return 0.5 if peft_cfg.get("use_rslora") else 1.0
+
+
 def cut(state: State, most: int, power: float) -> State:
     """The adapter of rank `most` at most, whose scale is that of its rank.
 
@@ -151,7 +156,7 @@ def best(function: Factors, most: int) -> Factors:
     left, right = (left * s * signs)[:, :most], (right * signs.T)[:most]
     more = most - len(right)  # a layer with fewer rows or columns than that
     pad = torch.nn.functional.pad
-    return pad(left, (0, more)), pad(right, (0, 0, 0, more))
+    return pad(left.contiguous(), (0, more)), pad(right, (0, 0, 0, more))
 
 
 # --- a round's replies ----------------------------------------------------------------------
@@ -183,6 +188,65 @@ def mean(layer: Layer, state: State, replies: Sequence[Contribution]) -> Factors
     b, a = change(layer, state, replies)
     a[: len(state[layer.a])] += state[layer.a].double()
     return b, a
+
+
+def places(
+    found: Sequence[Layer], state: State, replies: Sequence[Contribution]
+) -> torch.Tensor:
+    """A vector for each reply, as far from each other as what the replies do is, n x m.
+
+    Layers count by what their products do, other tensors by their values; so does the one
+    half of a layer of whose other half, which stays with the client, nothing is known here (it
+    is 0 in `state`).
+    """
+    known = [
+        layer
+        for layer in found
+        if all(n in replies[0].update or state[n].any() for n in (layer.a, layer.b))
+    ]
+    products = torch.zeros(len(replies), len(replies), dtype=torch.float64)
+    for layer in known:
+        products += gram([change(layer, state, [one]) for one in replies])
+    lengths, axes = torch.linalg.eigh(products)
+    halves = {name for layer in known for name in (layer.a, layer.b)}
+    rest = [
+        torch.cat([one.update[k].double().flatten() for one in replies]).view(
+            len(replies), -1
+        )
+        for k in replies[0].update.keys() - halves
+    ]
+    return torch.cat([axes * lengths.clamp(min=0).sqrt(), *rest], 1)
+
+
+def share_within(found: Sequence[Layer], one: Contribution, longest: float) -> float:
+    """The factor of an update, at most 1, with which it changes the weights by `longest`.
+
+    c dA and c dB change a layer by c P + c^2 Q, P = s (dB A + B dA) and Q = s dB dA, so the
+    squared length is a polynomial in c of three inner products. It is 0 at 0 and continuous:
+    where it ends above `longest`, halving finds a c at which it is that, and not above.
+    """
+    linear = between = square = 0.0
+    for layer in found:
+        sent = one.before | one.rest
+        a, b = sent[layer.a], sent[layer.b]
+        da, db = (one.update.get(n, 0 * sent[n]) for n in (layer.a, layer.b))
+        first = stack([factors(layer, a, db), factors(layer, da, b)])
+        (p, q), (_, r) = gram([first, factors(layer, da, db)]).tolist()
+        linear, between, square = linear + p, between + q, square + r
+    halves = {name for layer in found for name in (layer.a, layer.b)}
+    for name in one.update.keys() - halves:
+        linear += one.update[name].double().square().sum().item()
+
+    def fits(c: float) -> bool:
+        return c**2 * (linear + c * (2 * between + c * square)) <= longest**2
+
+    if fits(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 class Exactness:

@@ -48,6 +48,7 @@ SETTINGS: dict[str, type] = {
     "device": str,  # cpu, cuda, or cuda:1
     "cpus": int,  # threads for one client; all that there are unless given
     "processes": int,  # that train one client together, a GPU each (conf/launch)
+    "rank": int,  # the highest of its adapter, where a run takes others than its own
     "cache-path": str,  # where the quantised base is kept between messages
     "personal-path": str,  # the folder for the adapter of this node's own at a run's end
     "partition-id": int,  # without data of its own: its share of the run's dataset
@@ -137,6 +138,7 @@ def settle(
             utils.offline_if_unreachable()
         settle_resources(cfg, own, simulated)
         if not simulated:
+            settle_rank(cfg, own)
             check_demands(cfg, own)
         schema.check_training_arguments(cfg)
         cfg = decided(cfg)
@@ -269,7 +271,7 @@ def check_settings(node_config: dict[str, Any]) -> dict[str, Any]:
             )
         if value == "" and key != "column-input":
             raise UserError(f"--node-config: {key} is empty.")
-    for key in ("cpus", "processes", *CEILINGS):
+    for key in ("cpus", "processes", "rank", *CEILINGS):
         if node_config.get(key, 1) < 1:
             raise UserError(f"--node-config: {key} must be 1 or more.")
     own = {"cache-path": CACHE, **CEILINGS, **node_config}
@@ -380,6 +382,18 @@ def settle_resources(cfg: Settings, own: dict[str, Any], simulated: bool) -> Non
         processes = cfg.launch["processes"] = own.get("processes", 1)
         gpus = processes if gpu else 0
         cfg["client_resources"] = Settings(num_cpus=cpus, num_gpus=gpus)
+
+
+def settle_rank(cfg: Settings, own: dict[str, Any]) -> None:
+    """Train an adapter of the node's own rank, where that is below the run's."""
+    import model
+
+    run = model.highest_rank(cfg.peft)
+    if run is None or own.get("rank", run) >= run:
+        return
+    if "ranks" not in cfg.strategy:
+        raise Refusal("its rank is below the run's, and takes strategy=svd")
+    cfg["rank"] = own["rank"]
 
 
 def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:

@@ -57,6 +57,7 @@ FIGURES: dict[str, dict[str, Figure]] = {
         "peak_memory": Figure(int, needed=True),
         "records": Figure(int, low=1),
         "micro_batch": Figure(int, low=1),
+        "rank": Figure(int, low=1),
         **dict.fromkeys(("tokens", "truncated", "dropped"), COUNT),
         "seconds": SECONDS,
         **{

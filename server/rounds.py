@@ -4,9 +4,10 @@ What a method is stands in `methods`; the loop here names none. A reply is check
 counts, and each round is on disk before the next one begins.
 """
 
+import itertools
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from flwr.serverapp import Grid
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import aggregate, personal, sharing, steps, wire
+from methods import aggregate, lora, personal, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
@@ -77,6 +78,8 @@ def run(
         journal.go_on(done)
         for entry in journal.rounds:  # one from before this was told begins a new pass
             server.clients.note(entry.get("asked", []))
+        for client in itertools.chain(*(e["clients"] for e in journal.rounds)):
+            server.aggregation.hear(client)
         say(f"Going on after round {done}.")
     progress = Progress(cfg.num_rounds, done)
     journal.track()
@@ -197,12 +200,13 @@ class Server:
         self.cfg = cfg
         self.grid = grid
         self.told = told or {}
-        self.aggregation = aggregate.build(cfg.strategy)
+        self.frame = model.skeleton(cfg.model, cfg.peft)
+        self.layers = lora.layers(self.frame)
+        self.aggregation = aggregate.build(cfg.strategy, self.layers)
         self.sharing = sharing.build(cfg.sharing)
         self.personal = personal.build(cfg.personal)
-        self.steps = steps.build(cfg)
+        self.steps = steps.build(cfg, self.layers)
         self.dtype = cfg.comm.dtype
-        self.frame = model.skeleton(cfg.model, cfg.peft)
         # All that the adapter holds. Less of it may be trained, or sent.
         self.held = {n: p for n, p in self.frame.named_parameters() if p.requires_grad}
         lasts = self.sharing.lasts(self.held.keys())
@@ -308,6 +312,7 @@ class Server:
             )
             self.aggregation.begin(state, server_round)
             memory = self.aggregation.memory()
+            exactness = lora.Exactness(self._whole(server_round, state))
             seconds_aggregate = 0.0
             lengths: dict[int, float] = {}
             clients: list[dict[str, Any]] = []
@@ -315,6 +320,7 @@ class Server:
                 received = time.monotonic()
                 lengths[one.partition] = steps.norm(one.update)
                 self.aggregation.add(one)
+                exactness.add(one)
                 clients.append(client)
                 seconds_aggregate += time.monotonic() - received
             failures += exchange.failures
@@ -351,6 +357,7 @@ class Server:
                 f"(strategy.max_round_retries={settings.max_round_retries}). The last "
                 f"cause: {cause}."
             )
+        error = exactness.error(state, new_state)
         self.downlink.close_round()
         seconds_aggregate += time.monotonic() - received
         clients.sort(key=lambda client: client["partition"])
@@ -375,19 +382,35 @@ class Server:
             "bytes_up": sum(client["bytes_up"] for client in clients),
             "peak_memory_client": max(client["peak_memory"] for client in clients),
             "peak_memory_server": peak_memory(),
+            "aggregation_error": error,
             "clients": clients,
             "seconds_aggregate": seconds_aggregate,
             "seconds": seconds,
         }
 
+    def _whole(self, server_round: int, state: State) -> Sequence[lora.Layer]:
+        """The adapter's LoRA layers, where a client's whole adapter is known here: what it
+        does not answer with is as it was sent."""
+        names = state.keys()
+        trained = {*self.sharing.trains(names, server_round)}
+        stays = {*self.sharing.comes(names)} - trained
+        known = stays | {*self.sharing.goes(names, server_round)}
+        return self.layers if known == {*names} else ()
+
     def _read_update(
         self, content: RecordDict, client: dict[str, Any], before: State
     ) -> tuple[Contribution, dict[str, Any]]:
         weight, loss = self._weight(client), client["train_loss"]
+        self.aggregation.hear(client)
+        # A node may have made less of what it was sent.
+        before = self.aggregation.down(before, client["partition"])
+        if "ranks" in self.cfg.strategy:
+            client = client | {"rank": lora.rank(before)}
         arrays = arrays_of(content)
         goes = self.sharing.goes(before.keys(), self.aggregation.number)
         sent = {name: before[name] for name in goes}
-        one = Contribution(client["partition"], sent, arrays, weight, loss)
+        rest = {name: before[name] for name in before.keys() - sent.keys()}
+        one = Contribution(client["partition"], sent, arrays, weight, loss, rest)
         one = self.steps.arrive(one)
         size = num_bytes(arrays)
         if control := self._beside(before, self.aggregation.number):

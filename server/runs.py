@@ -83,7 +83,8 @@ class Client(Reply, _Laps):
     """A client that trained: its mean loss in nats per answer token, and what that took.
 
     `records`: how many it has to train on; `tokens`: trained on, without padding;
-    `peak_memory` in bytes; `micro_batch`: examples at a time, at last;
+    `peak_memory` in bytes; `micro_batch`: examples at a time, at last; `rank` of its adapter,
+    where clients may have different ones;
     `seconds`, and what of them went into each `seconds_*`.
     """
 
@@ -91,6 +92,7 @@ class Client(Reply, _Laps):
     records: NotRequired[float]
     tokens: NotRequired[int]
     micro_batch: NotRequired[int]
+    rank: NotRequired[int]
     peak_memory: NotRequired[float]
 
 
@@ -147,7 +149,9 @@ class Round(Measured):
     `asked`: the partitions that were, in all attempts. In the last one `sampled` were asked
     and `replied` were of use; `retries` asked anew. `bytes_*`: adapters as they travel, over
     all clients; `peak_memory_*`: bytes, the most of any; `seconds_aggregate` of its
-    `seconds`. `best`: it had the lowest loss so far, where that was measured.
+    `seconds`. `aggregation_error`: how far the new adapter is from the exact mean of what the
+    clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
+    that is not known. `best`: it had the lowest loss so far, where that was measured.
     `eval_loss_own`: the mean of the losses of clients' own adapters.
     """
 
@@ -170,6 +174,7 @@ class Round(Measured):
     clients: list[Client]
     seconds_aggregate: NotRequired[float]
     seconds: NotRequired[float]
+    aggregation_error: NotRequired[float | None]
     best: NotRequired[bool]
     eval_loss_own: NotRequired[float]
 

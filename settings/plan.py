@@ -7,6 +7,7 @@ hold comes with it where the data is at hand.
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def plan(cfg: Settings) -> Rows:
     frame = model.skeleton(cfg.model, cfg.peft)
     return [
         *_parameters(frame),
+        *_ranks(cfg),
         *_work(cfg, frame),
         *_traffic(cfg, frame),
         *_memory(cfg, frame),
@@ -131,6 +133,48 @@ def _parameters(frame: torch.nn.Module) -> Rows:
         ("parameters", _count(total)),
         ("trained", f"{_count(trained)} ({trained / total:.2%})"),
     ]
+
+
+def _by_rank(cfg: Settings) -> list[tuple[int, int, torch.nn.Module]]:
+    """Each rank that clients have, how many have it, and a frame of it."""
+    made = aggregate.build(cfg.strategy)
+    counts = Counter(made.rank(i) for i in range(cfg.num_clients))
+    return [
+        (rank, count, model.skeleton(cfg.model, model.capped(cfg.peft, rank)))
+        for rank, count in sorted(counts.items())
+    ]
+
+
+def _ranks(cfg: Settings) -> Rows:
+    """What clients of different ranks send and hold, where they have any."""
+    if not cfg.strategy.get("ranks"):
+        return []
+    rows = []
+    for rank, count, frame in _by_rank(cfg):
+        terms = (_gpu if cfg.client_resources.num_gpus else _cpu)(cfg, frame)
+        memory = terms if isinstance(terms, str) else _bytes(sum(terms.values()))
+        wire = _bytes(wire_bytes(frame, cfg.comm.dtype))
+        told = f"{count} clients, {wire} on the wire, {memory} of memory (estimate)"
+        rows.append((f"rank {rank}", told))
+    return rows
+
+
+def _cpu(cfg: Settings, frame: torch.nn.Module) -> dict[str, int] | str:
+    """What a client takes of memory, by what takes it, or why that is not known."""
+    # A CPU computes on a 4-bit base unpacked once.
+    bits = cfg.model.quantization
+    settings = cfg.model | {"quantization": None if bits == 4 else bits}
+    terms = estimate(cfg | {"model": settings}, frame)
+    if isinstance(terms, str):
+        return terms
+    del terms["CUDA context"]
+    return at_peak(terms | {"Python and its libraries": PROCESS})
+
+
+def _gpu(cfg: Settings, frame: torch.nn.Module) -> dict[str, int] | str:
+    """Likewise, of a GPU."""
+    terms = estimate(cfg, frame)
+    return terms if isinstance(terms, str) else {"VRAM": occupied(terms)}
 
 
 def _work(cfg: Settings, frame: PeftModel) -> Rows:
@@ -224,6 +268,11 @@ def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
     up = cohort * sum(
         wire_bytes(frame, dtype, part.goes(names, n)) for n in range(1, rounds + 1)
     )
+    if cfg.strategy.get("ranks"):  # on average over the clients
+        sizes = sum(n * wire_bytes(each, dtype) for _, n, each in _by_rank(cfg))
+        adapter = round(sizes / cfg.num_clients)
+        anew, down = adapter, rounds * cohort * adapter
+        up = down
     if aggregate.build(cfg.strategy).corrects:  # as much again, by control variates
         down, up = down + rounds * cohort * adapter, up + rounds * cohort * adapter
     # The clients of the first round make the first adapter and send it in float32.
@@ -287,10 +336,7 @@ def _memory(cfg: Settings, frame: torch.nn.Module) -> Rows:
 
 
 def _ram(cfg: Settings, frame: torch.nn.Module) -> Rows:
-    # A CPU computes on a 4-bit base unpacked once.
-    bits = cfg.model.quantization
-    settings = cfg.model | {"quantization": None if bits == 4 else bits}
-    terms = estimate(cfg | {"model": settings}, frame)
+    terms = _cpu(cfg, frame)
     cores, each = os.cpu_count() or 1, cfg.client_resources.num_cpus
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     busy = min(max(1, int(cores / each)), _cohort(cfg, "fraction_fit"))
@@ -301,11 +347,9 @@ def _ram(cfg: Settings, frame: torch.nn.Module) -> Rows:
         rows = [("memory a client", f"not known: {terms}")]
         fits = ""
     else:
-        del terms["CUDA context"]
-        terms["Python and its libraries"] = PROCESS
-        total = sum(at_peak(terms).values())
+        total = sum(terms.values())
         rows = [("memory a client", f"{_bytes(total)} (estimate)")]
-        rows += [(f"  {name}", _bytes(size)) for name, size in at_peak(terms).items()]
+        rows += [(f"  {name}", _bytes(size)) for name, size in terms.items()]
         fits = f"fits {memory // total} clients; "
     rows.append(("this machine", f"{_bytes(memory)}: {fits}runs {use}"))
     if note := quantised_on_cpu(cfg):

@@ -68,6 +68,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     with naming(cfg.model.name):
         cfg = decided(cfg)
     check_model(cfg, weights=not (cfg.dry_run or deployed))
+    check_ranks(cfg, deployed)
     if cfg.resume:
         check_progress(cfg, Path(cfg.resume))
     return cfg
@@ -225,7 +226,7 @@ def check_sharing(cfg: Settings, keeps: tuple[str, ...]) -> None:
 
 def check_personal(cfg: Settings) -> None:
     """That adapters of clients' own are made beside a shared one, and can be chosen."""
-    from methods import personal
+    from methods import aggregate, personal
 
     if personal.build(cfg.personal).trainings == 1:
         return
@@ -235,10 +236,17 @@ def check_personal(cfg: Settings) -> None:
             f"{name} with mode={cfg.mode}: there is no adapter that clients share for them "
             "to stay near. Take personal=none, or mode=federated."
         )
-    if every := cfg.sharing.get("refactor_every"):
+    every = cfg.sharing.get("refactor_every")
+    replaced = {
+        f"sharing.refactor_every={every}": every,
+        f"strategy._target_={cfg.strategy._target_}": aggregate.build(
+            cfg.strategy
+        ).products,
+    }
+    for setting in filter(replaced.get, replaced):
         raise UserError(
-            f"{name} with sharing.refactor_every={every}: what a client keeps is near the "
-            "shared factors, which a refactoring replaces. Leave out the one or the other."
+            f"{name} with {setting}: what a client keeps is near the shared factors, which "
+            "that replaces by others. Leave out the one or the other."
         )
     if not cfg.strategy.fraction_evaluate:
         raise UserError(
@@ -329,6 +337,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
         shapes = {name: tuple(p.shape) for name, p in held.items()}
         if shapes and (fault := sharing.build(cfg.sharing).fault(shapes)):
             raise UserError(fault)
+        check_products(cfg, frame)
         model.rehearse(cfg.model, cfg.peft, cfg.seed, cfg.train.seq_length)
         if cfg.dry_run:
             return
@@ -353,6 +362,62 @@ def check_model(cfg: Settings, weights: bool) -> None:
                 "have no answer, or are longer than "
                 f"train.seq_length={cfg.train.seq_length} tokens."
             )
+
+
+def check_products(cfg: Settings, frame: Any) -> None:
+    """That the adapter is a sum of products, and known whole, where something computes so."""
+    from methods import aggregate, lora
+
+    products = aggregate.build(cfg.strategy).products
+    key = f"strategy._target_={cfg.strategy._target_}"
+    if not products:
+        key = f"strategy.clip_weights={cfg.strategy.clip_weights}"
+    if not products and cfg.strategy.clip_weights is None:
+        return
+    if fault := lora.fault(frame):
+        raise UserError(
+            f"{key} computes with what LoRA's factors do together, and peft="
+            f"{cfg.peft._target_} cannot be taken apart so: {fault}. Take peft=lora or rslora."
+        )
+    part = sharing.build(cfg.sharing)
+    names = [name for name, p in frame.named_parameters() if p.requires_grad]
+    sent = [part.goes(names, number) for number in (1, 2)] if products else []
+    if any(len(each) < len(names) for each in [part.comes(names), *sent]):
+        raise UserError(
+            f"sharing._target_={cfg.sharing._target_} leaves a part of the adapter out, and "
+            f"{key} needs all of it. Take sharing=all, or leave that away."
+        )
+    if products and cfg.comm.dtype == "int8":
+        raise UserError(
+            f"comm.dtype=int8 with {key}: what rounding took from an update is added to the "
+            "client's next one, and by then the factors are others. Take comm.dtype=float16."
+        )
+
+
+def check_ranks(cfg: Settings, deployed: bool) -> None:
+    """That clients of the ranks in `strategy.ranks` can be there, if it gives any."""
+    import model
+
+    if not (ranks := cfg.strategy.get("ranks")):
+        return
+    key = f"strategy.ranks={ranks}"
+    if deployed:
+        raise UserError(
+            f"{key}: in a federation a node's rank is its own setting, --node-config rank=8. "
+            "Set strategy.ranks=null."
+        )
+    highest = model.highest_rank(cfg.peft)
+    if max(ranks) > highest:
+        raise UserError(
+            f"{key}: the run's adapter has rank {highest}, and no client has more. Raise "
+            f"model.lora.peft_lora_r to {max(ranks)}."
+        )
+    start = cfg.peft.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian") or cfg.peft.get("lora_bias"):
+        raise UserError(
+            f"{key}: clients of different ranks would begin with different bases, or biases, "
+            "with these settings of peft. Set peft.init_lora_weights=true and no lora_bias."
+        )
 
 
 def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> None:

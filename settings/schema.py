@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -190,9 +191,29 @@ class Strategy(Target):
     min_fit_replies: int = setting("replies that a round needs", ge=1)
     max_round_retries: int = setting("repetitions of a round with fewer replies", ge=0)
     clip_norm: float | None = setting("largest L2 norm of an update", gt=0)
+    clip_weights: float | None = setting("largest change of the weights", gt=0)
     weighted_by: choice("examples", "records") = setting("what a client counts for")
     max_weight: int | None = setting("largest weight of a client", ge=1)
     clients: int | None = Field(None, ge=1, le=1_000_000)  # as num_clients
+
+    ranks: Any = Field(
+        None
+    )  # a list, or shares by rank: of strategies that take others
+
+    @field_validator("ranks")
+    @classmethod
+    def whole(cls, ranks: Any) -> Any:
+        shares = ranks.values() if isinstance(ranks, dict) else []
+        each = ranks if isinstance(ranks, (list, dict)) else []
+        fits = each and all(type(rank) is int and rank >= 1 for rank in each)
+        if ranks is not None and not (
+            fits and all(is_number(n) and n > 0 for n in shares)
+        ):
+            raise ValueError(
+                f"strategy.ranks={ranks}: take a list of whole numbers from 1, or a share "
+                "above 0 for each, {4: 0.5, 16: 0.5}."
+            )
+        return ranks
 
 
 class TrainingArguments(Open):
