@@ -4,10 +4,12 @@ No Flower type comes in here. `cfg` is the resolved configuration as a plain dic
 """
 
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ import model
 from compute import patches
 from compute.loss import answer_loss
 from evaluation import examine
-from methods import lora, scaffold, sharing
+from methods import lora, personal, scaffold, sharing
 from methods.base import State
 from records import templates
 from utils import Settings, learning_rate, mix_seed
@@ -50,13 +52,15 @@ def train(
     server_round: int,
     proximal_mu: float = 0.0,
     correction: State | None = None,
+    anchor: State | None = None,
 ) -> tuple[State, Metrics]:
     """Train the adapter for one round on one partition.
 
     Each process of a team calls this, and all of them get the same adapter and figures.
-    `proximal_mu` above 0 adds FedProx's term. `correction`, by name, is added to the gradient
-    of each step; what the gradients were without, on the mean, then comes with the adapter
-    as `gradient/<name>` (SCAFFOLD's). The metrics: `num-examples` trained on and
+    `proximal_mu` above 0 adds FedProx's term, the distance from `anchor` or else from `state`.
+    `correction`, by name, is added to the gradient of each step; what the gradients were
+    without, on the mean, then comes with the adapter as `gradient/<name>` (SCAFFOLD's). The
+    metrics: `num-examples` trained on and
     the `records` that they are drawn from, `train_loss` (nats per answer token), `tokens`
     (of prompts and answers, without padding), examples `truncated` to `train.seq_length`,
     draws `dropped` (no answer, or no room for one), the `micro_batch` that memory allowed,
@@ -97,6 +101,7 @@ def train(
                 else examples,
                 data_collator=_collator(cfg, tokenizer),
                 proximal_mu=proximal_mu,
+                anchor=anchor,
             )
             if not cfg.verbose:
                 trainer.remove_callback(PrinterCallback)
@@ -187,33 +192,91 @@ class Clock:
 
 
 def evaluate(
-    cfg: Settings, state: State, partition: int, base: bool = False
+    cfg: Settings,
+    state: State,
+    partition: int,
+    base: bool = False,
+    own: State | None = None,
 ) -> Metrics:
     """How the adapter does on the records held back here; or, with `base`, the base alone.
 
     The metrics: `num-examples`, `eval_loss` (nats per answer token), `eval_accuracy` (share
-    of answer tokens, in [0, 1]), `dropped` and `truncated` as in `train`. Raises `ValueError` where none of them can be used.
+    of answer tokens, in [0, 1]), `dropped` and `truncated` as in `train`, and `eval_loss_own`
+    of an adapter of the client's own, if one is given. Raises `ValueError` where no record
+    can be used.
     """
-    net = _load(cfg, state).eval()
-    model.set_adapter_state(net, state)
     tokenizer = _tokenizer(cfg)
-    rows = dataset.load_partition(cfg, partition)
-    _, rows = dataset.split(cfg, rows)
-    examples, dropped = dataset.draw(
-        rows, lambda row: _encode(cfg, row, tokenizer), cfg.seed
-    )
-    size = cfg.train.training_arguments.per_device_train_batch_size
-    # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
-    with net.disable_adapter() if base else nullcontext():
-        scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
+    examples, dropped = _held_back(cfg, partition, tokenizer)
+    scores = _scores(cfg, state, examples, tokenizer, base)
     loss, accuracy = examine.loss_and_accuracy(scores)
-    return {
+    told = {
         "num-examples": len(examples),
         "eval_loss": loss,
         "eval_accuracy": accuracy,
         "dropped": dropped,
         "truncated": _truncated(cfg, examples, tokenizer),
     }
+    if own:
+        scores = _scores(cfg, own, examples, tokenizer)
+        told["eval_loss_own"], _ = examine.loss_and_accuracy(scores)
+    return told
+
+
+def personalise(cfg: Settings, shared: State, own: State, partition: int) -> Metrics:
+    """Which mean of the shared adapter and the client's own is best on its records held back.
+
+    The metrics: `num-examples`, `personal_weight` (of its own, the best of
+    `personal.interpolate`), and in nats per answer token `eval_loss_global`, `eval_loss_own`
+    and `eval_loss_personal` (see `methods.personal.choose`).
+    """
+    tokenizer = _tokenizer(cfg)
+    examples, _ = _held_back(cfg, partition, tokenizer)
+    tried = {
+        weight: _scores(cfg, personal.between(shared, own, weight), examples, tokenizer)
+        for weight in sorted({0, 1, *cfg.personal.interpolate})
+    }
+    weight, loss = personal.choose(
+        {w: tried[w][:, [0, 2]] for w in sorted(cfg.personal.interpolate)}
+    )
+    return {
+        "num-examples": len(examples),
+        "eval_loss_global": examine.loss_and_accuracy(tried[0])[0],
+        "eval_loss_own": examine.loss_and_accuracy(tried[1])[0],
+        "eval_loss_personal": loss,
+        "personal_weight": float(weight),
+    }
+
+
+def save(cfg: Settings, state: State, folder: Path, done: int) -> None:
+    """Write an adapter of round `done` as a PEFT folder, in the place of an earlier one."""
+    frame = model.skeleton(cfg.model, cfg.peft)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_adapter(frame, state, _tokenizer(cfg), model.about(cfg, done), folder)
+
+
+def _held_back(
+    cfg: Settings, partition: int, tokenizer: Any
+) -> tuple[list[templates.Example], int]:
+    """The client's records to evaluate on, tokenised, and how many rows fell out."""
+    rows = dataset.load_partition(cfg, partition)
+    _, rows = dataset.split(cfg, rows)
+    return dataset.draw(rows, lambda row: _encode(cfg, row, tokenizer), cfg.seed)
+
+
+def _scores(
+    cfg: Settings,
+    state: State,
+    examples: list[templates.Example],
+    tokenizer: Any,
+    base: bool = False,
+) -> torch.Tensor:
+    """`examine.score` with this adapter, or with none."""
+    net = _load(cfg, state).eval()
+    model.set_adapter_state(net, state)
+    size = cfg.train.training_arguments.per_device_train_batch_size
+    # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
+    with net.disable_adapter() if base else nullcontext():
+        return examine.score(net, examples, _collator(cfg, tokenizer), size)
 
 
 class Correct(TrainerCallback):
@@ -249,18 +312,28 @@ class Correct(TrainerCallback):
 class LocalTrainer(Trainer):
     """`transformers.Trainer` in the base's compute type, with FedProx's proximal term."""
 
-    def __init__(self, *args: Any, proximal_mu: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        proximal_mu: float = 0.0,
+        anchor: State | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         # So that Trainer passes `num_items_in_batch` to `compute_loss` for every model.
         self.model_accepts_loss_kwargs = True
         self.proximal_mu = proximal_mu
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.anchor = [p.detach().clone() for p in self.trained] if proximal_mu else []
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = [*named.values()]
+        self.anchor: list[torch.Tensor] = []
+        if proximal_mu:
+            start = anchor or {n: p.detach().clone() for n, p in named.items()}
+            self.anchor = [start[n].to(p) for n, p in named.items()]
 
     def compute_loss(
         self, model_: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The loss on the answers, plus mu/2 ||w - w_global||^2 (arXiv 1812.06127)."""
+        """The loss on the answers, plus mu/2 ||w - anchor||^2 (FedProx, arXiv 1812.06127)."""
         with model.autocast(model_):
             loss = answer_loss(model_, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:

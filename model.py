@@ -23,7 +23,6 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -591,7 +590,7 @@ def autocast(model: torch.nn.Module) -> Iterator[None]:
         yield
         return
     # PEFT's LoRA layers would cast inputs to float32, and autocast cast them back.
-    with disable_input_dtype_casting(model), torch.autocast(device.type, dtype):
+    with patches.inputs_as_they_come(model), torch.autocast(device.type, dtype):
         yield
 
 
@@ -645,6 +644,23 @@ def save_adapter(
         _write(frame, state, about["model"]["name"], temporary)
         asking.save_pretrained(temporary)
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def about(cfg: Any, done: int) -> dict[str, Any]:
+    """What `save_adapter` notes beside an adapter of round `done`: how to ask and examine it."""
+    settings = {name: value for name, value in cfg.model.items() if name != "cache"}
+    settings["name"] = portable_name(settings["name"])
+    train = cfg.train
+    return {
+        "round": done,
+        "template": cfg.dataset.template,
+        "model": settings,
+        # As it is examined, for `test.py --file`.
+        "columns": cfg.dataset.columns,
+        "seq_length": train.seq_length,
+        "batch_size": train.training_arguments.per_device_train_batch_size,
+        "max_new_tokens": cfg.evaluate.max_new_tokens,
+    }
 
 
 def _write(frame: PeftModel, state: State, base: str, folder: Path) -> None:

@@ -60,6 +60,24 @@ def equal_masks_drawn_once() -> Iterator[None]:
         drawn.clear()
 
 
+@contextmanager
+def inputs_as_they_come(model: torch.nn.Module) -> Iterator[None]:
+    """Keep adapters from casting their inputs to their own type (peft 0.21.2).
+
+    PEFT's `disable_input_dtype_casting` asks every adapter for its switch, and IA3, C3A,
+    FourierFT and SHiRA have none.
+    """
+    layers = [x for x in model.modules() if hasattr(x, "cast_input_dtype_enabled")]
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
+
+
 def release_inputs(base: torch.nn.Module) -> None:
     """Keep 8-bit layers from holding their inputs until backward (bitsandbytes 0.50.2).
 

@@ -71,7 +71,7 @@ class Adapter:
             if not any(part in f".{name}." for name in shapes):
                 return (
                     f"sharing.stays: no tensor of the adapter has {part[1:-1]} in its name, "
-                    f"as {next(iter(shapes))} has lora_A. Take such whole parts between dots."
+                    f"as whole parts between dots. One is {next(iter(shapes))}."
                 )
         for number in (1, 2):
             if not self.goes(shapes, number):

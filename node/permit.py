@@ -50,6 +50,7 @@ SETTINGS: dict[str, type] = {
     "processes": int,  # that train one client together, a GPU each (conf/launch)
     "rank": int,  # the highest of its adapter, where a run takes others than its own
     "cache-path": str,  # where the quantised base is kept between messages
+    "personal-path": str,  # the folder for the adapter of this node's own at a run's end
     "partition-id": int,  # without data of its own: its share of the run's dataset
     "num-partitions": int,
 }
@@ -126,7 +127,11 @@ def settle(
         # Two nodes of one machine may share the folder, but not their data.
         share = mix_seed(str(cfg.dataset.path), partition)
         run = RUN_NAME.sub("_", str(told["run"]))[:100]
-        cfg["residuals"] = str(cache / "runs" / f"{run}-{share:08x}")
+        run = f"{run}-{share:08x}"
+        cfg["residuals"] = str(cache / "runs" / run)
+        # Without, its own adapter stays in parts among what it keeps between rounds.
+        place = own.get("personal-path")
+        cfg["personal_path"] = place and str(Path(place) / run)
         if not cfg.verbose:
             utils.quiet()
         if not utils.local_path(cfg.model.name):
@@ -270,12 +275,15 @@ def check_settings(node_config: dict[str, Any]) -> dict[str, Any]:
         if node_config.get(key, 1) < 1:
             raise UserError(f"--node-config: {key} must be 1 or more.")
     own = {"cache-path": CACHE, **CEILINGS, **node_config}
-    for key in ("data-path", "model-path", "cache-path"):
+    for key in ("data-path", "model-path", "cache-path", "personal-path"):
         if key in own:
             own[key] = str(Path(own[key]).expanduser().resolve())
     for key in ("data-path", "model-path"):
         if key in own and not Path(own[key]).exists():
             raise UserError(f"--node-config: {key}={own[key]} does not exist.")
+    if place := own.get("personal-path"):  # known before anything is trained
+        with utils.writing(Path(place)):
+            Path(place).mkdir(parents=True, exist_ok=True)
     return own
 
 
@@ -393,11 +401,14 @@ def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
 
     `rows`: the node's records, of which a run by epochs asks for a multiple.
     """
+    from methods import personal
+
     train, arguments = cfg.train, cfg.train.training_arguments
     batch = arguments.per_device_train_batch_size
     step = batch * arguments.gradient_accumulation_steps * cfg.launch.processes
     by_steps, passes = arguments.max_steps > 0, arguments.num_train_epochs
     examples = arguments.max_steps * step if by_steps else passes * rows
+    examples *= personal.build(cfg.personal).trainings
     if cfg.strategy.fraction_evaluate > 0:
         examples = max(examples, cfg.evaluate.holdout * rows)
     sizes = [

@@ -71,6 +71,11 @@ def evaluate(cfg: Settings, *arguments: Any) -> Metrics:
     return _ask(cfg, "evaluate", *arguments)
 
 
+def personalise(cfg: Settings, *arguments: Any) -> Metrics:
+    """`client.personalise`, likewise."""
+    return _ask(cfg, "personalise", *arguments)
+
+
 def _ask(cfg: Settings, name: str, *arguments: Any) -> Any:
     processes = cfg.launch.processes
     if processes == 1:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 import dataset
 from methods import sharing, wire
 from methods.base import State, Unusable
+from server.runs import PERSONAL_LOSSES
 from utils import STOP, Refusal, Settings, look_for_stop, one_line
 
 Read = TypeVar("Read")
@@ -38,9 +39,14 @@ class Figure:
 
 LOSS = Figure(float, high=1e4, needed=True)  # nats a token; a guess of no idea costs 10
 
+NATS = Figure(float, high=LOSS.high)  # of one that need not be told
+
 SECONDS = Figure(float, high=1e9)
 
 COUNT = Figure(int)
+
+# The kind of message by which clients choose between the shared adapter and their own.
+PERSONAL = f"{MessageType.EVALUATE}.personal"
 
 # By the kind of message that is answered. What is not listed here is not looked at.
 FIGURES: dict[str, dict[str, Figure]] = {
@@ -63,7 +69,13 @@ FIGURES: dict[str, dict[str, Figure]] = {
         "num-examples": Figure(int, low=1, needed=True),
         "eval_loss": LOSS,
         "eval_accuracy": Figure(float, high=1, needed=True),
+        "eval_loss_own": NATS,
         **dict.fromkeys(("truncated", "dropped"), COUNT),
+    },
+    PERSONAL: {
+        "num-examples": Figure(int, low=1, needed=True),
+        **dict.fromkeys(PERSONAL_LOSSES, LOSS),
+        "personal_weight": Figure(float, high=1, needed=True),
     },
 }
 
@@ -103,7 +115,7 @@ def most_used(
         return steps * arguments.gradient_accumulation_steps * batch
     if federated:
         return math.inf
-    if kind == MessageType.EVALUATE:
+    if kind in (MessageType.EVALUATE, PERSONAL):
         rows = dataset.load_partition(cfg, partition)
         return len(dataset.split(cfg, rows)[1])
     rows = len(dataset.training_rows(cfg, partition))

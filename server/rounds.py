@@ -7,7 +7,7 @@ counts, and each round is on disk before the next one begins.
 import itertools
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from flwr.serverapp import Grid
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import aggregate, lora, sharing, steps, wire
+from methods import aggregate, lora, personal, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
 from server.exchange import (
+    PERSONAL,
     Downlink,
     Exchange,
     arrays_of,
@@ -32,7 +33,7 @@ from server.exchange import (
     read_figures,
 )
 from server.journal import Journal, report_failures, report_memory
-from server.runs import telling
+from server.runs import PERSONAL_LOSSES, telling
 from utils import (
     Progress,
     Settings,
@@ -101,9 +102,9 @@ def run(
             checkpoint.save(folder, server_round, new_state, memory, seconds)
             state, done = new_state, server_round
             progress.advance(entry)
-        scores = {}
+        scores = server.personalise(state)
         if examination:
-            scores = conclude(cfg, examination, base, state, measured, folder)
+            scores |= conclude(cfg, examination, base, state, measured, folder)
         journal.write_summary(scores | {"seconds": time.monotonic() - started})
     except Unwritable as error:
         raise RunFailed(f"{error} {go_on(folder, done, bool(told))}") from error
@@ -203,6 +204,7 @@ class Server:
         self.layers = lora.layers(self.frame)
         self.aggregation = aggregate.build(cfg.strategy, self.layers)
         self.sharing = sharing.build(cfg.sharing)
+        self.personal = personal.build(cfg.personal)
         self.steps = steps.build(cfg, self.layers)
         self.dtype = cfg.comm.dtype
         # All that the adapter holds. Less of it may be trained, or sent.
@@ -471,21 +473,56 @@ class Server:
         self.downlink.close_round()
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
-            clients.sort(key=lambda client: client["partition"])
-            weights = [client["num-examples"] for client in clients]
-            if self.told:
-                # A node's word is all there is; ten times the middle one is enough.
-                middle = sorted(weights)[(len(weights) - 1) // 2]
-                weights = [min(weight, 10 * middle) for weight in weights]
-            for name in ("eval_loss", "eval_accuracy"):
-                values = [client[name] for client in clients]
-                result[name] = float(np.average(values, weights=weights))
+            names = ("eval_loss", "eval_accuracy", "eval_loss_own")
+            result |= self._means(clients, names)
             result["eval_perplexity"] = float(np.exp(min(result["eval_loss"], 700)))
             if losses := [client["eval_loss"] for client in telling(clients)]:
                 result["eval_loss_worst"] = max(losses)
                 result["eval_loss_spread"] = float(np.std(losses))
             result["eval_clients"] = clients
         return result
+
+    def personalise(self, state: State) -> dict[str, Any]:
+        """Let all clients choose between this adapter, the last, and their own.
+
+        On the records that they hold back, as what they write in a place of their own stays
+        with them. Nothing where they have none of their own, or hold nothing back.
+        """
+        held_back = self.cfg.strategy.fraction_evaluate > 0
+        if not held_back or not self.personal.any(self.sharing, self.held):
+            return {}
+        done = self.cfg.num_rounds
+        exchange = self._exchange(
+            PERSONAL,
+            self.clients.available(),
+            lambda content, client, sent: client,
+            state,
+            {"server-round": done},
+        )
+        clients = [*self._replies(exchange, done)]
+        if not clients:
+            return {}
+        means = self._means(clients, PERSONAL_LOSSES)
+        return {**means, "personal_clients": clients}
+
+    def _means(
+        self, clients: list[dict[str, Any]], names: Iterable[str]
+    ) -> dict[str, float]:
+        """Of what all of them have measured, the means weighted by examples.
+
+        Puts them into the order of their numbers.
+        """
+        clients.sort(key=lambda client: client["partition"])
+        weights = [client["num-examples"] for client in clients]
+        if self.told:
+            # A node's word is all there is; ten times the middle one is enough.
+            middle = sorted(weights)[(len(weights) - 1) // 2]
+            weights = [min(weight, 10 * middle) for weight in weights]
+        return {
+            name: float(np.average([one[name] for one in clients], weights=weights))
+            for name in names
+            if all(name in one for one in clients)
+        }
 
 
 def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from peft import PeftModel
 import dataset
 import model
 from compute.vram import allocated, at_peak, occupied
-from methods import aggregate, sharing, wire
+from methods import aggregate, personal, sharing, wire
 from server.cohort import cohort_size
 from server.first import seeded
 from server.journal import quantised_on_cpu
@@ -182,7 +182,8 @@ def _work(cfg: Settings, frame: PeftModel) -> Rows:
     size = arguments.per_device_train_batch_size * cfg.launch.processes
     parts = arguments.gradient_accumulation_steps
     rounds, clients = cfg.num_rounds, _cohort(cfg, "fraction_fit")
-    steps = steps_per_client(cfg)
+    # Of the adapter that all share, and of the client's own.
+    steps = steps_per_client(cfg) * personal.build(cfg.personal).trainings
     most = "" if arguments.max_steps > 0 else "at most "
     tokens = clients * steps * size * parts * cfg.train.seq_length
     return [

@@ -49,6 +49,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
+    check_personal(cfg)
     check_training_arguments(cfg)
     if deployed and cfg.baseline:
         raise UserError(
@@ -220,6 +221,38 @@ def check_sharing(cfg: Settings, keeps: tuple[str, ...]) -> None:
         raise UserError(
             f"sharing.refactor_every={every} with {setting}: what that keeps or means is "
             "about factors that a refactoring replaces. Leave out the one or the other."
+        )
+
+
+def check_personal(cfg: Settings) -> None:
+    """That adapters of clients' own are made beside a shared one, and can be chosen."""
+    from methods import aggregate, personal
+
+    if personal.build(cfg.personal).trainings == 1:
+        return
+    name = f"personal._target_={cfg.personal._target_}"
+    if cfg.baseline:
+        raise UserError(
+            f"{name} with mode={cfg.mode}: there is no adapter that clients share for them "
+            "to stay near. Take personal=none, or mode=federated."
+        )
+    every = cfg.sharing.get("refactor_every")
+    replaced = {
+        f"sharing.refactor_every={every}": every,
+        f"strategy._target_={cfg.strategy._target_}": aggregate.build(
+            cfg.strategy
+        ).products,
+    }
+    for setting in filter(replaced.get, replaced):
+        raise UserError(
+            f"{name} with {setting}: what a client keeps is near the shared factors, which "
+            "that replaces by others. Leave out the one or the other."
+        )
+    if not cfg.strategy.fraction_evaluate:
+        raise UserError(
+            f"{name}: a client chooses between the shared adapter and its own on records "
+            "that it holds back, and strategy.fraction_evaluate=0 holds back none. Set "
+            "strategy.fraction_evaluate=1."
         )
 
 

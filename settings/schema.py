@@ -149,6 +149,22 @@ class InitArgs(Open):
         return values
 
 
+class Personal(Target):
+    mu: float | None = Field(None, ge=0)
+    interpolate: Any = setting("weights of a client's own adapter", later=True)
+
+    @model_validator(mode="after")
+    def weights(self) -> "Personal":
+        given = self.interpolate
+        fit = isinstance(given, list) and 1 <= len(given) <= 20
+        if not fit or not all(is_number(x) and 0 <= x <= 1 for x in given):
+            raise ValueError(
+                f"personal.interpolate={given}: give 1 to 20 weights of a client's own "
+                "adapter, from 0 to 1: [0,0.5,1]."
+            )
+        return self
+
+
 class Simulation(Section):
     init_args: InitArgs
 
@@ -288,6 +304,7 @@ class Run(Section):
     partitioner: Partitioner
     peft: Target
     sharing: Sharing = setting("what of the adapter comes, is trained and goes")
+    personal: Personal
     simulation: Simulation = setting("where the clients run", later=True)
     strategy: Strategy
     tracking: Target = setting("what follows the run", later=True)

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from peft import PeftConfig
 
 import client
-from methods import aggregate, sharing
+from methods import aggregate, personal, sharing
 from server import journal, rounds
 from settings import preflight, schema, start
 from settings.compose import compose, record, resolve, resumed
@@ -149,6 +149,13 @@ def test_sharing_builds(name):
     assert made == (name if name in ("ffa", "rolora") else "adapter")
 
 
+@pytest.mark.parametrize("name", names("personal"))
+def test_personal_builds(name):
+    node = plain(f"experiment=quickstart personal={name}")["personal"]
+    kind = {"none": "personal"}.get(name, name)
+    assert type(personal.build(node)).__name__.lower() == kind
+
+
 @pytest.mark.parametrize("group", ["model", "dataset"])
 def test_files_of_a_group_have_the_same_keys(group):
     default = flat(plain("")[group]).keys()
@@ -191,6 +198,7 @@ def test_every_group_is_covered_here():
         "partitioner",
         "strategy",
         "sharing",
+        "personal",
         "model",
         "dataset",
         "launch",

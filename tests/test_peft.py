@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 import model
+from compute import patches, vram
+from compute.loss import answer_loss
 from node import permit
 from settings import plan
 from settings.compose import compose, resolve
@@ -96,6 +98,67 @@ def test_the_plan_says_whether_the_mean_is_exact(overrides, exact):
 def test_a_plan_without_a_mean_says_nothing_of_it():
     cfg = resolve(compose("experiment=quickstart strategy=krum"))
     assert "the mean" not in dict(plan.plan(cfg))
+
+
+# --- where the base computes in bfloat16 ------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_trains_in_bfloat16(name, monkeypatch):
+    """As a GPU does; this machine's CPU may compute in float32 alone."""
+    monkeypatch.setattr(model, "compute_dtype", lambda device: torch.bfloat16)
+    cfg = resolve(compose(f"experiment=quickstart peft={name}"))
+    net = model.build(cfg.model, cfg.peft, 0, CPU).train()
+    ids = torch.arange(4, 20).view(2, 8)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with model.autocast(net):
+        answer_loss(net, batch).backward()
+    gradients = [p.grad for p in net.parameters() if p.requires_grad]
+    assert any(gradient.any() for gradient in gradients)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+class Layer(torch.nn.Module):
+    """One frozen layer in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=4),
+        peft.MissConfig(r=4),
+        peft.FourierFTConfig(n_frequency=50),
+        peft.C3AConfig(block_size=32),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_the_estimate_counts_what_a_layer_keeps_for_its_backward(config):
+    config.target_modules = {"layer"}
+    net = peft.get_peft_model(Layer(), config, autocast_adapter_dtype=True).train()
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    x = torch.randn(1000, 64, dtype=torch.bfloat16, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, patches.inputs_as_they_come(net), torch.autocast("cpu", torch.bfloat16):
+        net(x)
+    found = sum(s.nbytes() for place, s in kept.items() if place not in weights)
+    token, fixed = vram._adapter_bytes(net)
+    # Beside the trained tensors in bfloat16, which are counted elsewhere.
+    assert found == pytest.approx(1000 * token + fixed, abs=1500)
 
 
 # --- what the seed fixes ----------------------------------------------------------------------

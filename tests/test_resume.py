@@ -201,7 +201,10 @@ def test_error_feedback_of_a_round_that_is_done_again_is_not_used(tmp_path):
     assert kept[4].load("residual")["w"].item() == 3
     assert kept[1].load("residual") is None
     assert kept[4].load("own")["w"].item() == 7
-    assert len(list(tmp_path.glob("0-residual-*"))) == 2
+    kept[4].save("residual", {"w": torch.tensor([4.0])})
+    # Of three rounds: one from the older of two checkpoints does two of them again.
+    assert kept[3].load("residual")["w"].item() == 2
+    assert len(list(tmp_path.glob("0-residual-*"))) == 3
 
 
 @pytest.fixture

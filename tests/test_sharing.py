@@ -12,6 +12,7 @@ from safetensors.torch import load, load_file
 
 import client
 import model
+from assets.testbed.federation import Federation
 from methods import aggregate, sharing
 from methods.base import Contribution
 from methods.store import Kept
@@ -20,7 +21,7 @@ from server import rounds
 from server.rounds import Server
 from settings import plan, preflight
 from settings.compose import compose, record, resumed
-from utils import UserError
+from utils import PROJECT, UserError
 
 A, B = "model.q.lora_A.default.weight", "model.q.lora_B.default.weight"
 METHODS = {
@@ -443,14 +444,14 @@ def test_nothing_that_stays_is_in_any_message(configure, loopback, tmp_path):
         "evaluate.holdout=0.01",
     )
     travelled: list[bytes] = []
-    stayed: list[bytes] = []
+    stayed: set[bytes] = set()
 
     def read(partition, reply):
         for arrays in reply.content.array_records.values():
             travelled.extend(array.data for array in arrays.values())
             names.append({*arrays})
         for file in (tmp_path / "residuals").glob("*-own-*"):
-            stayed.extend(t.numpy().tobytes() for t in load_file(file).values())
+            stayed.update(t.numpy().tobytes() for t in load_file(file).values())
         return reply
 
     names: list[set[str]] = []
@@ -465,7 +466,7 @@ def test_nothing_that_stays_is_in_any_message(configure, loopback, tmp_path):
         [m for m in grid.sent if m.metadata.message_type == "query"]
     )
     blob = b"".join(travelled)
-    assert len(set(stayed)) > 3 * 4  # of each client in each round
+    assert len(stayed) > 3 * 4  # of each client in each round
     assert not [one for one in stayed if any(one) and one in blob]
     # Row by row as well, where an update would be told in parts.
     assert not [row for one in stayed if any(row := one[:64]) and row in blob]
@@ -493,6 +494,47 @@ def test_each_client_is_measured_with_its_own_part(configure, loopback, tmp_path
         found = client.evaluate(cfg, shared | own, one["partition"])
         assert found["eval_loss"] == one["eval_loss"]
         assert all("lora_B" in name for name in own)
+
+
+@pytest.mark.slow
+def test_in_a_federation_nodes_keep_what_is_not_sent(tmp_path):
+    """In a process for every message, each of which makes or reads it again."""
+    run = (
+        "experiment=quickstart num_clients=2 num_rounds=3 strategy.fraction_fit=1 "
+        "evaluate.exact_match=false train.training_arguments.max_steps=2 "
+    )
+    with Federation(tmp_path / "federation") as federation:
+        for i in (0, 1):
+            base, cache = PROJECT / "assets/tiny_llama", tmp_path / f"cache-{i}"
+            federation.supernode(
+                f"node-{i}",
+                f'partition-id={i} num-partitions=2 cpus=1 model-path="{base}" '
+                f'cache-path="{cache}"',
+            )
+        for name, method in (
+            ("first", "sharing=ffa sharing.refactor_every=2"),
+            ("second", "sharing=fedsa"),
+        ):
+            status, output = federation.run(
+                PROJECT, f"{run}{method} hydra.run.dir=results/{name}"
+            )
+            assert status == "finished:completed", output
+        results = federation.superlink.folder / "results"
+        first, second = (
+            json.loads((results / name / "history.json").read_text())["rounds"]
+            for name in ("first", "second")
+        )
+    assert [entry["failures"] for entry in first + second] == [[]] * 6
+    down = [entry["bytes_down"] for entry in first]
+    assert down[0] == down[1] < down[2] / 2  # A, in float32, after round 2
+    assert len({entry["bytes_down"] for entry in second}) == 1
+    for i in (0, 1):
+        kept = [file.name for file in (tmp_path / f"cache-{i}/runs").glob("*/*")]
+        assert sorted(kept) == [
+            f"{i}-held-000003.safetensors",
+            f"{i}-own-000002.safetensors",
+            f"{i}-own-000003.safetensors",
+        ]
 
 
 def test_sharing_all_sends_all_to_everybody_in_every_round(configure, loopback):
