@@ -232,6 +232,7 @@ def test_a_node_has_its_own_rank_or_takes_no_part():
         (["strategy.ranks={4:0}"], "take a list"),
         (["strategy.ranks=[4]", "+peft.init_lora_weights=olora"], "different bases"),
         (["comm.dtype=int8"], "comm.dtype=float16"),
+        (["personal=ditto", "strategy.fraction_evaluate=1"], "Leave out the one"),
     ],
 )
 def test_ranks_that_cannot_be_are_refused_in_a_line(overrides, cause, configure):
