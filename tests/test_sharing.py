@@ -433,6 +433,7 @@ def test_a_client_that_has_another_half_is_sent_it_when_it_is_asked_again(
     server.train_round(6, state)
 
 
+@pytest.mark.slow
 def test_nothing_that_stays_is_in_any_message(configure, loopback, tmp_path):
     cfg = configure(
         "sharing=fedsa",
