@@ -151,10 +151,10 @@ def check_launch(cfg: Settings) -> None:
         )
     kind = cfg.peft._target_.removeprefix("peft.")
     whole = "DoRA" if cfg.peft.get("use_dora") else kind
-    if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig"):
+    if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig", "ShiraConfig"):
         raise UserError(
             f"launch=fsdp: {whole} reads weights of the base that no process has whole. "
-            "Take peft=lora, rslora, ia3 or prefix, or launch=ddp."
+            "Take peft=lora, rslora, ia3, miss or prefix, or launch=ddp."
         )
 
 
@@ -171,11 +171,12 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
     for name, value in node.items():
         if is_number(value) and value < 0:
             raise UserError(f"strategy.{name}={value}: it must be 0 or more.")
-    if node.clip_norm and made.corrects:
+    clip = next((x for x in ("clip_norm", "clip_weights") if node[x]), None)
+    if clip and made.corrects:
         raise UserError(
-            f"strategy.clip_norm={node.clip_norm} with strategy._target_={node._target_}: "
-            "it would bound a client's update and not its control variate, by which it "
-            "steers the others'. Set strategy.clip_norm=null, or take strategy=fedavg."
+            f"strategy.{clip}={node[clip]} with strategy._target_={node._target_}: it "
+            "would bound a client's update and not its control variate, by which it "
+            f"steers the others'. Set strategy.{clip}=null, or take strategy=fedavg."
         )
     cohort = cohort_size(cfg.num_clients, node.fraction_fit)
     if cohort < node.min_fit_replies:

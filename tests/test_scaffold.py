@@ -65,7 +65,7 @@ def batches(cfg: dict, partition: int, number: int) -> list:
 
 def by_hand(cfg: dict, x: dict, count: int) -> tuple[dict, dict]:
     """x and c after `count` rounds of algorithm 1 of the paper, option II, everybody in."""
-    net = client._load(cfg).train()
+    net = client._load(cfg, x).train()
     rate = cfg.train.learning_rate_max
     c = {k: torch.zeros_like(v) for k, v in x.items()}
     own = [dict(c) for _ in range(cfg.num_clients)]
@@ -138,6 +138,25 @@ def test_the_first_round_is_fedavgs(configure, loopback):
         server = Server(cfg, loopback(cfg))
         ends.append(server.train_round(1, server.initial_adapter())[0])
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+@pytest.mark.parametrize("name", ["ffa", "rolora", "fedsa"])
+def test_only_what_is_sent_of_the_adapter_has_a_control_variate(
+    name, configure, loopback
+):
+    cfg = configure("strategy=scaffold", f"sharing={name}")
+    grid = loopback(cfg)
+    server = Server(cfg, grid)
+    state = server.initial_adapter()
+    for number in (1, 2):
+        state, entry = server.train_round(number, state)
+        assert entry["failures"] == []
+        sent = {*server.sharing.goes(state.keys(), number)}
+        told = {*grid.sent[-1].content["control"]}
+        assert told == sent < state.keys()
+    moved = {k for k, v in server.aggregation.control.items() if v.any()}
+    assert moved
+    assert moved <= {k for n in (1, 2) for k in server.sharing.goes(state.keys(), n)}
 
 
 def test_every_byte_of_c_is_counted(configure, loopback):
@@ -285,9 +304,10 @@ def test_a_client_takes_no_broken_control_variate(tmp_path):
     assert scaffold.correction({}, adapter, kept) == {}
 
 
-def test_clipping_beside_it_is_refused(configure):
-    with pytest.raises(UserError, match=r"clip_norm=1.*Set strategy.clip_norm=null"):
-        configure("strategy=scaffold", "strategy.clip_norm=1")
+@pytest.mark.parametrize("clip", ["clip_norm", "clip_weights"])
+def test_clipping_beside_it_is_refused(clip, configure):
+    with pytest.raises(UserError, match=rf"{clip}=1.*Set strategy.{clip}=null"):
+        configure("strategy=scaffold", f"strategy.{clip}=1")
 
 
 def test_the_order_of_arrival_leaves_no_trace():
