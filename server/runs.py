@@ -150,6 +150,7 @@ class Round(Measured):
     clients: list[Client]
     seconds_aggregate: NotRequired[float]
     seconds: NotRequired[float]
+    aggregation_error: NotRequired[float | None]
     best: NotRequired[bool]
 
 
