@@ -3,12 +3,27 @@
 import random
 import time
 from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
 
 from flwr.serverapp import Grid
+from pydantic import Field
 
-from utils import STOP, Settings, UserError, look_for_stop, mix_seed, say
+from server.runs import fit
+from utils import (
+    STOP,
+    Settings,
+    UserError,
+    look_for_stop,
+    mix_seed,
+    read_json,
+    say,
+    write_json,
+)
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
+
+Digits = Annotated[str, Field(pattern=r"^\d+$")]
 
 
 class RunFailed(UserError):
@@ -27,6 +42,20 @@ class Clients:
         self.refused: dict[int, str] = {}  # by node: why it takes no part
         self.turns: dict[int, int] = {}  # by number: the last pass it was asked in
         self.current = 1  # the newest pass through all clients that has begun
+        self.file: Path | None = None  # where numbers are kept
+
+    def keep(self, file: Path) -> None:
+        """Number nodes as `file` has it, if it is there, and write there who else comes.
+
+        For a federation, whose nodes have the same ids when a run goes on: by their order
+        alone, one that came late would take the numbers of others. Raises `UserError`.
+        """
+        self.file = file
+        if file.exists():
+            known = fit(read_json(file), dict[Digits, int], file)
+            if sorted(known.values()) != [*range(len(known))]:
+                raise UserError(f"{file} is broken: two nodes have one number.")
+            self.partitions = {int(node): number for node, number in known.items()}
 
     def available(self) -> list[int]:
         """Nodes that are connected and take part, in the order in which they were seen."""
@@ -37,6 +66,8 @@ class Clients:
                 self.partitions[node] = len(self.partitions)
                 if self.named:
                     say(f"Client {self.partitions[node]} is node {node}.")
+                if self.file:
+                    write_json(self.file, self.partitions)
         willing = set(connected) - self.refused.keys()
         return sorted(willing, key=self.partitions.__getitem__)
 
