@@ -35,10 +35,9 @@ def costs(section: Section) -> DataFrame:
 
 def aggregation_error(run: Run) -> float:
     """The mean over the rounds in which it is known; NaN where it never is."""
-    told = [r["aggregation_error"] for r in run.rounds if r.get("aggregation_error")]
-    # A round that is exact to the last bit counts, one without the figure does not.
-    told += [0.0 for r in run.rounds if r.get("aggregation_error") == 0]
-    return fmean(told) if told else math.nan
+    each = [entry.get("aggregation_error") for entry in run.rounds]
+    known = [error for error in each if error is not None]
+    return fmean(known) if known else math.nan
 
 
 def method_table(section: Section) -> str:

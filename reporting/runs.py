@@ -292,7 +292,7 @@ def sections(runs: list[Run]) -> list[Section]:
     if by_method(runs):
         compared = [key for key in keys if key != "partitioner"]
         keys = [key for key in keys if key == "partitioner"]
-        row = {"row": lambda run: _what(run, compared, "method")}
+        row = {"row": lambda run: _method(run, compared)}
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         words = [
@@ -310,11 +310,11 @@ def by_method(runs: list[Run]) -> bool:
     return "mode" not in keys and bool(keys - {"seed", "partitioner"})
 
 
-def _what(run: Run, keys: list[str], plain: str) -> str:
-    """The values of these keys, of `plain` without its name."""
+def _method(run: Run, keys: list[str]) -> str:
+    """What a run has of these keys: the name in `method=svd`, and all of `sharing=ffa`."""
     words = {key: run.overrides.get(key, "") for key in keys}
-    told = [v if k == plain else f"{k}={v}" for k, v in words.items() if v]
-    return public(", ".join(told)) or "as it is"
+    told = [v if k == "method" else public(f"{k}={v}") for k, v in words.items() if v]
+    return ", ".join(told) or "as it is"
 
 
 def varied_keys(runs: list[Run]) -> list[str]:

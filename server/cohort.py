@@ -61,13 +61,13 @@ class Clients:
         """Nodes that are connected and take part, in the order in which they were seen."""
         # Node ids are random in every run; sorted, the numbering is stable within one.
         connected = sorted(self.grid.get_node_ids())
-        for node in connected:
-            if node not in self.partitions:
-                self.partitions[node] = len(self.partitions)
-                if self.named:
-                    say(f"Client {self.partitions[node]} is node {node}.")
-                if self.file:
-                    write_json(self.file, self.partitions)
+        new = [node for node in connected if node not in self.partitions]
+        for node in new:
+            self.partitions[node] = len(self.partitions)
+            if self.named:
+                say(f"Client {self.partitions[node]} is node {node}.")
+        if new and self.file:
+            write_json(self.file, self.partitions)
         willing = set(connected) - self.refused.keys()
         return sorted(willing, key=self.partitions.__getitem__)
 
@@ -101,9 +101,10 @@ class Clients:
         """The nodes that take part, in order of their numbers; waits until there is one.
 
         With `strategy.sampling=epoch` who trains is dealt out in passes: everybody is asked
-        once, in an order drawn for the pass, before anybody is asked twice. Those that were `tried` in this round already come in only if the others are too few,
-        and those in `out` not at all. `least` of them, where there are as many. Raises
-        `RunFailed` when all that ever came refuse.
+        once, in an order drawn for the pass, before anybody is asked twice. Those that were
+        `tried` in this round already come in only if the others are too few, and those in
+        `out` not at all. `least` of them, where there are as many. Raises `RunFailed` when
+        all that ever came refuse.
         """
         if not (nodes := self.available()):
             if self.refused and self.refused.keys() >= self.partitions.keys():
