@@ -1,6 +1,8 @@
-"""What federation was worth: a report on a sweep over `mode`, for a manager and a reviewer.
+"""What federation was worth: a report on a sweep over `mode`, for a manager and a reviewer;
+or on one that compares methods, what each costs and gives.
 
     python main.py experiment=compare            writes it when the sweep has ended
+    python main.py experiment=methods            likewise
     python -m reporting.report multirun/<date>/<time>      writes it again, of what is there
 
 Reads what the runs left in their folders and nothing else: no model, no data. The text is
@@ -66,7 +68,8 @@ def write(folder: Path) -> Path:
     about = fit(read_json(file), dict, file) if file.exists() else machine()
     target = folder / "report"
     target.mkdir(exist_ok=True)
-    page.write(found, absent, about, target)
+    told = page.write_methods if runs.by_method(found) else page.write
+    told(found, absent, about, target)
     return target
 
 

@@ -158,30 +158,39 @@ def _words(overrides: dict[str, str]) -> str:
 
 
 class Section:
-    """The runs that differ in mode and seed only, and their scores."""
+    """The runs that differ in seed and in what is compared only, and their scores.
 
-    def __init__(self, title: str, runs: list[Run]) -> None:
+    `row`: what a run stands for in the comparison, its mode unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        runs: list[Run],
+        row: Callable[[Run], str] = lambda run: run.cfg.mode,
+    ) -> None:
         self.title = title
         self.runs = runs
+        self.row = row
         # By score, row and seed.
         self.scores: dict[str, dict[str, PerSeed]] = {}
         for name in SCORES:
-            rows: dict[str, PerSeed] = {row: {} for row in ROWS}
+            rows: dict[str, PerSeed] = {each: {} for each in (*ROWS, *map(row, runs))}
             worst = max if lower_is_better(name) else min
             for run in runs:
-                found = {run.cfg.mode: run.score(name), "base": run.before(name)}
+                found = {row(run): run.score(name), "base": run.before(name)}
                 if run.cfg.mode == "local":
                     each = run.clients(name, few=False).values()
                     found["worst"] = worst(each, default=None)
-                for row, value in found.items():
+                for each, value in found.items():
                     if value is not None:
-                        rows[row][run.cfg.seed] = value
+                        rows[each][run.cfg.seed] = value
             if any(rows.values()):
                 self.scores[name] = rows
         self.headline = next(iter(self.scores), None)
 
-    def of(self, mode: str) -> list[Run]:
-        return [run for run in self.runs if run.cfg.mode == mode]
+    def of(self, row: str) -> list[Run]:
+        return [run for run in self.runs if self.row(run) == row]
 
     def clients(self, name: str, mode: str, few: bool = True) -> PerClient:
         found = {run.cfg.seed: run.clients(name, few) for run in self.of(mode)}
@@ -253,7 +262,7 @@ class Section:
         """For each test question, the mean over these seeds."""
         whose = "base" if row == "base" else "tuned"
         runs = [
-            r for r in self.runs if row in ("base", r.cfg.mode) and r.cfg.seed in seeds
+            r for r in self.runs if row in ("base", self.row(r)) and r.cfg.seed in seeds
         ]
         lists = [run.by_question(whose, name) for run in runs]
         tokens = [run.questions.get(whose, {}).get("tokens") for run in self.runs]
@@ -274,16 +283,38 @@ class Section:
 
 
 def sections(runs: list[Run]) -> list[Section]:
-    """One for each combination of what was varied besides mode and seed."""
+    """One for each combination of what was varied besides what is compared, and seed.
+
+    Modes are compared, or where there is one, whatever was varied but the partitions.
+    """
+    keys = [key for key in varied_keys(runs) if key != "seed"]
+    row = {}
+    if by_method(runs):
+        compared = [key for key in keys if key != "partitioner"]
+        keys = [key for key in keys if key == "partitioner"]
+        row = {"row": lambda run: _method(run, compared)}
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         words = [
             f"{value} partitions" if key == "partitioner" else public(f"{key}={value}")
-            for key in varied_keys(runs)
-            if key not in ("mode", "seed") and (value := run.overrides.get(key))
+            for key in keys
+            if key != "mode" and (value := run.overrides.get(key))
         ]
         groups[", ".join(words)].append(run)
-    return [Section(title, group) for title, group in groups.items()]
+    return [Section(title, group, **row) for title, group in groups.items()]
+
+
+def by_method(runs: list[Run]) -> bool:
+    """Whether a sweep compares methods of federated learning, and not federation itself."""
+    keys = {*varied_keys(runs)}
+    return "mode" not in keys and bool(keys - {"seed", "partitioner"})
+
+
+def _method(run: Run, keys: list[str]) -> str:
+    """What a run has of these keys: the name in `method=svd`, and all of `sharing=ffa`."""
+    words = {key: run.overrides.get(key, "") for key in keys}
+    told = [v if k == "method" else public(f"{k}={v}") for k, v in words.items() if v]
+    return ", ".join(told) or "as it is"
 
 
 def varied_keys(runs: list[Run]) -> list[str]:

@@ -27,6 +27,7 @@ SETTINGS = (
     "num_rounds",
     "strategy._target_",
     "strategy.fraction_fit",
+    "strategy.sampling",
     "train.learning_rate_max",
     "train.seq_length",
     "train.training_arguments.max_steps",

@@ -3,12 +3,27 @@
 import random
 import time
 from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
 
 from flwr.serverapp import Grid
+from pydantic import Field
 
-from utils import STOP, Settings, UserError, look_for_stop, mix_seed, say
+from server.runs import fit
+from utils import (
+    STOP,
+    Settings,
+    UserError,
+    look_for_stop,
+    mix_seed,
+    read_json,
+    say,
+    write_json,
+)
 
 NODES_TIMEOUT = 600.0  # seconds that clients have to connect
+
+Digits = Annotated[str, Field(pattern=r"^\d+$")]
 
 
 class RunFailed(UserError):
@@ -27,16 +42,32 @@ class Clients:
         self.refused: dict[int, str] = {}  # by node: why it takes no part
         self.turns: dict[int, int] = {}  # by number: the last pass it was asked in
         self.current = 1  # the newest pass through all clients that has begun
+        self.file: Path | None = None  # where numbers are kept
+
+    def keep(self, file: Path) -> None:
+        """Number nodes as `file` has it, if it is there, and write there who else comes.
+
+        For a federation, whose nodes have the same ids when a run goes on: by their order
+        alone, one that came late would take the numbers of others. Raises `UserError`.
+        """
+        self.file = file
+        if file.exists():
+            known = fit(read_json(file), dict[Digits, int], file)
+            if sorted(known.values()) != [*range(len(known))]:
+                raise UserError(f"{file} is broken: two nodes have one number.")
+            self.partitions = {int(node): number for node, number in known.items()}
 
     def available(self) -> list[int]:
         """Nodes that are connected and take part, in the order in which they were seen."""
         # Node ids are random in every run; sorted, the numbering is stable within one.
         connected = sorted(self.grid.get_node_ids())
-        for node in connected:
-            if node not in self.partitions:
-                self.partitions[node] = len(self.partitions)
-                if self.named:
-                    say(f"Client {self.partitions[node]} is node {node}.")
+        new = [node for node in connected if node not in self.partitions]
+        for node in new:
+            self.partitions[node] = len(self.partitions)
+            if self.named:
+                say(f"Client {self.partitions[node]} is node {node}.")
+        if new and self.file:
+            write_json(self.file, self.partitions)
         willing = set(connected) - self.refused.keys()
         return sorted(willing, key=self.partitions.__getitem__)
 
@@ -70,9 +101,10 @@ class Clients:
         """The nodes that take part, in order of their numbers; waits until there is one.
 
         With `strategy.sampling=epoch` who trains is dealt out in passes: everybody is asked
-        once, in an order drawn for the pass, before anybody is asked twice. Those that were `tried` in this round already come in only if the others are too few,
-        and those in `out` not at all. `least` of them, where there are as many. Raises
-        `RunFailed` when all that ever came refuse.
+        once, in an order drawn for the pass, before anybody is asked twice. Those that were
+        `tried` in this round already come in only if the others are too few, and those in
+        `out` not at all. `least` of them, where there are as many. Raises `RunFailed` when
+        all that ever came refuse.
         """
         if not (nodes := self.available()):
             if self.refused and self.refused.keys() >= self.partitions.keys():

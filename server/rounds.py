@@ -67,6 +67,8 @@ def run(
     started = time.monotonic()
     forget_peak_memory()
     server = Server(cfg, grid, told)
+    if told:
+        server.clients.keep(folder / "nodes.json")
     journal = Journal(cfg, server.frame, folder)
     examination = Examination(cfg) if dataset.test_wanted(cfg) else None
     base = examination.base() if examination else ({}, [])

@@ -174,6 +174,13 @@ def test_experiment_composes(name):
     assert compose(f"experiment={name}").keys() == plain("").keys()
 
 
+@pytest.mark.parametrize("name", names("method"))
+def test_a_method_is_what_may_be_chosen_singly(name):
+    cfg = schema.validated(plain(f"experiment=quickstart method={name}"))
+    assert cfg.keys() == plain("experiment=quickstart").keys()
+    assert aggregate.build(cfg.strategy)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_file_opens_with_a_command_that_composes(name):
     lines = (CONF / name).read_text().splitlines()
@@ -203,7 +210,12 @@ def test_every_group_is_covered_here():
         "dataset",
         "launch",
     ]
-    covered += ["experiment", "mode", "tracking"]  # the last in test_tracking.py
+    covered += [
+        "experiment",
+        "method",
+        "mode",
+        "tracking",
+    ]  # the last in test_tracking.py
     expected = Counter(
         f"{group}/{name}.yaml" for group in covered for name in names(group)
     )
@@ -211,7 +223,9 @@ def test_every_group_is_covered_here():
     assert Counter(FILES) == expected + Counter(shared)
 
 
-@pytest.mark.parametrize("group", ["launch", "mode", "model", "dataset", "peft"])
+@pytest.mark.parametrize(
+    "group", ["launch", "method", "mode", "model", "dataset", "peft"]
+)
 def test_a_group_has_one_kind_of_file(group):
     """All of them hold one section, or all say what they change elsewhere."""
     texts = [(CONF / group / f"{name}.yaml").read_text() for name in names(group)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from server import rounds
 from server.cohort import Clients, cohort_size, sample
 from settings import plan
-from utils import Settings, mix_seed
+from utils import Settings, UserError, mix_seed
 
 # Of clients: how many there are, the share that trains, and the seed.
 SIZES = (st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
@@ -139,6 +139,35 @@ def test_who_comes_late_is_asked_as_often_as_the_others_from_then_on():
     assert play(clients, 41, 41) == [[8, 9]]
     asked = Counter(number for cohort in play(clients, 42, 61) for number in cohort)
     assert [asked[number] for number in range(10)] == [4] * 10
+
+
+def test_nodes_of_a_federation_keep_their_numbers_when_a_run_goes_on(tmp_path):
+    def begun(*here: int) -> Clients:
+        clients = made(4, 0.5, seed=0)
+        clients.grid.here = [*here]
+        clients.keep(tmp_path / "nodes.json")
+        return clients
+
+    first = begun(50, 70)
+    assert first.available() == [50, 70]
+    first.grid.here.append(60)  # late, and of a lower id
+    assert first.available() == [50, 70, 60]
+    # The run goes on without one of them, and with another that is new.
+    again = begun(60, 70, 10)
+    assert again.available() == [70, 60, 10]
+    assert again.partitions == {50: 0, 70: 1, 60: 2, 10: 3}
+    assert begun(70).available() == [70]
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"x": 0}', '{"5": "a"}', '{"5": 0, "6": 0}', '{"5": 3}']
+)
+def test_numbers_that_no_run_has_written_are_refused(content, tmp_path):
+    file = tmp_path / "nodes.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"nodes\.json is broken") as told:
+        made(4, 0.5, seed=0).keep(file)
+    assert len(str(told.value).splitlines()) == 1
 
 
 def asked_in(folder) -> list[list[int]]:
