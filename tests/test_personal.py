@@ -106,7 +106,7 @@ def test_a_step_is_the_papers(configure, mu):
     w = client.initial_adapter(cfg)
     v = away(w)
     plain, _ = client.train(cfg, v, 0, 1)
-    near, _ = client.train(cfg, v, 0, 1, mu, w)
+    near, _ = client.train(cfg, v, 0, 1, mu, anchor=w)
     by_hand = {k: plain[k] - 0.05 * mu * (v[k] - w[k]) for k in v}
     assert distance(near, by_hand) < 1e-5 < distance(near, plain)
 
@@ -115,11 +115,11 @@ def test_much_mu_is_the_shared_adapter_and_none_is_training_alone(configure):
     cfg = configure(*SGD, "train.training_arguments.max_steps=3")
     w = client.initial_adapter(cfg)
     v = away(w)
-    gone = [distance(client.train(cfg, v, 0, 1, mu, w)[0], w) for mu in (20, 4, 0)]
+    gone = [distance(client.train(cfg, v, 0, 1, mu, anchor=w)[0], w) for mu in (20, 4, 0)]
     assert gone == sorted(gone)
     assert gone[0] < 0.2 * distance(v, w) < 0.9 * distance(v, w) < gone[2]
     alone, _ = client.train(cfg, v, 0, 1)
-    assert same(client.train(cfg, v, 0, 1, 0.0, w)[0], alone)
+    assert same(client.train(cfg, v, 0, 1, 0.0, anchor=w)[0], alone)
 
 
 def test_without_mu_it_is_what_the_client_makes_alone(configure, loopback):
