@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import (
     ArrayRecord,
@@ -31,6 +31,10 @@ from hydra.errors import HydraException
 
 import utils
 from node import permit
+
+if TYPE_CHECKING:
+    from methods.base import State
+    from methods.store import Kept
 
 # Seconds, unless train.round_timeout says otherwise. A SuperNode that is started again with
 # the same key is online, and will never answer what its predecessor was asked.
@@ -58,9 +62,14 @@ def make_server_app(cfg: utils.Settings, folder: Path) -> ServerApp:
 def make_client_app(cfg: utils.Settings, folder: Path) -> ClientApp:
     """A ClientApp that trains and evaluates whichever partition a message names.
 
-    What its clients keep from one round to another goes into the run's `folder`.
+    What its clients keep from one round to another, and their own adapters at the end, go
+    into the run's `folder`.
     """
-    cfg = cfg | {"residuals": str(folder.resolve() / "residuals")}
+    folder = folder.resolve()
+    cfg = cfg | {
+        "residuals": str(folder / "residuals"),
+        "personal_path": str(folder / "personal"),
+    }
 
     def settle(message: Message, context: Context) -> tuple[dict[str, Any], int]:
         return cfg, int(message.content["config"]["partition"])
@@ -175,6 +184,7 @@ def client_app(settle: Settle, private: bool) -> ClientApp:
     app.query()(answer(query))
     app.train()(answer(train))
     app.evaluate()(answer(evaluate))
+    app.evaluate("personal")(answer(personalise))
     return app
 
 
@@ -191,40 +201,111 @@ def train(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    from methods import sharing, steps, store
+    from methods import personal, scaffold, sharing, steps, store
     from node import processes
 
     config = message.content["config"]
     number = int(config["server-round"])
     kept = store.Kept(Path(cfg.residuals), partition, number)
     part = sharing.build(cfg.sharing)
-    before = part.join(_received(message), kept)
+    before = _joined(cfg, message, part, kept, kept)
     mu = config.get("proximal-mu", 0.0)
-    after, metrics = processes.train(cfg, before, partition, number, mu)
+    correction = {}
+    if "control" in message.content:
+        control = _received(message, "control")
+        correction = scaffold.correction(control, before, kept)
+    after, metrics = processes.train(cfg, before, partition, number, mu, correction)
+    if "rank" in cfg:
+        metrics["rank"] = cfg.rank
+    after, change = scaffold.change(after, kept, cfg.comm.dtype)
+
+    def fit(start: "State", anchor: "State", mu: float) -> "State":
+        return processes.train(cfg, start, partition, number, mu, None, anchor)[0]
+
+    personal.build(cfg.personal).train(fit, before, kept)
     packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
-    return RecordDict({"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)})
+    content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
+    if change:
+        content["control"] = ArrayRecord(change)
+    return RecordDict(content)
 
 
 def evaluate(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The metrics of the adapter that came in; of the base before round 1."""
-    from methods import sharing, store
+    from methods import personal
     from node import processes
 
     number = int(message.content["config"]["server-round"])
-    # What has stayed here up to this round is evaluated with what came.
-    kept = store.Kept(Path(cfg.residuals), partition, number + 1)
-    adapter = sharing.build(cfg.sharing).join(_received(message), kept)
-    base = number == 0
-    metrics = processes.evaluate(cfg, adapter, partition, base)
+    shared, joined, kept = _up_to(cfg, partition, number, message)
+    method, base = personal.build(cfg.personal), number == 0
+    _, own = method.pair(shared, joined, kept)
+    # One that was not trained by itself is what is evaluated anyway.
+    beside = own if method.trainings > 1 and not base else None
+    metrics = processes.evaluate(cfg, joined, partition, base, beside)
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
-def _received(message: Message) -> dict[str, Any]:
+def personalise(
+    cfg: utils.Settings, partition: int, message: Message, context: Context
+) -> RecordDict:
+    """The metrics of the adapter of the client's own that it chooses, and writes, at the end."""
+    import client
+    from methods import personal
+    from node import processes
+
+    number = int(message.content["config"]["server-round"])
+    shared, own = personal.build(cfg.personal).pair(
+        *_up_to(cfg, partition, number, message)
+    )
+    metrics = processes.personalise(cfg, shared, own, partition)
+    if cfg.personal_path:
+        chosen = personal.between(shared, own, metrics["personal_weight"])
+        client.save(
+            cfg, chosen, Path(cfg.personal_path) / f"client_{partition}", number
+        )
+    return RecordDict({"metrics": MetricRecord(metrics)})
+
+
+def _up_to(
+    cfg: utils.Settings, partition: int, number: int, message: Message
+) -> tuple["State", "State", "Kept"]:
+    """The adapter that all share, that with what has stayed here up to this round, and what
+    else has."""
+    from methods import sharing, store
+    from node import processes
+
+    now, after = (
+        store.Kept(Path(cfg.residuals), partition, n) for n in (number, number + 1)
+    )
+    part = sharing.build(cfg.sharing)
+    joined = _joined(cfg, message, part, after, now)
+    own = part.own(joined.keys())
+    first = processes.first_adapter(cfg) if own else {}
+    return joined | {name: first[name] for name in own}, joined, after
+
+
+def _received(message: Message, name: str = "arrays") -> dict[str, Any]:
     from methods import wire
 
-    return wire.unpack(message.content["arrays"].to_torch_state_dict())
+    return wire.unpack(message.content[name].to_torch_state_dict())
+
+
+def _joined(
+    cfg: utils.Settings, message: Message, part: Any, earlier: Any, now: Any
+) -> dict[str, Any]:
+    """The adapter that a message is about, of what came and what is here of `earlier`."""
+    from methods import lora
+    from node import processes
+
+    received = _received(message)
+    if "rank" in cfg:  # the node's own, which is below the run's
+        received = lora.cut(received, cfg.rank, lora.power(cfg.peft))
+    unsent = message.content["config"].get("unsent")
+    adapter = part.join(received, unsent, earlier, lambda: processes.first_adapter(cfg))
+    part.hold(received, adapter, now)
+    return adapter
 
 
 server = federation_server()

@@ -4,21 +4,29 @@ No Flower type comes in here. `cfg` is the resolved configuration as a plain dic
 """
 
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
 
 import dataset
 import model
 from compute import patches
 from compute.loss import answer_loss
 from evaluation import examine
-from methods import sharing
+from methods import lora, personal, scaffold, sharing
 from methods.base import State
 from records import templates
 from utils import Settings, learning_rate, mix_seed
@@ -43,11 +51,16 @@ def train(
     partition: int,
     server_round: int,
     proximal_mu: float = 0.0,
+    correction: State | None = None,
+    anchor: State | None = None,
 ) -> tuple[State, Metrics]:
     """Train the adapter for one round on one partition.
 
     Each process of a team calls this, and all of them get the same adapter and figures.
-    `proximal_mu` above 0 adds FedProx's term. The metrics: `num-examples` trained on and
+    `proximal_mu` above 0 adds FedProx's term, the distance from `anchor` or else from `state`.
+    `correction`, by name, is added to the gradient of each step; what the gradients were
+    without, on the mean, then comes with the adapter as `gradient/<name>` (SCAFFOLD's). The
+    metrics: `num-examples` trained on and
     the `records` that they are drawn from, `train_loss` (nats per answer token), `tokens`
     (of prompts and answers, without padding), examples `truncated` to `train.seq_length`,
     draws `dropped` (no answer, or no room for one), the `micro_batch` that memory allowed,
@@ -55,7 +68,7 @@ def train(
     `seconds`, whole and by part.
     """
     clock = Clock()
-    net = _load(cfg)
+    net = _load(cfg, state)
     tokenizer = _tokenizer(cfg)
     clock.lap("load")
     rows = dataset.training_rows(cfg, partition)
@@ -74,6 +87,8 @@ def train(
     clock.lap("tokenise")
     trains = sharing.build(cfg.sharing).trains(state.keys(), server_round)
 
+    gradients: State = {}
+
     def fit(arguments: TrainingArguments) -> float:
         model.set_adapter_state(net, state)
         clock.lap("set")
@@ -86,10 +101,15 @@ def train(
                 else examples,
                 data_collator=_collator(cfg, tokenizer),
                 proximal_mu=proximal_mu,
+                anchor=anchor,
             )
             if not cfg.verbose:
                 trainer.remove_callback(PrinterCallback)
-            return trainer.mean(trainer.train().training_loss)
+            correct = Correct(net, correction or {})
+            trainer.add_callback(correct)
+            loss = trainer.mean(trainer.train().training_loss)
+            gradients.update(correct.means())
+            return loss
 
     loss = None
     try:
@@ -104,7 +124,7 @@ def train(
             torch.cuda.empty_cache()
         loss = fit(arguments)
     clock.lap("train")
-    trained = model.adapter_state(net)
+    trained = model.adapter_state(net) | gradients
     clock.lap("read")
     return trained, {
         "num-examples": len(examples),
@@ -172,50 +192,148 @@ class Clock:
 
 
 def evaluate(
-    cfg: Settings, state: State, partition: int, base: bool = False
+    cfg: Settings,
+    state: State,
+    partition: int,
+    base: bool = False,
+    own: State | None = None,
 ) -> Metrics:
     """How the adapter does on the records held back here; or, with `base`, the base alone.
 
     The metrics: `num-examples`, `eval_loss` (nats per answer token), `eval_accuracy` (share
-    of answer tokens, in [0, 1]), `dropped` and `truncated` as in `train`. Raises `ValueError` where none of them can be used.
+    of answer tokens, in [0, 1]), `dropped` and `truncated` as in `train`, and `eval_loss_own`
+    of an adapter of the client's own, if one is given. Raises `ValueError` where no record
+    can be used.
     """
-    net = _load(cfg).eval()
-    model.set_adapter_state(net, state)
     tokenizer = _tokenizer(cfg)
-    rows = dataset.load_partition(cfg, partition)
-    _, rows = dataset.split(cfg, rows)
-    examples, dropped = dataset.draw(
-        rows, lambda row: _encode(cfg, row, tokenizer), cfg.seed
-    )
-    size = cfg.train.training_arguments.per_device_train_batch_size
-    # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
-    with net.disable_adapter() if base else nullcontext():
-        scores = examine.score(net, examples, _collator(cfg, tokenizer), size)
+    examples, dropped = _held_back(cfg, partition, tokenizer)
+    scores = _scores(cfg, state, examples, tokenizer, base)
     loss, accuracy = examine.loss_and_accuracy(scores)
-    return {
+    told = {
         "num-examples": len(examples),
         "eval_loss": loss,
         "eval_accuracy": accuracy,
         "dropped": dropped,
         "truncated": _truncated(cfg, examples, tokenizer),
     }
+    if own:
+        scores = _scores(cfg, own, examples, tokenizer)
+        told["eval_loss_own"], _ = examine.loss_and_accuracy(scores)
+    return told
+
+
+def personalise(cfg: Settings, shared: State, own: State, partition: int) -> Metrics:
+    """Which mean of the shared adapter and the client's own is best on its records held back.
+
+    The metrics: `num-examples`, `personal_weight` (of its own, the best of
+    `personal.interpolate`), and in nats per answer token `eval_loss_global`, `eval_loss_own`
+    and `eval_loss_personal` (see `methods.personal.choose`).
+    """
+    tokenizer = _tokenizer(cfg)
+    examples, _ = _held_back(cfg, partition, tokenizer)
+    tried = {
+        weight: _scores(cfg, personal.between(shared, own, weight), examples, tokenizer)
+        for weight in sorted({0, 1, *cfg.personal.interpolate})
+    }
+    weight, loss = personal.choose(
+        {w: tried[w][:, [0, 2]] for w in sorted(cfg.personal.interpolate)}
+    )
+    return {
+        "num-examples": len(examples),
+        "eval_loss_global": examine.loss_and_accuracy(tried[0])[0],
+        "eval_loss_own": examine.loss_and_accuracy(tried[1])[0],
+        "eval_loss_personal": loss,
+        "personal_weight": float(weight),
+    }
+
+
+def save(cfg: Settings, state: State, folder: Path, done: int) -> None:
+    """Write an adapter of round `done` as a PEFT folder, in the place of an earlier one."""
+    frame = model.skeleton(cfg.model, cfg.peft)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_adapter(frame, state, _tokenizer(cfg), model.about(cfg, done), folder)
+
+
+def _held_back(
+    cfg: Settings, partition: int, tokenizer: Any
+) -> tuple[list[templates.Example], int]:
+    """The client's records to evaluate on, tokenised, and how many rows fell out."""
+    rows = dataset.load_partition(cfg, partition)
+    _, rows = dataset.split(cfg, rows)
+    return dataset.draw(rows, lambda row: _encode(cfg, row, tokenizer), cfg.seed)
+
+
+def _scores(
+    cfg: Settings,
+    state: State,
+    examples: list[templates.Example],
+    tokenizer: Any,
+    base: bool = False,
+) -> torch.Tensor:
+    """`examine.score` with this adapter, or with none."""
+    net = _load(cfg, state).eval()
+    model.set_adapter_state(net, state)
+    size = cfg.train.training_arguments.per_device_train_batch_size
+    # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
+    with net.disable_adapter() if base else nullcontext():
+        return examine.score(net, examples, _collator(cfg, tokenizer), size)
+
+
+class Correct(TrainerCallback):
+    """Adds to each step's gradients, once they are clipped, and keeps what they were before."""
+
+    def __init__(self, net: torch.nn.Module, correction: State) -> None:
+        self.steps = 0
+        self.each = {
+            name: (p, torch.empty_like(p).copy_(correction[name]), torch.zeros_like(p))
+            for name, p in net.named_parameters()
+            if name in correction and p.requires_grad
+        }
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.steps += 1
+        for parameter, correction, total in self.each.values():
+            if parameter.grad is None:  # of a part that no example has come by
+                parameter.grad = torch.zeros_like(parameter)
+            total.add_(parameter.grad)
+            parameter.grad.add_(correction)
+
+    def means(self) -> State:
+        """On the CPU, in float32, as `gradient/<name>`."""
+        return {
+            scaffold.GRADIENT + name: (total / max(self.steps, 1)).to(
+                "cpu", torch.float32
+            )
+            for name, (_, _, total) in self.each.items()
+        }
 
 
 class LocalTrainer(Trainer):
     """`transformers.Trainer` in the base's compute type, with FedProx's proximal term."""
 
-    def __init__(self, *args: Any, proximal_mu: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        proximal_mu: float = 0.0,
+        anchor: State | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         # So that Trainer passes `num_items_in_batch` to `compute_loss` for every model.
         self.model_accepts_loss_kwargs = True
         self.proximal_mu = proximal_mu
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.anchor = [p.detach().clone() for p in self.trained] if proximal_mu else []
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = [*named.values()]
+        self.anchor: list[torch.Tensor] = []
+        if proximal_mu:
+            start = anchor or {n: p.detach().clone() for n, p in named.items()}
+            self.anchor = [start[n].to(p) for n, p in named.items()]
 
     def compute_loss(
         self, model_: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The loss on the answers, plus mu/2 ||w - w_global||^2 (arXiv 1812.06127)."""
+        """The loss on the answers, plus mu/2 ||w - anchor||^2 (FedProx, arXiv 1812.06127)."""
         with model.autocast(model_):
             loss = answer_loss(model_, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -305,9 +423,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _load(cfg: Settings) -> torch.nn.Module:
+def _load(cfg: Settings, state: State) -> torch.nn.Module:
+    """The model, with an adapter of the rank that `state` has."""
     model.use_cpus(cfg.client_resources.num_cpus)
-    return model.build_once(cfg.model, cfg.peft, cfg.seed, model.default_device())
+    net = model.build_once(cfg.model, cfg.peft, cfg.seed, model.default_device())
+    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    if (rank := lora.rank(state)) != lora.rank(trained) and rank:
+        model.set_rank(net, cfg.peft, rank)
+    return net
 
 
 def _tokenizer(cfg: Settings) -> Any:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,6 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -47,6 +46,7 @@ from records import templates
 from utils import (
     PROJECT,
     Refusal,
+    Settings,
     Unwritable,
     UserError,
     commit,
@@ -273,6 +273,36 @@ def build_once(
     return _build_once(key, device)[0]
 
 
+def capped(peft_cfg: Any, most: int) -> Settings:
+    """The settings of the same LoRA with no rank above `most`. Alpha stays: the scale
+    alpha / r is that of the rank."""
+    made = construct(peft_cfg, "peft")
+    pattern = {name: min(rank, most) for name, rank in made.rank_pattern.items()}
+    return Settings(peft_cfg) | {"r": min(made.r, most), "rank_pattern": pattern}
+
+
+def highest_rank(peft_cfg: Any) -> int | None:
+    """Of any layer, where the method is LoRA."""
+    made = construct(peft_cfg, "peft")
+    if made.peft_type != "LORA":
+        return None
+    return max(made.r, *made.rank_pattern.values(), 1)
+
+
+def set_rank(model: PeftModel, peft_cfg: Any, most: int) -> None:
+    """Put a LoRA of this rank at most in the place of a model's own, on the same base.
+
+    Whoever does that must set the adapter's state before use.
+    """
+    settings = construct(capped(peft_cfg, most), "peft")
+    settings.task_type = settings.task_type or "CAUSAL_LM"
+    model.delete_adapter("default")
+    model.add_adapter("default", settings)
+    model.set_adapter("default")
+    if model.device.type == "cpu":
+        patches.quicken_dropout(model)
+
+
 def forget() -> None:
     """Let go of the model that `build_once` keeps."""
     _build_once.cache_clear()
@@ -291,7 +321,9 @@ def skeleton(model_cfg: Any, peft_cfg: Any) -> PeftModel:
 
     Needs the base's `config.json` only. The server keeps one to check replies against and
     to write adapter folders; it never holds the base. On the meta device, unless the method
-    saves values of its own beside the trained ones (VeRA's projections, say).
+    reads values when it begins, or saves some beside the trained ones (SHiRA's indices,
+    VeRA's projections): then on the CPU, on a `stand_in`, whose weights take next to no
+    memory.
     """
     return _frame(_config(model_cfg), model_cfg, peft_cfg)
 
@@ -332,6 +364,7 @@ def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
     return adapter_state(_with_adapter(base, model_cfg, peft_cfg, seed))
 
 
+@patches.equal_masks_drawn_once()
 def _with_adapter(
     base: torch.nn.Module,
     model_cfg: Any,
@@ -531,6 +564,23 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).abs().max() <= 1e-3 * other.abs().max())
 
 
+# Methods whose change of a weight is linear in what they train.
+LINEAR = ("C3A", "FOURIERFT", "IA3", "MISS", "SHIRA", "TINYLORA", "WAVEFT")
+
+
+def averages_exactly(settings: peft.PeftConfig, trained: Collection[str]) -> bool:
+    """Whether a mean of such adapters does to each weight what they do to it in the mean.
+
+    So where that is linear in the tensors that are `trained`, by name. The product B A of
+    LoRA is linear in either alone; DoRA divides by the norm of a sum.
+    """
+    if settings.peft_type == "LORA":
+        halves = {half for half in "AB" for name in trained if f"_{half}." in name}
+        return len(halves) < 2 and not settings.use_dora
+    bat = getattr(settings, "init_weights", None) == "bat"  # MiSS's, times the weight
+    return settings.peft_type in LINEAR and not bat
+
+
 @contextlib.contextmanager
 def autocast(model: torch.nn.Module) -> Iterator[None]:
     """Run the float32 adapter in the base's compute type; weights keep their type."""
@@ -540,7 +590,7 @@ def autocast(model: torch.nn.Module) -> Iterator[None]:
         yield
         return
     # PEFT's LoRA layers would cast inputs to float32, and autocast cast them back.
-    with disable_input_dtype_casting(model), torch.autocast(device.type, dtype):
+    with patches.inputs_as_they_come(model), torch.autocast(device.type, dtype):
         yield
 
 
@@ -594,6 +644,23 @@ def save_adapter(
         _write(frame, state, about["model"]["name"], temporary)
         asking.save_pretrained(temporary)
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def about(cfg: Any, done: int) -> dict[str, Any]:
+    """What `save_adapter` notes beside an adapter of round `done`: how to ask and examine it."""
+    settings = {name: value for name, value in cfg.model.items() if name != "cache"}
+    settings["name"] = portable_name(settings["name"])
+    train = cfg.train
+    return {
+        "round": done,
+        "template": cfg.dataset.template,
+        "model": settings,
+        # As it is examined, for `test.py --file`.
+        "columns": cfg.dataset.columns,
+        "seq_length": train.seq_length,
+        "batch_size": train.training_arguments.per_device_train_batch_size,
+        "max_new_tokens": cfg.evaluate.max_new_tokens,
+    }
 
 
 def _write(frame: PeftModel, state: State, base: str, folder: Path) -> None:
@@ -718,6 +785,7 @@ def _compare(settings: peft.PeftConfig, about: dict[str, Any], folder: str) -> N
                 )
 
 
+@patches.equal_masks_drawn_once()
 def _open(base: torch.nn.Module, settings: peft.PeftConfig, folder: str) -> PeftModel:
     """A saved adapter on its base. Raises `ValueError` unless all of it is in use."""
     state = load_file(Path(folder) / "adapter_model.safetensors")

@@ -8,9 +8,12 @@ cache in `settings/heterogeneity.py`, `hydra._internal` in `reporting/` and a jo
 `_return_value` in `settings/outputs.py`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.shira import config as shira
 from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 
 from compute import cpu
@@ -30,6 +33,49 @@ def quicken_dropout(model: torch.nn.Module) -> None:
         for name, dropout in getattr(module, "lora_dropout", {}).items():
             if type(dropout) is torch.nn.Dropout:
                 module.lora_dropout[name] = cpu.Dropout(dropout.p)
+
+
+@contextmanager
+def equal_masks_drawn_once() -> Iterator[None]:
+    """Let SHiRA draw the mask of layers of one shape once, not for each (peft 0.21.2).
+
+    Its seed is the same for all of them, and so is the mask. For 64 layers of 4096 x 4096
+    it would shuffle 16.8M numbers 64 times: 80 s of a core, which are 9 so.
+    """
+    draw, drawn = shira.random_mask, {}
+
+    def mask(
+        layer: torch.nn.Module, r: int, random_seed: int | None = None, **_: Any
+    ) -> torch.Tensor:
+        shape = layer.in_features, layer.out_features, layer.weight.device
+        if (key := (*shape, r, random_seed)) not in drawn:
+            drawn[key] = draw(layer, r, random_seed)
+        return drawn[key]
+
+    shira.random_mask = mask
+    try:
+        yield
+    finally:
+        shira.random_mask = draw
+        drawn.clear()
+
+
+@contextmanager
+def inputs_as_they_come(model: torch.nn.Module) -> Iterator[None]:
+    """Keep adapters from casting their inputs to their own type (peft 0.21.2).
+
+    PEFT's `disable_input_dtype_casting` asks every adapter for its switch, and IA3, C3A,
+    FourierFT and SHiRA have none.
+    """
+    layers = [x for x in model.modules() if hasattr(x, "cast_input_dtype_enabled")]
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 def release_inputs(base: torch.nn.Module) -> None:

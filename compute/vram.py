@@ -21,7 +21,8 @@ def estimate_vram(
 
     `skeleton` is a PEFT model on the meta device, `bits` 4, 8 or None (bfloat16), `batch`
     in examples of `seq_length` tokens, all of them answers. Of an adapter's own
-    activations it knows LoRA's; DoRA's products of whole weights, say, come on top. Add
+    activations it knows those of LoRA, MiSS, FourierFT, C3A and SHiRA; DoRA's products of
+    whole weights, say, come on top. Add
     the terms up with `allocated` or `occupied`.
     """
     base = skeleton.get_base_model()
@@ -49,12 +50,13 @@ def estimate_vram(
     # 2 for a gated MLP (SwiGLU), else 1; a fused gate counts as the two that it is.
     opened = sum(x.out_features for x in linears if x.out_features % inner == 0)
     gated = opened / layers / inner > 1.5
-    saved = tokens * (
+    token, fixed = _adapter_bytes(skeleton)
+    saved = fixed // layers + tokens * (
         2 * FLOAT32 * hidden  # both norms keep their input in float32
         + BF16 * 4 * width  # attention: q, k, v (repeated to all heads) and its output
         + FLOAT32 * heads  # attention's log-sum-exp
         + BF16 * inner * (3 if gated else 1)  # gate, activated gate and up; or one
-        + _adapter_input_bytes(skeleton) // layers
+        + token // layers
     )
     widest = max((linear.weight.numel() for linear in linears), default=0)
     state = tokens * BF16 * hidden  # one hidden state of the whole batch
@@ -112,14 +114,27 @@ def _linear_bytes(linear: torch.nn.Linear, bits: int | None) -> int:
     return BF16 * values
 
 
-def _adapter_input_bytes(skeleton: Any) -> int:
-    """Bytes a token that all LoRA layers together keep for their backward."""
-    total = 0
+def _adapter_bytes(skeleton: Any) -> tuple[int, int]:
+    """Bytes that all layers of an adapter together keep for their backward.
+
+    A token's, and those that are there however many tokens come: FourierFT and SHiRA make
+    a whole matrix of what is trained.
+    """
+    token = fixed = 0
     for module in skeleton.modules():
         for name, lora_a in getattr(module, "lora_A", {}).items():
             if not isinstance(lora_a, torch.nn.Linear):  # AdaLoRA's, an embedding's
                 continue
             dropout = isinstance(module.lora_dropout[name], torch.nn.Dropout)
             # The (dropped-out) input, dropout's one-byte mask, and what A makes of it.
-            total += lora_a.in_features * (BF16 + dropout) + BF16 * lora_a.out_features
-    return total
+            token += lora_a.in_features * (BF16 + dropout) + BF16 * lora_a.out_features
+        for name, block in getattr(module, "miss_block", {}).items():
+            dropout = isinstance(module.miss_dropout[name], torch.nn.Dropout)
+            # Dropout's mask, and the sums of the input's parts.
+            token += module.in_features * dropout + BF16 * len(block)
+        if hasattr(module, "c3a_kernel"):  # whose convolution is in float32
+            token += FLOAT32 * module.in_features
+        if hasattr(module, "fourierft_spectrum") or hasattr(module, "shira_weight"):
+            token += BF16 * module.in_features
+            fixed += BF16 * module.in_features * module.out_features
+    return token, fixed

@@ -1,14 +1,17 @@
 """How the updates of a round are combined: Flower's strategies, fed one update at a time."""
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import flwr.serverapp.strategy as flower
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from methods import wire
+from methods import lora, wire
 from methods.base import Aggregation, Contribution, State, Unusable
 from utils import UserError, construct, one_line
 
@@ -20,6 +23,7 @@ OURS = (
     "min_fit_replies",
     "max_round_retries",
     "clip_norm",
+    "clip_weights",
     "weighted_by",
     "max_weight",
 )
@@ -28,11 +32,18 @@ OURS = (
 WEIGHTS = {"examples": "num-examples", "records": "records"}
 
 
-def build(node: dict[str, Any]) -> Aggregation:
+def build(node: dict[str, Any], layers: Sequence[lora.Layer] = ()) -> Aggregation:
     """What `conf/strategy` names: a class of this module, or of Flower's one that it wraps.
 
-    Raises `UserError` for settings that it does not take.
+    `layers`: the adapter's, as far as it is LoRA. Raises `UserError` for settings that it
+    does not take.
     """
+    made = _build(node)
+    made.layers = layers
+    return made
+
+
+def _build(node: dict[str, Any]) -> Aggregation:
     settings = {k: v for k, v in node.items() if k not in OURS}
     if node["_target_"].startswith(f"{__name__}."):
         return construct(settings, __name__, Aggregation)
@@ -97,6 +108,86 @@ class Alone(Aggregation):
         return self.changes
 
 
+class Every(Aggregation):
+    """Every update, whole."""
+
+    def begin(self, state: State, server_round: int) -> None:
+        super().begin(state, server_round)
+        self.all: list[Contribution] = []
+
+    def add(self, one: Contribution) -> None:
+        self.all.append(one)
+
+    def in_order(self) -> list[Contribution]:
+        """By partition: who answers first leaves no trace."""
+        return sorted(self.all, key=lambda one: one.partition)
+
+
+class Svd(Every):
+    """The best adapter of the run's rank for what clients' adapters do on the mean.
+
+    FlexLoRA (arXiv 2402.11505): M = sum p_i s_i B_i A_i for each layer, and of it the nearest
+    of rank r, B = U S / s and A = V^T. The strength goes into B alone, as in a fresh adapter,
+    whose B is 0: a row of A is then as long whatever its direction's strength, so a weak one
+    gets the gradients that a strong one gets. Split evenly, a direction of strength 0 would
+    have two zeros, and never learn again. What is no half of LoRA is the mean.
+
+    A client may have a lower rank: it is sent the strongest directions, and the others stay as
+    they are. `ranks`: a list that is dealt out to partitions again and again, or the share of
+    clients that has each rank; None: the run's, or what a node says that it has.
+    """
+
+    products = True
+
+    def __init__(self, ranks: list[int] | dict[int, float] | None = None) -> None:
+        self.ranks = ranks
+        self.dealt: list[int] = []
+        self.count: Counter[int] = Counter()  # of those dealt out
+        self.heard: dict[int, int] = {}  # by partition, the rank that a node has
+        self.cuts: tuple[State, dict[int, State]] = {}, {}  # of a state, by rank
+
+    def rank(self, partition: int) -> int | None:
+        """The highest rank that a client can have, if it is known to be limited."""
+        if isinstance(self.ranks, list):
+            return self.ranks[partition % len(self.ranks)]
+        while self.ranks and len(self.dealt) <= partition:
+            # To whichever is furthest behind its share.
+            part = (len(self.dealt) + 1) / sum(self.ranks.values())
+            behind = {r: n * part - self.count[r] for r, n in self.ranks.items()}
+            self.dealt.append(max(behind, key=behind.__getitem__))
+            self.count[self.dealt[-1]] += 1
+        return self.dealt[partition] if self.ranks else self.heard.get(partition)
+
+    def hear(self, client: dict[str, Any]) -> None:
+        self.heard.pop(client["partition"], None)
+        if "rank" in client:
+            self.heard[client["partition"]] = client["rank"]
+
+    def down(self, state: State, partition: int) -> State:
+        most = self.rank(partition)
+        if most is None or most >= (lora.rank(state) or 0):
+            return state
+        if self.cuts[0] is not state:
+            self.cuts = state, {}
+        if most not in self.cuts[1]:
+            self.cuts[1][most] = lora.cut(state, most, self.layers[0].power)
+        return self.cuts[1][most]
+
+    def gathered(self) -> State:
+        replies = self.in_order()
+        total = sum(one.weight for one in replies)
+        made: State = {}
+        for layer in self.layers:
+            rank = len(self.state[layer.a])
+            left, right = lora.best(lora.mean(layer, self.state, replies), rank)
+            made |= {layer.a: right, layer.b: left / layer.scale(rank)}
+        change = {name: made[name] - self.state[name].double() for name in made}
+        for name in self.state.keys() - made.keys():
+            weighted = (one.update[name].double() * one.weight for one in replies)
+            change[name] = sum(weighted) / total
+        return change
+
+
 class Flower(Aggregation):
     """A strategy of Flower's, which makes an adapter of replies that hold adapters."""
 
@@ -114,11 +205,11 @@ class Flower(Aggregation):
         self.strategy.configure_train(server_round, record(state), config, Nobody())
         return config
 
-    def _aggregate(self, replies: list["Reply"]) -> State:
-        """The strategy's next adapter, as precise as it makes it."""
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        """The strategy's adapter after `state`, as precise as it makes it."""
         name = type(self.strategy).__name__
         try:
-            self._configure(self.number, self.state)
+            self._configure(self.number, state)
             aggregated, _ = self.strategy.aggregate_train(self.number, replies)
         except Exception as error:  # of any type: each strategy has its own
             cause = one_line(f"{type(error).__name__}: {error}")
@@ -145,12 +236,11 @@ class Flower(Aggregation):
             setattr(self.strategy, attribute, arrays)
 
 
-class Mean(Flower):
+class Running(Aggregation):
     """The running weighted mean of updates: memory for one, however many.
 
-    Enough for every strategy that is a function of the mean. Summed in float64, where sums
-    of float32 values that differ by less than a factor of 2^17 are exact: the order in
-    which clients answer leaves no trace.
+    Summed in float64, where sums of float32 values that differ by less than a factor of
+    2^17 are exact: the order in which clients answer leaves no trace.
     """
 
     linear = True
@@ -171,11 +261,69 @@ class Mean(Flower):
     def gathered(self) -> State:
         return {name: total / self.weight for name, total in self.sums.items()}
 
+
+class Scaffold(Running):
+    """SCAFFOLD (arXiv 1910.06378): beside the mean of updates a control variate c for clients.
+
+    It moves by their changes of c_i (`methods.scaffold`), divided by the number of all
+    `clients`: so c is the mean of what they have told of their c_i, whoever takes part. The
+    updates are weighed as everywhere; the paper's all count the same, as do those of
+    clients that take the same number of steps.
+    """
+
+    corrects = True
+    keeps = ("control",)
+
+    def __init__(self, clients: int) -> None:
+        self.clients = clients
+        self.control: State = {}  # none yet is 0
+
+    def beside(self, state: State) -> State:
+        return self.control or {k: torch.zeros_like(v) for k, v in state.items()}
+
+    def begin(self, state: State, server_round: int) -> None:
+        super().begin(state, server_round)
+        self.changes: State = {}
+
+    def add(self, one: Contribution) -> None:
+        super().add(one)
+        for name, change in one.beside.items():
+            self.changes[name] = self.changes.get(name, 0) + change.double()
+
+    def apply(self, mean: State) -> State:
+        control = self.beside(self.state)
+        self.control = control | {
+            name: (control[name] + total / self.clients).to(torch.float32)
+            for name, total in self.changes.items()
+        }
+        return super().apply(mean)
+
+    def memory(self) -> dict[str, State]:
+        return {"control": self.control} if self.control else {}
+
+    def recall(self, memory: dict[str, State]) -> None:
+        self.control = memory.get("control", {})
+
+
+class Mean(Running, Flower):
+    """Enough for every strategy of Flower's that is a function of the mean."""
+
     def apply(self, mean: State) -> State:
         """The strategy's adapter of the one that the mean update makes, as a single reply."""
         whole = super().apply(mean)
-        made = self._aggregate([Reply(whole, self.weight, self.loss / self.weight)])
-        # What was not sent stays, whatever a momentum would make of it.
+        part = mean.keys() < self.state.keys()
+        before = self.memory() if part else {}
+        reply = Reply(whole, self.weight, self.loss / self.weight)
+        made = self._aggregate(self.state, [reply])
+        # What was not sent stays, and so do its momenta: of a half that is trained every
+        # second round they would fade in between.
+        if part:
+            after = self.memory()
+            for kept, each in after.items():
+                old = before.get(kept, {})
+                rest = [name for name in each if name not in mean]
+                each |= {k: old.get(k, torch.zeros_like(each[k])) for k in rest}
+            self.recall(after)
         return {
             name: (made[name] if name in mean else tensor).to(torch.float32)
             for name, tensor in self.state.items()
@@ -206,33 +354,65 @@ class Moments(Mean):
     keeps = ("m_t", "v_t")
 
 
-class All(Flower):
-    """Every update, in order of partition: what robust strategies need."""
-
-    def begin(self, state: State, server_round: int) -> None:
-        super().begin(state, server_round)
-        self.all: list[Contribution] = []
-
-    def add(self, one: Contribution) -> None:
-        self.all.append(one)
+class All(Every, Flower):
+    """What robust strategies need: every reply by itself."""
 
     def gathered(self) -> State:
         """The strategy's change, of replies that hold the adapter that each update makes."""
-        self.all.sort(key=lambda one: one.partition)
+        sent = {k: self.state[k] for k in self.all[0].update}
         made = self._aggregate(
+            sent,
             [
                 Reply(
                     {k: self.state[k] + one.update[k] for k in one.update},
                     one.weight,
                     one.loss,
                 )
-                for one in self.all
-            ]
+                for one in self.in_order()
+            ],
         )
         return {k: made[k].double() - self.state[k].double() for k in made}
 
 
-# Those that are a function of the mean. Every other gets all replies.
+class Closest(All):
+    """Multi-Krum and Krum, which take the clients whose adapters do nearly the same.
+
+    Flower compares factors, value by value: two that do the same may be far apart there. Its
+    rule is given places at the distances of what the adapters do, where they are LoRA.
+    """
+
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        settings = self.strategy
+        count, bad = settings.num_nodes_to_select, settings.num_malicious_nodes
+        chosen = self.select([reply.content for reply in replies], bad, count)
+        near = [r for r in replies if any(r.content is one for one in chosen)]
+        return super()._aggregate(state, near)
+
+    def select(
+        self, contents: list[RecordDict], malicious: int, count: int
+    ) -> list[RecordDict]:
+        """The contents of so many replies, which are those of the round, in its order."""
+        if not self.layers:
+            return select_multikrum(contents, malicious, count)
+        places = lora.places(self.layers, self.state, self.in_order())
+        stands = [RecordDict({"arrays": record({"place": place})}) for place in places]
+        chosen = {*map(id, select_multikrum(stands, malicious, count))}
+        pairs = zip(contents, stands, strict=True)
+        return [content for content, stand in pairs if id(stand) in chosen]
+
+
+class Trimmed(Closest):
+    """Bulyan, whose first step that is."""
+
+    def __init__(self, strategy: flower.Bulyan) -> None:
+        super().__init__(strategy)
+        strategy.selection_rule = self.select
+
+    def _aggregate(self, state: State, replies: list["Reply"]) -> State:
+        return Flower._aggregate(self, state, replies)
+
+
+# Those that are a function of the mean, or compare replies. Every other gets all of them.
 WRAPPED: dict[type, type[Flower]] = {
     flower.FedAvg: Mean,
     flower.FedProx: Mean,
@@ -240,6 +420,9 @@ WRAPPED: dict[type, type[Flower]] = {
     flower.FedAdagrad: Moments,
     flower.FedAdam: Moments,
     flower.FedYogi: Moments,
+    flower.Krum: Closest,
+    flower.MultiKrum: Closest,
+    flower.Bulyan: Trimmed,
 }
 
 

@@ -6,7 +6,8 @@
 None of it knows models, data or messages: tensors by name, in float32 on the CPU.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ class Contribution:
     update: Any  # its change of them: a State, or on arrival what the wire carried
     weight: int  # in the mean, 1 or more
     loss: float  # mean of the round, nats a token
+    rest: State = field(default_factory=dict)  # what else of the adapter it was sent
+    beside: State = field(default_factory=dict)  # what came beside the update
+
+    def value(self, name: str) -> torch.Tensor:
+        """A tensor of the adapter that the client has trained, in float64."""
+        if name not in self.update:
+            return self.rest[name].double()
+        return self.before[name].double() + self.update[name].double()
 
 
 class Step:
@@ -80,7 +89,10 @@ class Aggregation:
     again, after `recall` of what `memory` gave once it was begun.
     """
 
+    corrects = False  # whether clients that train get, and answer, more than an adapter
     linear = False  # whether `gathered` is the weighted mean of the updates
+    products = False  # whether it needs a sum of products, all of it shared
+    layers: Sequence[Any] = ()  # the adapter's `lora.Layer`s, which the server knows
     keeps: tuple[str, ...] = ()  # the names of what `memory` may hold
 
     def start(self, adapter: State, clients: int) -> State:
@@ -94,6 +106,13 @@ class Aggregation:
         own = f"{partition}/"
         named = ((name.removeprefix(own), tensor) for name, tensor in state.items())
         return {name: tensor for name, tensor in named if "/" not in name}
+
+    def hear(self, client: dict[str, Any]) -> None:
+        """What a client has told of itself, now or before the run was stopped."""
+
+    def beside(self, state: State) -> State:
+        """What clients that train are sent beside it, by the adapter's names; and answer."""
+        return {}
 
     def told(self, server_round: int) -> dict[str, Any]:
         """What clients are told beside it."""

@@ -1,16 +1,25 @@
 """What is done to updates on their way, as the configuration has it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
+from methods import lora
 from methods.base import Contribution, State, Step, Steps
 from methods.wire import Wire
 from utils import Settings
 
 
-def build(cfg: Settings) -> Steps:
-    """The steps of a run, in the order in which a client takes them."""
-    return Steps(Clip(cfg.strategy.clip_norm), Wire(cfg.comm.dtype))
+def build(cfg: Settings, layers: Sequence[lora.Layer] = ()) -> Steps:
+    """The steps of a run, in the order in which a client takes them.
+
+    `layers`: the adapter's, which the server knows.
+    """
+    return Steps(
+        Clip(cfg.strategy.clip_norm),
+        ClipWeights(cfg.strategy.clip_weights, layers),
+        Wire(cfg.comm.dtype),
+    )
 
 
 class Clip(Step):
@@ -27,6 +36,25 @@ class Clip(Step):
         if self.longest is None:
             return one
         scale = min(1.0, self.longest / max(norm(one.update), 1e-12))
+        return replace(one, update={k: v * scale for k, v in one.update.items()})
+
+
+class ClipWeights(Step):
+    """Updates scaled down until what they do to the base's weights is at most `longest`.
+
+    That is ||s (B_i A_i - B A)||_F over all layers of LoRA: what a client can do to the exact
+    mean of products, which `strategy=svd` takes. The mean of factors is bounded by `Clip`:
+    huge factors may do little together, and much with another client's. By the server. None:
+    as they are.
+    """
+
+    def __init__(self, longest: float | None, layers: Sequence[lora.Layer]) -> None:
+        self.longest, self.layers = longest, layers
+
+    def arrive(self, one: Contribution) -> Contribution:
+        if self.longest is None:
+            return one
+        scale = lora.share_within(self.layers, one, self.longest)
         return replace(one, update={k: v * scale for k, v in one.update.items()})
 
 

@@ -24,12 +24,15 @@ class Kept:
         return load_file(max(earlier)[1]) if earlier else None
 
     def save(self, name: str, state: State) -> None:
-        """Keep this of the round, and what the one before it has kept."""
+        """Keep this of the round, and what the client's two rounds before it have kept.
+
+        A run may go on from the older of its two checkpoints, two rounds back.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = f"{self.partition}-{name}-{self.number:06d}.safetensors"
         save_file(state, temporary := (self.folder / file).with_suffix(".tmp"))
         os.replace(temporary, self.folder / file)
-        for _, old in sorted(self._files(name))[:-2]:
+        for _, old in sorted(self._files(name))[:-3]:
             old.unlink()
 
     def _files(self, name: str) -> list[tuple[int, Path]]:

@@ -1,4 +1,4 @@
-"""The adapter on the wire: float32, float16, or int8 with a scale for each row.
+"""The adapter on the wire: float32, float16, or int8 with a scale for each row or column.
 
 Down goes the adapter, up comes the update that a client made to it. In int8 a client keeps
 what rounding took from its update and adds it to the next one (error feedback, Seide et al.
@@ -10,6 +10,7 @@ makes a tensor of anything.
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,9 @@ def pack(
     """Tensors to send for `state`, and in int8 what they leave out of it.
 
     `residual` is what the last call left out; it is added before rounding. In int8 each
-    tensor is joined by its scales, float32, one for each row (one in all for a vector).
+    tensor is joined by its scales, float32: one for each row of a matrix, or for each column
+    where these are fewer (LoRA's B: a scale for each of its r columns, not for d rows of r
+    values), and one in all for a vector.
     """
     if dtype != "int8":
         return {k: v.to(getattr(torch, dtype)) for k, v in state.items()}, None
@@ -54,12 +57,12 @@ def pack(
     left: State = {}
     for name, tensor in state.items():
         whole = tensor + residual[name] if name in (residual or {}) else tensor
-        rows = whole.reshape(len(whole) if whole.ndim > 1 else 1, -1)
-        scale = rows.abs().amax(dim=1) / 127
-        steps = rows / torch.where(scale > 0, scale, 1)[:, None]
-        packed[name] = steps.round().to(torch.int8).reshape(whole.shape)
+        rows = whole.T if _tall(whole.shape) else whole
+        scale = rows.reshape(_scales(whole.shape), -1).abs().amax(dim=1) / 127
+        steps = whole / _along(torch.where(scale > 0, scale, 1), whole.shape)
+        packed[name] = steps.round().to(torch.int8)
         packed[name + SCALE] = scale
-        left[name] = whole - _expand(packed[name], scale)
+        left[name] = whole - packed[name] * _along(scale, whole.shape)
     return packed, left
 
 
@@ -80,7 +83,7 @@ def layout(expected: dict[str, Any], dtype: str) -> dict[str, tuple[str, tuple]]
     wire = {name: (dtype, tuple(each.shape)) for name, each in expected.items()}
     if dtype == "int8":
         for name, (_, shape) in list(wire.items()):
-            wire[name + SCALE] = "float32", (shape[0] if len(shape) > 1 else 1,)
+            wire[name + SCALE] = "float32", (_scales(shape),)
     return wire
 
 
@@ -154,15 +157,25 @@ def unpack(packed: State) -> State:
             state[name] = tensor.to(torch.float32)
             continue
         scale = packed.get(name + SCALE)
-        rows = len(tensor) if tensor.ndim > 1 else 1
-        if scale is None or scale.shape != (rows,):
-            raise ValueError(f"{name} has no scale for each of its {rows} rows")
-        state[name] = _expand(tensor, scale)
+        count = _scales(tensor.shape)
+        if scale is None or scale.shape != (count,):
+            raise ValueError(f"{name} has no scale for each of its {count} rows")
+        state[name] = tensor * _along(scale, tensor.shape)
     return state
 
 
-def _expand(steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (steps.reshape(len(scale), -1) * scale[:, None]).reshape(steps.shape)
+def _tall(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and shape[0] > shape[1]
+
+
+def _scales(shape: Sequence[int]) -> int:
+    """How many scales a tensor of this shape has in int8."""
+    return shape[_tall(shape)] if len(shape) > 1 else 1
+
+
+def _along(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The scales, to be multiplied with a tensor of this shape."""
+    return scale if _tall(shape) else scale.reshape(-1, *[1] * (len(shape) - 1))
 
 
 def mismatch(state: State, expected: dict[str, Any]) -> str | None:

@@ -48,7 +48,9 @@ SETTINGS: dict[str, type] = {
     "device": str,  # cpu, cuda, or cuda:1
     "cpus": int,  # threads for one client; all that there are unless given
     "processes": int,  # that train one client together, a GPU each (conf/launch)
+    "rank": int,  # the highest of its adapter, where a run takes others than its own
     "cache-path": str,  # where the quantised base is kept between messages
+    "personal-path": str,  # the folder for the adapter of this node's own at a run's end
     "partition-id": int,  # without data of its own: its share of the run's dataset
     "num-partitions": int,
 }
@@ -63,6 +65,9 @@ CEILINGS = {
     "max-batch-tokens": 2**18,  # at a time: examples x train.seq_length
     "max-rank": 1024,  # of an adapter; also its virtual tokens and hidden sizes
 }
+
+# Of `peft`'s numbers those that take no room, however large: factors and seeds.
+NO_SIZE = ("lora_alpha", "scaling", "random_seed", "random_loc_seed")
 
 SETTINGS |= dict.fromkeys(CEILINGS, int)
 
@@ -122,13 +127,18 @@ def settle(
         # Two nodes of one machine may share the folder, but not their data.
         share = mix_seed(str(cfg.dataset.path), partition)
         run = RUN_NAME.sub("_", str(told["run"]))[:100]
-        cfg["residuals"] = str(cache / "runs" / f"{run}-{share:08x}")
+        run = f"{run}-{share:08x}"
+        cfg["residuals"] = str(cache / "runs" / run)
+        # Without, its own adapter stays in parts among what it keeps between rounds.
+        place = own.get("personal-path")
+        cfg["personal_path"] = place and str(Path(place) / run)
         if not cfg.verbose:
             utils.quiet()
         if not utils.local_path(cfg.model.name):
             utils.offline_if_unreachable()
         settle_resources(cfg, own, simulated)
         if not simulated:
+            settle_rank(cfg, own)
             check_demands(cfg, own)
         schema.check_training_arguments(cfg)
         cfg = decided(cfg)
@@ -261,16 +271,19 @@ def check_settings(node_config: dict[str, Any]) -> dict[str, Any]:
             )
         if value == "" and key != "column-input":
             raise UserError(f"--node-config: {key} is empty.")
-    for key in ("cpus", "processes", *CEILINGS):
+    for key in ("cpus", "processes", "rank", *CEILINGS):
         if node_config.get(key, 1) < 1:
             raise UserError(f"--node-config: {key} must be 1 or more.")
     own = {"cache-path": CACHE, **CEILINGS, **node_config}
-    for key in ("data-path", "model-path", "cache-path"):
+    for key in ("data-path", "model-path", "cache-path", "personal-path"):
         if key in own:
             own[key] = str(Path(own[key]).expanduser().resolve())
     for key in ("data-path", "model-path"):
         if key in own and not Path(own[key]).exists():
             raise UserError(f"--node-config: {key}={own[key]} does not exist.")
+    if place := own.get("personal-path"):  # known before anything is trained
+        with utils.writing(Path(place)):
+            Path(place).mkdir(parents=True, exist_ok=True)
     return own
 
 
@@ -371,22 +384,37 @@ def settle_resources(cfg: Settings, own: dict[str, Any], simulated: bool) -> Non
         cfg["client_resources"] = Settings(num_cpus=cpus, num_gpus=gpus)
 
 
+def settle_rank(cfg: Settings, own: dict[str, Any]) -> None:
+    """Train an adapter of the node's own rank, where that is below the run's."""
+    import model
+
+    run = model.highest_rank(cfg.peft)
+    if run is None or own.get("rank", run) >= run:
+        return
+    if "ranks" not in cfg.strategy:
+        raise Refusal("its rank is below the run's, and takes strategy=svd")
+    cfg["rank"] = own["rank"]
+
+
 def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
     """That a round, and its adapter, take no more than the node gives.
 
     `rows`: the node's records, of which a run by epochs asks for a multiple.
     """
+    from methods import personal
+
     train, arguments = cfg.train, cfg.train.training_arguments
     batch = arguments.per_device_train_batch_size
     step = batch * arguments.gradient_accumulation_steps * cfg.launch.processes
     by_steps, passes = arguments.max_steps > 0, arguments.num_train_epochs
     examples = arguments.max_steps * step if by_steps else passes * rows
+    examples *= personal.build(cfg.personal).trainings
     if cfg.strategy.fraction_evaluate > 0:
         examples = max(examples, cfg.evaluate.holdout * rows)
     sizes = [
         value
         for key, value in flat(cfg.peft).items()
-        if isinstance(value, (int, float)) and key != "lora_alpha"  # which is a factor
+        if isinstance(value, (int, float)) and key not in NO_SIZE
     ]
     for key, asked, by in (
         ("max-tokens", examples * train["seq_length"], "train"),

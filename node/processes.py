@@ -5,6 +5,7 @@ ends with the process that started it, however that ends.
 """
 
 import gc
+import json
 import os
 import pickle
 import queue
@@ -39,6 +40,22 @@ def initial_adapter(cfg: Settings) -> State:
     return _ask(cfg, "initial_adapter")
 
 
+def first_adapter(cfg: Settings) -> State:
+    """What everybody began with, as the server has it: made from the seed without the base,
+    whose type would round it, and only where its weights decide as it is made here."""
+    try:
+        made = _seeded(json.dumps([cfg.model, cfg.peft, cfg.seed], sort_keys=True))
+    except UserError:
+        return initial_adapter(cfg)
+    known = {k: v for k, v in made.items() if torch.isfinite(v).all()}
+    return made if len(known) == len(made) else initial_adapter(cfg) | known
+
+
+@lru_cache(maxsize=1)
+def _seeded(key: str) -> State:
+    return model.seeded(*json.loads(key))
+
+
 def train(cfg: Settings, *arguments: Any) -> tuple[State, Metrics]:
     """`client.train`, by `launch.processes` of them; `peak_memory` is the first's.
 
@@ -52,6 +69,11 @@ def train(cfg: Settings, *arguments: Any) -> tuple[State, Metrics]:
 def evaluate(cfg: Settings, *arguments: Any) -> Metrics:
     """`client.evaluate`, by `launch.processes` of them; each goes over all records."""
     return _ask(cfg, "evaluate", *arguments)
+
+
+def personalise(cfg: Settings, *arguments: Any) -> Metrics:
+    """`client.personalise`, likewise."""
+    return _ask(cfg, "personalise", *arguments)
 
 
 def _ask(cfg: Settings, name: str, *arguments: Any) -> Any:

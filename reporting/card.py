@@ -41,6 +41,7 @@ class Card:
     tokenizer: "PreTrainedTokenizerBase"
     run: Path  # the run's folder, whose figures are taken as far as they are there
     local: bool  # the base is a folder on this machine
+    client: str | None = None  # whose own adapter it is (client_3), if not that of all
 
     def __post_init__(self) -> None:
         from records import templates
@@ -59,6 +60,16 @@ class Card:
         self.entry = next(
             (e for e in self.rounds if e["round"] == self.about["round"]), {}
         )  # of the round that made this adapter
+        self.chosen: dict[str, Any] = {}
+        if self.client:  # the run's scores are of the adapter that all share
+            last = self.summary.get("rounds") == self.about["round"]
+            each = self.summary.get("personal_clients", []) if last else []
+            named = {f"client_{one['partition']}": one for one in each}
+            self.chosen, self.summary = named.get(self.client, {}), {}
+            self.entry = {}
+            if self.chosen:
+                loss = self.chosen["eval_loss_personal"]
+                self.entry = {"eval_loss": loss, "eval_clients": [self.chosen]}
         self.prompt, self.with_input = (
             templates.text(
                 self.template,
@@ -145,6 +156,12 @@ class Card:
         yield "method", ", ".join([self.method, *parts])
         if self.cfg:
             yield from self.settings_of_the_run()
+        if self.chosen:
+            weight = self.chosen["personal_weight"]
+            yield (
+                "made for",
+                f"one client: {weight:.0%} its own, the rest what all share",
+            )
         if "sampled" in self.entry:
             yield "clients a round", self.entry["sampled"]
         yield "rounds", self.about["round"]

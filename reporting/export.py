@@ -2,6 +2,7 @@
 
 python -m reporting.export --peft-path=outputs/.../peft_100            # the adapter, as it is
 python -m reporting.export --peft-path=outputs/.../peft_100 --merge    # a model of its own
+python -m reporting.export --peft-path=outputs/.../personal/client_3   # one client's adapter
 
 An adapter needs its base beside it (PEFT, vLLM's LoRA flag); a merged model stands alone
 (transformers, vLLM, llama.cpp).
@@ -84,7 +85,9 @@ def export(options: argparse.Namespace) -> Path:
     about = model.read_about(options.peft_path)
     source = Path(options.peft_path).resolve()
     kind = "merged" if options.merge else "adapter"
-    folder = Path(options.out or source.with_name(f"{kind}_{about['round']}"))
+    # <run>/peft_100, or <run>/personal/client_3.
+    own = source.name if source.parent.name == runs.PERSONAL else None
+    folder = Path(options.out or source.with_name(f"{kind}_{own or about['round']}"))
     if folder.exists():
         raise utils.UserError(
             f"{folder} exists already. Remove it, or name another folder: --out=..."
@@ -114,7 +117,8 @@ def export(options: argparse.Namespace) -> Path:
         about=about,
         settings=settings,
         tokenizer=tokenizer,
-        run=source.parent,
+        run=source.parents[1] if own else source.parent,
+        client=own,
         local=utils.local_path(base) is not None or public(base) != base,
     )
     with utils.commit(folder) as temporary:

@@ -1,8 +1,10 @@
 """The tables of a report, in Markdown."""
 
+import math
 import shlex
 import textwrap
 from collections import Counter, defaultdict
+from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -62,11 +64,20 @@ def cost_table(section: Section) -> str:
                 client["num-examples"] for r in run.rounds for client in r["clients"]
             ),
             "failed replies": run.summary["failures"],
+            "aggregation error, %": aggregation_error(run),
         }
         for run in section.runs
     )
-    means = costs.groupby(first).mean().map("{:,.1f}".format)
+    means = costs.groupby(first).mean().dropna(axis=1, how="all")
+    means = means.map(lambda mean: "-" if math.isnan(mean) else f"{mean:,.1f}")
     return of_frame(means.loc[[mode for mode in MODES.values() if mode in means.index]])
+
+
+def aggregation_error(run: Run) -> float:
+    """The mean over the rounds, in per cent; NaN where no round tells it."""
+    told = (entry.get("aggregation_error") for entry in run.rounds)
+    known = [100 * error for error in told if error is not None]
+    return fmean(known) if known else math.nan
 
 
 def of_frame(frame: DataFrame) -> str:

@@ -11,7 +11,9 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import dataset
-from methods.base import Unusable
+from methods import sharing, wire
+from methods.base import State, Unusable
+from server.runs import PERSONAL_LOSSES
 from utils import STOP, Refusal, Settings, look_for_stop, one_line
 
 Read = TypeVar("Read")
@@ -37,9 +39,14 @@ class Figure:
 
 LOSS = Figure(float, high=1e4, needed=True)  # nats a token; a guess of no idea costs 10
 
+NATS = Figure(float, high=LOSS.high)  # of one that need not be told
+
 SECONDS = Figure(float, high=1e9)
 
 COUNT = Figure(int)
+
+# The kind of message by which clients choose between the shared adapter and their own.
+PERSONAL = f"{MessageType.EVALUATE}.personal"
 
 # By the kind of message that is answered. What is not listed here is not looked at.
 FIGURES: dict[str, dict[str, Figure]] = {
@@ -50,6 +57,7 @@ FIGURES: dict[str, dict[str, Figure]] = {
         "peak_memory": Figure(int, needed=True),
         "records": Figure(int, low=1),
         "micro_batch": Figure(int, low=1),
+        "rank": Figure(int, low=1),
         **dict.fromkeys(("tokens", "truncated", "dropped"), COUNT),
         "seconds": SECONDS,
         **{
@@ -61,7 +69,13 @@ FIGURES: dict[str, dict[str, Figure]] = {
         "num-examples": Figure(int, low=1, needed=True),
         "eval_loss": LOSS,
         "eval_accuracy": Figure(float, high=1, needed=True),
+        "eval_loss_own": NATS,
         **dict.fromkeys(("truncated", "dropped"), COUNT),
+    },
+    PERSONAL: {
+        "num-examples": Figure(int, low=1, needed=True),
+        **dict.fromkeys(PERSONAL_LOSSES, LOSS),
+        "personal_weight": Figure(float, high=1, needed=True),
     },
 }
 
@@ -101,7 +115,7 @@ def most_used(
         return steps * arguments.gradient_accumulation_steps * batch
     if federated:
         return math.inf
-    if kind == MessageType.EVALUATE:
+    if kind in (MessageType.EVALUATE, PERSONAL):
         rows = dataset.load_partition(cfg, partition)
         return len(dataset.split(cfg, rows)[1])
     rows = len(dataset.training_rows(cfg, partition))
@@ -124,6 +138,73 @@ def bound(cfg: Settings, client: dict[str, Any], kind: str, federated: bool) -> 
         if client[name] > known and not federated:
             raise Unusable(f"its {name} is above {known}, which is all that it has")
         client[name] = min(client[name], known, most)
+
+
+# --- what is sent ----------------------------------------------------------------------------
+
+
+class Downlink:
+    """What each client is sent of its adapter: all that it cannot have from before.
+
+    That is what `part.lasts` of it: a client has what it was sent when it last answered, or
+    else what `first` holds, which it can make; who has failed is taken to have nothing.
+    """
+
+    def __init__(self, part: sharing.Adapter, dtype: str, first: State) -> None:
+        self.part, self.dtype = part, dtype
+        self.first = {name: sharing.digest(tensor) for name, tensor in first.items()}
+        self.has: dict[int, dict[str, str]] = {}  # by partition: digests by name
+        self.sent: dict[int, dict[str, str]] = {}
+        self.answered: dict[int, dict[str, str]] = {}
+
+    def pack(self, down: dict[int, State]) -> dict[int, tuple[ArrayRecord, str | None]]:
+        """By partition the arrays of what is to be sent of `down`, and the `fingerprint` of
+        what is not; None where that is nothing."""
+        # Packed once, however many get it.
+        each = {id(adapter): adapter for adapter in down.values()}
+        packed = {key: self._whole(adapter) for key, adapter in each.items()}
+        made: dict[int, tuple[ArrayRecord, str | None]] = {}
+        for partition, adapter in down.items():
+            arrays, lasting = packed[id(adapter)]
+            has = self.has.get(partition, self.first)
+            unsent = {k: v for k, v in lasting.items() if has.get(k) == v}
+            told = None
+            if unsent:
+                whole, arrays = arrays, ArrayRecord()
+                for name, array in whole.items():
+                    if name.removesuffix(wire.SCALE) not in unsent:
+                        arrays[name] = array
+                told = sharing.fingerprint(unsent)
+            made[partition] = arrays, told
+            self.sent[partition] = lasting
+        return made
+
+    def _whole(self, adapter: State) -> tuple[ArrayRecord, dict[str, str]]:
+        """All that comes of an adapter, and the digests of what lasts, as it arrives."""
+        lasts = {*self.part.lasts(adapter.keys())}
+        packed: State = {}
+        digests: dict[str, str] = {}
+        for name in self.part.comes(adapter.keys()):
+            exact = self.part.exact and name in lasts
+            dtype = "float32" if exact else self.dtype
+            one, _ = wire.pack({name: adapter[name]}, dtype)
+            packed |= one
+            if name in lasts:
+                digests[name] = sharing.digest(wire.unpack(one)[name])
+        return ArrayRecord(packed), digests
+
+    def answer(self, partition: int) -> None:
+        """It has what it was sent. That counts from the next round on: a round that is done
+        again is done from the same values."""
+        self.answered[partition] = self.sent[partition]
+
+    def fail(self, partition: int) -> None:
+        self.has[partition] = {}
+        self.answered.pop(partition, None)
+
+    def close_round(self) -> None:
+        self.has |= {i: held for i, held in self.answered.items() if held}
+        self.answered.clear()
 
 
 # --- the exchange ----------------------------------------------------------------------------
@@ -171,7 +252,9 @@ class Exchange:
             for node, partition in self.nodes.items()
         ]
         self.bytes_down = sum(
-            num_bytes(message.content["arrays"]) for message in messages
+            num_bytes(arrays)
+            for message in messages
+            for arrays in message.content.array_records.values()
         )
         pushed = set(self.grid.push_messages(messages))
         waiting = {}
@@ -247,11 +330,11 @@ def _content(reply: Message | Exception) -> RecordDict:
     return reply.content
 
 
-def arrays_of(content: RecordDict) -> ArrayRecord:
-    """A reply's arrays. Raises `Unusable` where it has none."""
-    arrays = content.array_records.get("arrays")
+def arrays_of(content: RecordDict, name: str = "arrays") -> ArrayRecord:
+    """A reply's arrays of that name. Raises `Unusable` where it has none."""
+    arrays = content.array_records.get(name)
     if arrays is None:
-        raise Unusable("it holds no arrays")
+        raise Unusable(f"it holds no {name}")
     return arrays
 
 

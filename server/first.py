@@ -30,10 +30,7 @@ def adapter(
     `ask(attempt, tried, least)` asks at least so many, and others than were tried: who
     fails is replaced, `strategy.max_round_retries` times. Raises `RunFailed`.
     """
-    try:
-        first = model.seeded(cfg.model, cfg.peft, cfg.seed)
-    except UserError:  # no adapter at all can be made without the weights
-        first = {k: torch.full(v.shape, math.nan) for k, v in held.items()}
+    first = seeded(cfg, held)
     unknown = [name for name, v in first.items() if not torch.isfinite(v).all()]
     retries = cfg.strategy.max_round_retries
     tried: set[int] = set()
@@ -74,6 +71,14 @@ def adapter(
             "values that are not finite in it. Set comm.dtype=float32."
         )
     return first
+
+
+def seeded(cfg: Settings, held: dict[str, Any]) -> State:
+    """The first adapter, of tensors shaped like those `held`; NaN where weights decide it."""
+    try:
+        return model.seeded(cfg.model, cfg.peft, cfg.seed)
+    except UserError:  # no adapter at all can be made without the weights
+        return {k: torch.full(v.shape, math.nan) for k, v in held.items()}
 
 
 def alike(one: State, other: State) -> bool:

@@ -11,7 +11,17 @@ import model
 from evaluation import examine
 from methods.base import adapters
 from reporting.figures import plot_run
-from server.runs import BEST, OWN, Before, History, Round, read, read_history
+from server.runs import (
+    BEST,
+    OWN,
+    PERSONAL,
+    PERSONAL_LOSSES,
+    Before,
+    History,
+    Round,
+    read,
+    read_history,
+)
 from server.tracking import Tracking
 from utils import Settings, command, public, say, write_json, writing
 
@@ -101,19 +111,7 @@ class Journal:
         folder = self.folder / f"peft_{done}"
         if not done:
             return
-        settings = dict(self.cfg.model)
-        settings["name"] = model.portable_name(settings["name"])
-        train = self.cfg.train
-        about = {
-            "round": done,
-            "template": self.cfg.dataset.template,
-            "model": settings,
-            # As it is examined, for `test.py --file`.
-            "columns": self.cfg.dataset.columns,
-            "seq_length": train["seq_length"],
-            "batch_size": train["training_arguments"]["per_device_train_batch_size"],
-            "max_new_tokens": self.cfg.evaluate.max_new_tokens,
-        }
+        about = model.about(self.cfg, done)
         for name, adapter in adapters(state).items():
             if not (folder / name).exists():  # the run has saved this one already
                 model.save_adapter(
@@ -251,6 +249,15 @@ def report(cfg: Settings, folder: Path) -> None:
         records = sum(client["num-examples"] for client in clients)
         title = f"On {records:g} records of {len(clients)} clients"
         say("\n" + examine.table(title, _of(before_after, own=True)))
+    if chosen := summary.get("personal_clients"):
+        loss = "  ".join(
+            f"{name.removeprefix('eval_loss_')} {summary[name]:.4f}"
+            for name in PERSONAL_LOSSES
+        )
+        say(f"\nThe adapters of {len(chosen)} clients' own, by loss on those: {loss}")
+        # In a federation they are the nodes'.
+        if own := sorted((folder / PERSONAL).glob("client_*")):
+            say(f"Ask one: {command('test.py', f'--peft-path={own[0]}')}")
     if not asked and not clients:
         say(
             "\nNothing but the training loss was measured. strategy.fraction_evaluate=1 lets "

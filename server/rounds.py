@@ -4,9 +4,10 @@ What a method is stands in `methods`; the loop here names none. A reply is check
 counts, and each round is on disk before the next one begins.
 """
 
+import itertools
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,21 @@ from flwr.serverapp import Grid
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import aggregate, sharing, steps, wire
+from methods import aggregate, lora, personal, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
-from server.exchange import Exchange, arrays_of, bound, num_bytes, read_figures
+from server.exchange import (
+    PERSONAL,
+    Downlink,
+    Exchange,
+    arrays_of,
+    bound,
+    num_bytes,
+    read_figures,
+)
 from server.journal import Journal, report_failures, report_memory
-from server.runs import telling
+from server.runs import PERSONAL_LOSSES, telling
 from utils import (
     Progress,
     Settings,
@@ -71,6 +80,8 @@ def run(
         journal.go_on(done)
         for entry in journal.rounds:  # one from before this was told begins a new pass
             server.clients.note(entry.get("asked", []))
+        for client in itertools.chain(*(e["clients"] for e in journal.rounds)):
+            server.aggregation.hear(client)
         say(f"Going on after round {done}.")
     progress = Progress(cfg.num_rounds, done)
     journal.track()
@@ -93,9 +104,9 @@ def run(
             checkpoint.save(folder, server_round, new_state, memory, seconds)
             state, done = new_state, server_round
             progress.advance(entry)
-        scores = {}
+        scores = server.personalise(state)
         if examination:
-            scores = conclude(cfg, examination, base, state, measured, folder)
+            scores |= conclude(cfg, examination, base, state, measured, folder)
         journal.write_summary(scores | {"seconds": time.monotonic() - started})
     except Unwritable as error:
         raise RunFailed(f"{error} {go_on(folder, done, bool(told))}") from error
@@ -191,13 +202,18 @@ class Server:
         self.cfg = cfg
         self.grid = grid
         self.told = told or {}
-        self.aggregation = aggregate.build(cfg.strategy)
-        self.sharing = sharing.build(cfg.sharing)
-        self.steps = steps.build(cfg)
-        self.dtype = cfg.comm.dtype
         self.frame = model.skeleton(cfg.model, cfg.peft)
+        self.layers = lora.layers(self.frame)
+        self.aggregation = aggregate.build(cfg.strategy, self.layers)
+        self.sharing = sharing.build(cfg.sharing)
+        self.personal = personal.build(cfg.personal)
+        self.steps = steps.build(cfg, self.layers)
+        self.dtype = cfg.comm.dtype
         # All that the adapter holds. Less of it may be trained, or sent.
         self.held = {n: p for n, p in self.frame.named_parameters() if p.requires_grad}
+        lasts = self.sharing.lasts(self.held.keys())
+        made = first.seeded(cfg, self.held) if lasts else {}
+        self.downlink = Downlink(self.sharing, self.dtype, made)
         self.singly = False  # whether replies are fetched one by one
         self.clients = Clients(cfg, grid, named=bool(self.told))
         self.clients.wait_for(cfg.num_clients)
@@ -209,6 +225,7 @@ class Server:
         read: Callable[[RecordDict, dict[str, Any], State], Any],
         state: State | None = None,
         more: dict[str, Any] | None = None,
+        beside: State | None = None,
     ) -> Exchange:
         """An exchange with these nodes: the adapter that each gets of `state`, and its settings.
 
@@ -219,21 +236,27 @@ class Server:
             i: self.aggregation.down(state, i) if state else {}
             for i in partitions.values()
         }
-        # Packed once, however many get it.
-        each = {id(adapter): adapter for adapter in down.values()}
-        packed = {k: ArrayRecord(wire.pack(v, self.dtype)[0]) for k, v in each.items()}
+        packed = self.downlink.pack(down)
+        control = ArrayRecord(wire.pack(beside or {}, self.dtype)[0])
 
         def write(partition: int) -> RecordDict:
             config = {**(more or {}), **self.told, "partition": partition}
-            arrays = packed[id(down[partition])]
-            return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+            arrays, unsent = packed[partition]
+            if unsent:
+                config["unsent"] = unsent
+            content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+            if control:
+                content["control"] = control
+            return content
 
         def use(partition: int, content: RecordDict) -> Any:
-            sent = num_bytes(packed[id(down[partition])])
+            sent = num_bytes(packed[partition][0]) + num_bytes(control)
             client = {"partition": partition, "bytes_down": sent}
             client |= read_figures(kind, content.metric_records.get("metrics", {}))
             bound(self.cfg, client, kind, federated=bool(self.told))
-            return read(content, client, down[partition])
+            found = read(content, client, down[partition])
+            self.downlink.answer(partition)
+            return found
 
         timeout = self.cfg.train.round_timeout
         return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
@@ -243,6 +266,8 @@ class Server:
         yield from exchange.replies()
         self.clients.refused |= exchange.refused
         self.singly = exchange.singly
+        for failure in exchange.failures:
+            self.downlink.fail(failure["partition"])
         report_failures(server_round, exchange.failures)
 
     def initial_adapter(self) -> State:
@@ -283,11 +308,13 @@ class Server:
                 "fraction_fit", server_round, attempt, tried, out
             )
             told = self.aggregation.told(server_round)
+            beside = self._beside(state, server_round)
             exchange = self._exchange(
-                MessageType.TRAIN, nodes, self._read_update, state, told
+                MessageType.TRAIN, nodes, self._read_update, state, told, beside
             )
             self.aggregation.begin(state, server_round)
             memory = self.aggregation.memory()
+            exactness = lora.Exactness(self._whole(server_round, state))
             seconds_aggregate = 0.0
             lengths: dict[int, float] = {}
             clients: list[dict[str, Any]] = []
@@ -295,6 +322,7 @@ class Server:
                 received = time.monotonic()
                 lengths[one.partition] = steps.norm(one.update)
                 self.aggregation.add(one)
+                exactness.add(one)
                 clients.append(client)
                 seconds_aggregate += time.monotonic() - received
             failures += exchange.failures
@@ -309,6 +337,7 @@ class Server:
                     )
                 mean = self.steps.total(self.aggregation.gathered(), len(clients))
                 new_state = self.aggregation.apply(mean)
+                new_state = self.sharing.finish(new_state, server_round)
                 self._check(new_state, state)
             except Unusable as error:
                 say(f"round {server_round}: {error}.")
@@ -330,6 +359,8 @@ class Server:
                 f"(strategy.max_round_retries={settings.max_round_retries}). The last "
                 f"cause: {cause}."
             )
+        error = exactness.error(state, new_state)
+        self.downlink.close_round()
         seconds_aggregate += time.monotonic() - received
         clients.sort(key=lambda client: client["partition"])
         arguments = self.cfg.train.training_arguments
@@ -353,26 +384,55 @@ class Server:
             "bytes_up": sum(client["bytes_up"] for client in clients),
             "peak_memory_client": max(client["peak_memory"] for client in clients),
             "peak_memory_server": peak_memory(),
+            "aggregation_error": error,
             "clients": clients,
             "seconds_aggregate": seconds_aggregate,
             "seconds": seconds,
         }
 
+    def _whole(self, server_round: int, state: State) -> Sequence[lora.Layer]:
+        """The adapter's LoRA layers, where a client's whole adapter is known here: what it
+        does not answer with is as it was sent."""
+        names = state.keys()
+        trained = {*self.sharing.trains(names, server_round)}
+        stays = {*self.sharing.comes(names)} - trained
+        known = stays | {*self.sharing.goes(names, server_round)}
+        return self.layers if known == {*names} else ()
+
     def _read_update(
         self, content: RecordDict, client: dict[str, Any], before: State
     ) -> tuple[Contribution, dict[str, Any]]:
         weight, loss = self._weight(client), client["train_loss"]
+        self.aggregation.hear(client)
+        # A node may have made less of what it was sent.
+        before = self.aggregation.down(before, client["partition"])
+        if "ranks" in self.cfg.strategy:
+            client = client | {"rank": lora.rank(before)}
         arrays = arrays_of(content)
         goes = self.sharing.goes(before.keys(), self.aggregation.number)
         sent = {name: before[name] for name in goes}
-        one = Contribution(client["partition"], sent, arrays, weight, loss)
+        rest = {name: before[name] for name in before.keys() - sent.keys()}
+        one = Contribution(client["partition"], sent, arrays, weight, loss, rest)
         one = self.steps.arrive(one)
-        after = {name: one.before[name] + one.update[name] for name in one.update}
-        if name := wire.lost(after, self.dtype):
-            raise Unusable(
-                f"with its update {name} would hold values beyond comm.dtype={self.dtype}"
-            )
-        return one, client | {"bytes_up": num_bytes(arrays)}
+        size = num_bytes(arrays)
+        if control := self._beside(before, self.aggregation.number):
+            arrays = arrays_of(content, "control")
+            one.beside = wire.decode(arrays, control, self.dtype)
+            size += num_bytes(arrays)
+        for was, change in ((one.before, one.update), (control, one.beside)):
+            after = {name: was[name] + change[name] for name in change}
+            if name := wire.lost(after, self.dtype):
+                raise Unusable(
+                    f"with its update {name} would hold values beyond "
+                    f"comm.dtype={self.dtype}"
+                )
+        return one, client | {"bytes_up": size}
+
+    def _beside(self, state: State, server_round: int) -> State:
+        """What goes and comes beside the tensors that a client answers with."""
+        goes = {*self.sharing.goes(state.keys(), server_round)}
+        beside = self.aggregation.beside(state)
+        return {name: tensor for name, tensor in beside.items() if name in goes}
 
     def _check(self, state: State, before: State) -> None:
         """Raise `Unusable` for what is no state, `OutOfRange` for one that would not arrive
@@ -412,23 +472,59 @@ class Server:
             {"server-round": server_round},
         )
         clients = [*self._replies(exchange, server_round)]
+        self.downlink.close_round()
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
-            clients.sort(key=lambda client: client["partition"])
-            weights = [client["num-examples"] for client in clients]
-            if self.told:
-                # A node's word is all there is; ten times the middle one is enough.
-                middle = sorted(weights)[(len(weights) - 1) // 2]
-                weights = [min(weight, 10 * middle) for weight in weights]
-            for name in ("eval_loss", "eval_accuracy"):
-                values = [client[name] for client in clients]
-                result[name] = float(np.average(values, weights=weights))
+            names = ("eval_loss", "eval_accuracy", "eval_loss_own")
+            result |= self._means(clients, names)
             result["eval_perplexity"] = float(np.exp(min(result["eval_loss"], 700)))
             if losses := [client["eval_loss"] for client in telling(clients)]:
                 result["eval_loss_worst"] = max(losses)
                 result["eval_loss_spread"] = float(np.std(losses))
             result["eval_clients"] = clients
         return result
+
+    def personalise(self, state: State) -> dict[str, Any]:
+        """Let all clients choose between this adapter, the last, and their own.
+
+        On the records that they hold back, as what they write in a place of their own stays
+        with them. Nothing where they have none of their own, or hold nothing back.
+        """
+        held_back = self.cfg.strategy.fraction_evaluate > 0
+        if not held_back or not self.personal.any(self.sharing, self.held):
+            return {}
+        done = self.cfg.num_rounds
+        exchange = self._exchange(
+            PERSONAL,
+            self.clients.available(),
+            lambda content, client, sent: client,
+            state,
+            {"server-round": done},
+        )
+        clients = [*self._replies(exchange, done)]
+        if not clients:
+            return {}
+        means = self._means(clients, PERSONAL_LOSSES)
+        return {**means, "personal_clients": clients}
+
+    def _means(
+        self, clients: list[dict[str, Any]], names: Iterable[str]
+    ) -> dict[str, float]:
+        """Of what all of them have measured, the means weighted by examples.
+
+        Puts them into the order of their numbers.
+        """
+        clients.sort(key=lambda client: client["partition"])
+        weights = [client["num-examples"] for client in clients]
+        if self.told:
+            # A node's word is all there is; ten times the middle one is enough.
+            middle = sorted(weights)[(len(weights) - 1) // 2]
+            weights = [min(weight, 10 * middle) for weight in weights]
+        return {
+            name: float(np.average([one[name] for one in clients], weights=weights))
+            for name in names
+            if all(name in one for one in clients)
+        }
 
 
 def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

@@ -47,6 +47,10 @@ UNITS = {
 
 Scores = TypedDict("Scores", dict.fromkeys(UNITS, float), total=False)
 
+# What a client scores with the adapter that all share, with its own, and with what it chooses
+# between them, in nats per answer token.
+PERSONAL_LOSSES = ("eval_loss_global", "eval_loss_own", "eval_loss_personal")
+
 BEST = ("test_loss", "eval_loss")  # by which the best round is found, if it is
 
 OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")  # in the summary, by clients
@@ -79,7 +83,8 @@ class Client(Reply, _Laps):
     """A client that trained: its mean loss in nats per answer token, and what that took.
 
     `records`: how many it has to train on; `tokens`: trained on, without padding;
-    `peak_memory` in bytes; `micro_batch`: examples at a time, at last;
+    `peak_memory` in bytes; `micro_batch`: examples at a time, at last; `rank` of its adapter,
+    where clients may have different ones;
     `seconds`, and what of them went into each `seconds_*`.
     """
 
@@ -87,6 +92,7 @@ class Client(Reply, _Laps):
     records: NotRequired[float]
     tokens: NotRequired[int]
     micro_batch: NotRequired[int]
+    rank: NotRequired[int]
     peak_memory: NotRequired[float]
 
 
@@ -96,6 +102,21 @@ class Evaluated(Reply):
 
     eval_loss: float
     eval_accuracy: NotRequired[float]
+    eval_loss_own: NotRequired[float]
+
+
+_Personal = TypedDict("_Personal", dict.fromkeys(PERSONAL_LOSSES, float))
+
+
+@typed
+class Personal(_Personal, Reply):
+    """What a client chose at the end on the records that it holds back (`num-examples`).
+
+    `personal_weight`: of its own adapter, in [0, 1]. `eval_loss_personal` is of each half of
+    the records with the weight that is best on the other half.
+    """
+
+    personal_weight: float
 
 
 @typed
@@ -128,7 +149,10 @@ class Round(Measured):
     `asked`: the partitions that were, in all attempts. In the last one `sampled` were asked
     and `replied` were of use; `retries` asked anew. `bytes_*`: adapters as they travel, over
     all clients; `peak_memory_*`: bytes, the most of any; `seconds_aggregate` of its
-    `seconds`. `best`: it had the lowest loss so far, where that was measured.
+    `seconds`. `aggregation_error`: how far the new adapter is from the exact mean of what the
+    clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
+    that is not known. `best`: it had the lowest loss so far, where that was measured.
+    `eval_loss_own`: the mean of the losses of clients' own adapters.
     """
 
     round: int
@@ -152,6 +176,7 @@ class Round(Measured):
     seconds: NotRequired[float]
     aggregation_error: NotRequired[float | None]
     best: NotRequired[bool]
+    eval_loss_own: NotRequired[float]
 
 
 @typed
@@ -169,6 +194,8 @@ class Own(Scores):
     partition: int
 
 
+_Means = TypedDict("_Means", dict.fromkeys(PERSONAL_LOSSES, float), total=False)
+
 _Told = TypedDict(
     "_Told",
     {f"{name}_{when}": float for name in UNITS for when in ("before", "after")},
@@ -177,12 +204,13 @@ _Told = TypedDict(
 
 
 @scored
-class Summary(_Told):
+class Summary(_Told, _Means):
     """`summary.json`: sums over the rounds, the most memory (bytes), and each score of the
     base (`_before`) and of the last adapter (`_after`).
 
     `test_questions` were asked, `test_left_out` could not be; `seconds` of the whole run,
-    those before it was stopped with them.
+    those before it was stopped with them. Of `personal_clients` the `PERSONAL_LOSSES` are the
+    means, weighted by records.
     """
 
     rounds: int
@@ -198,6 +226,7 @@ class Summary(_Told):
     test_questions: NotRequired[int]
     test_left_out: NotRequired[int]
     clients: NotRequired[list[Own]]
+    personal_clients: NotRequired[list[Personal]]
 
 
 @typed
@@ -336,8 +365,13 @@ def read_history(folder: Path, done: int) -> History:
 
 # --- a run's folder ------------------------------------------------------------------------
 
+PERSONAL = "personal"  # the folder of clients' own adapters, client_<partition>/
+
 # What a run leaves in its folder, and no other run may find there.
-LEFT = ("history.json", "summary.json", "checkpoints", "peft_*", "residuals")
+LEFT = (
+    *("history.json", "summary.json", "checkpoints", "peft_*", "residuals"),
+    PERSONAL,
+)
 
 LEFT_BY_SWEEPS = ("multirun.yaml", *(f"*/{name}" for name in LEFT))
 

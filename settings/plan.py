@@ -4,17 +4,23 @@ From the configuration and the base's `config.json`; no weights are loaded. What
 hold comes with it where the data is at hand.
 """
 
+import itertools
 import math
 import os
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import torch
+from peft import PeftModel
 
 import dataset
 import model
 from compute.vram import allocated, at_peak, occupied
-from methods import aggregate
+from methods import aggregate, personal, sharing, wire
 from server.cohort import cohort_size
+from server.first import seeded
 from server.journal import quantised_on_cpu
 from server.rounds import due
 from settings import heterogeneity
@@ -23,13 +29,9 @@ from utils import Settings, UserError, learning_rate
 
 Rows = list[tuple[str, str]]  # label and value
 
-VALUE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
-
 PROCESS = (
     800 * 2**20
 )  # bytes of a worker without model and examples (the quickstart's: 913)
-
-SCALE_BYTES = 4  # int8: a float32 for each row
 
 
 def show(cfg: Settings, folder: Path | None = None) -> str:
@@ -47,7 +49,8 @@ def plan(cfg: Settings) -> Rows:
     frame = model.skeleton(cfg.model, cfg.peft)
     return [
         *_parameters(frame),
-        *_work(cfg),
+        *_ranks(cfg),
+        *_work(cfg, frame),
         *_traffic(cfg, frame),
         *_memory(cfg, frame),
     ]
@@ -91,18 +94,18 @@ def clients(cfg: Settings, folder: Path) -> Rows:
     ]
 
 
-def wire_bytes(frame: torch.nn.Module, dtype: str) -> int:
-    """Bytes of one adapter on the wire in float32, float16 or int8.
+def wire_bytes(
+    frame: torch.nn.Module, dtype: str, names: Collection[str] | None = None
+) -> int:
+    """Bytes on the wire in float32, float16 or int8 of one adapter, or of those `names`.
 
-    The values alone, and int8's scales: one for each row, a 1-D tensor being one row.
-    Each tensor's name and header come on top, some hundred bytes.
+    The values alone, and int8's scales. Each tensor's name and header come on top, some
+    hundred bytes.
     """
-    total = 0
-    for parameter in _trained(frame):
-        total += VALUE_BYTES[dtype] * parameter.numel()
-        if dtype == "int8":
-            total += SCALE_BYTES * (parameter.shape[0] if parameter.ndim > 1 else 1)
-    return total
+    trained = _trained(frame).items()
+    sent = {name: p for name, p in trained if names is None or name in names}
+    kinds = wire.layout(sent, dtype).values()
+    return sum(math.prod(shape) * np.dtype(kind).itemsize for kind, shape in kinds)
 
 
 def steps_per_client(cfg: Settings) -> int:
@@ -119,25 +122,68 @@ def steps_per_client(cfg: Settings) -> int:
     return math.ceil(batches / arguments.gradient_accumulation_steps)
 
 
-def _trained(frame: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in frame.parameters() if p.requires_grad]
+def _trained(frame: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {n: p for n, p in frame.named_parameters() if p.requires_grad}
 
 
 def _parameters(frame: torch.nn.Module) -> Rows:
     total = sum(p.numel() for p in frame.parameters())
-    trained = sum(p.numel() for p in _trained(frame))
+    trained = sum(p.numel() for p in _trained(frame).values())
     return [
         ("parameters", _count(total)),
         ("trained", f"{_count(trained)} ({trained / total:.2%})"),
     ]
 
 
-def _work(cfg: Settings) -> Rows:
+def _by_rank(cfg: Settings) -> list[tuple[int, int, torch.nn.Module]]:
+    """Each rank that clients have, how many have it, and a frame of it."""
+    made = aggregate.build(cfg.strategy)
+    counts = Counter(made.rank(i) for i in range(cfg.num_clients))
+    return [
+        (rank, count, model.skeleton(cfg.model, model.capped(cfg.peft, rank)))
+        for rank, count in sorted(counts.items())
+    ]
+
+
+def _ranks(cfg: Settings) -> Rows:
+    """What clients of different ranks send and hold, where they have any."""
+    if not cfg.strategy.get("ranks"):
+        return []
+    rows = []
+    for rank, count, frame in _by_rank(cfg):
+        terms = (_gpu if cfg.client_resources.num_gpus else _cpu)(cfg, frame)
+        memory = terms if isinstance(terms, str) else _bytes(sum(terms.values()))
+        wire = _bytes(wire_bytes(frame, cfg.comm.dtype))
+        told = f"{count} clients, {wire} on the wire, {memory} of memory (estimate)"
+        rows.append((f"rank {rank}", told))
+    return rows
+
+
+def _cpu(cfg: Settings, frame: torch.nn.Module) -> dict[str, int] | str:
+    """What a client takes of memory, by what takes it, or why that is not known."""
+    # A CPU computes on a 4-bit base unpacked once.
+    bits = cfg.model.quantization
+    settings = cfg.model | {"quantization": None if bits == 4 else bits}
+    terms = estimate(cfg | {"model": settings}, frame)
+    if isinstance(terms, str):
+        return terms
+    del terms["CUDA context"]
+    return at_peak(terms | {"Python and its libraries": PROCESS})
+
+
+def _gpu(cfg: Settings, frame: torch.nn.Module) -> dict[str, int] | str:
+    """Likewise, of a GPU."""
+    terms = estimate(cfg, frame)
+    return terms if isinstance(terms, str) else {"VRAM": occupied(terms)}
+
+
+def _work(cfg: Settings, frame: PeftModel) -> Rows:
     arguments = cfg.train.training_arguments
     size = arguments.per_device_train_batch_size * cfg.launch.processes
     parts = arguments.gradient_accumulation_steps
     rounds, clients = cfg.num_rounds, _cohort(cfg, "fraction_fit")
-    steps = steps_per_client(cfg)
+    # Of the adapter that all share, and of the client's own.
+    steps = steps_per_client(cfg) * personal.build(cfg.personal).trainings
     most = "" if arguments.max_steps > 0 else "at most "
     tokens = clients * steps * size * parts * cfg.train.seq_length
     return [
@@ -147,7 +193,7 @@ def _work(cfg: Settings) -> Rows:
             "steps a round",
             f"{most}{clients * steps:,} ({steps:,} a client, {size} x {parts} examples each)",
         ),
-        *_weight(cfg),
+        *_mean(cfg, frame),
         ("learning rate", _rate(cfg)),
         ("tokens a round", f"at most {tokens:,}"),
         (
@@ -168,8 +214,8 @@ def _turns(cfg: Settings) -> str:
     return f"{times} of {rounds} rounds: everybody once before anybody twice"
 
 
-def _weight(cfg: Settings) -> Rows:
-    """What clients weigh in the mean, where there is one of several."""
+def _mean(cfg: Settings, frame: PeftModel) -> Rows:
+    """What clients weigh in the mean, where there is one of several, and if it is exact."""
     if cfg.baseline or not aggregate.build(cfg.strategy).linear:
         return []
     by_steps = cfg.train.training_arguments.max_steps > 0
@@ -179,7 +225,21 @@ def _weight(cfg: Settings) -> Rows:
         weight = "the same for all, however few its records: all take as many steps"
     else:
         weight = "by its records, because it goes over all of them"
-    return [("a client's weight", weight)]
+    part = sharing.build(cfg.sharing)
+    names = [n for n, p in frame.named_parameters() if p.requires_grad]
+    exact = all(  # what is trained may change from round to round
+        model.averages_exactly(frame.active_peft_config, part.trains(names, n))
+        for n in (1, 2)
+    )
+    return [
+        ("a client's weight", weight),
+        (
+            "the mean",
+            "exact: it does to each weight what the clients' adapters do in the mean"
+            if exact
+            else "not exact: it does not do what the clients' adapters do in the mean",
+        ),
+    ]
 
 
 def _rate(cfg: Settings) -> str:
@@ -192,26 +252,71 @@ def _rate(cfg: Settings) -> str:
 
 def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
     dtype, rounds = cfg.comm.dtype, cfg.num_rounds
+    part, names = sharing.build(cfg.sharing), _trained(frame)
+    cohort = _cohort(cfg, "fraction_fit")
     adapter = wire_bytes(frame, dtype)
-    way = _cohort(cfg, "fraction_fit") * adapter
+    # What comes anew in every round, and what comes once to each client and lasts.
+    lasts = part.lasts(names)
+    first = seeded(cfg, names) if lasts else {}
+    anew = wire_bytes(frame, dtype, {*part.comes(names)} - {*lasts})
+    kind = "float32" if part.exact else dtype
+    once = sum(
+        _times(cfg, part, name, first[name], kind) * wire_bytes(frame, kind, [name])
+        for name in lasts
+    )
+    down = rounds * cohort * anew + once
+    up = cohort * sum(
+        wire_bytes(frame, dtype, part.goes(names, n)) for n in range(1, rounds + 1)
+    )
+    if cfg.strategy.get("ranks"):  # on average over the clients
+        sizes = sum(n * wire_bytes(each, dtype) for _, n, each in _by_rank(cfg))
+        adapter = round(sizes / cfg.num_clients)
+        anew, down = adapter, rounds * cohort * adapter
+        up = down
+    if aggregate.build(cfg.strategy).corrects:  # as much again, by control variates
+        down, up = down + rounds * cohort * adapter, up + rounds * cohort * adapter
     # The clients of the first round make the first adapter and send it in float32.
-    first = _cohort(cfg, "fraction_fit") * wire_bytes(frame, "float32")
+    made = cohort * wire_bytes(frame, "float32")
+    most = "at most " if once and cohort < cfg.num_clients else ""
     rows = [
         ("adapter on the wire", f"{_bytes(adapter)} ({dtype})"),
-        ("bytes a round", f"{_bytes(way)} down, {_bytes(way)} up"),
+        (
+            "bytes a round",
+            f"{most}{_bytes(down // rounds)} down, {_bytes(up // rounds)} up",
+        ),
         (
             f"bytes in {rounds} rounds",
-            f"{_bytes(2 * rounds * way)} both ways, and {_bytes(first)} for the first adapter",
+            f"{most}{_bytes(down + up)} both ways, and {_bytes(made)} for the first "
+            "adapter",
         ),
     ]
     if cfg.strategy.fraction_evaluate:
-        down = _cohort(cfg, "fraction_evaluate") * adapter
+        most = "at most " if once else ""
+        new = wire_bytes(frame, kind, lasts) if once else 0
+        down = _cohort(cfg, "fraction_evaluate") * (anew + new)
         times = 1 + sum(
             due(cfg, n, default=1) for n in range(1, rounds + 1)
         )  # the base
         text = f"{_bytes(down)} down each time, {_bytes(times * down)} in all"
-        rows.append(("evaluation", text))
+        rows.append(("evaluation", most + text))
     return rows
+
+
+def _times(
+    cfg: Settings, part: sharing.Adapter, name: str, first: torch.Tensor, dtype: str
+) -> int:
+    """To how many clients a tensor that lasts is sent in all rounds, at most.
+
+    Once after every change, to each that is asked before the next one; and in the beginning,
+    unless what clients make themselves is what would arrive.
+    """
+    rounds = range(1, cfg.num_rounds + 1)
+    changed = [n for n in rounds if part.changes([name], n)]
+    if not wire.unpack(wire.pack({name: first}, dtype)[0])[name].equal(first):
+        changed = [0, *changed]
+    lengths = [b - a for a, b in itertools.pairwise([*changed, cfg.num_rounds])]
+    cohort = _cohort(cfg, "fraction_fit")
+    return sum(min(cfg.num_clients, cohort * length) for length in lengths)
 
 
 def _memory(cfg: Settings, frame: torch.nn.Module) -> Rows:
@@ -231,10 +336,7 @@ def _memory(cfg: Settings, frame: torch.nn.Module) -> Rows:
 
 
 def _ram(cfg: Settings, frame: torch.nn.Module) -> Rows:
-    # A CPU computes on a 4-bit base unpacked once.
-    bits = cfg.model.quantization
-    settings = cfg.model | {"quantization": None if bits == 4 else bits}
-    terms = estimate(cfg | {"model": settings}, frame)
+    terms = _cpu(cfg, frame)
     cores, each = os.cpu_count() or 1, cfg.client_resources.num_cpus
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     busy = min(max(1, int(cores / each)), _cohort(cfg, "fraction_fit"))
@@ -245,11 +347,9 @@ def _ram(cfg: Settings, frame: torch.nn.Module) -> Rows:
         rows = [("memory a client", f"not known: {terms}")]
         fits = ""
     else:
-        del terms["CUDA context"]
-        terms["Python and its libraries"] = PROCESS
-        total = sum(at_peak(terms).values())
+        total = sum(terms.values())
         rows = [("memory a client", f"{_bytes(total)} (estimate)")]
-        rows += [(f"  {name}", _bytes(size)) for name, size in at_peak(terms).items()]
+        rows += [(f"  {name}", _bytes(size)) for name, size in terms.items()]
         fits = f"fits {memory // total} clients; "
     rows.append(("this machine", f"{_bytes(memory)}: {fits}runs {use}"))
     if note := quantised_on_cpu(cfg):

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from methods import wire
+from methods import sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
     check_kinds,
@@ -49,6 +49,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
+    check_personal(cfg)
     check_training_arguments(cfg)
     if deployed and cfg.baseline:
         raise UserError(
@@ -67,6 +68,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     with naming(cfg.model.name):
         cfg = decided(cfg)
     check_model(cfg, weights=not (cfg.dry_run or deployed))
+    check_ranks(cfg, deployed)
     if cfg.resume:
         check_progress(cfg, Path(cfg.resume))
     return cfg
@@ -149,25 +151,33 @@ def check_launch(cfg: Settings) -> None:
         )
     kind = cfg.peft._target_.removeprefix("peft.")
     whole = "DoRA" if cfg.peft.get("use_dora") else kind
-    if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig"):
+    if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig", "ShiraConfig"):
         raise UserError(
             f"launch=fsdp: {whole} reads weights of the base that no process has whole. "
-            "Take peft=lora, rslora, ia3 or prefix, or launch=ddp."
+            "Take peft=lora, rslora, ia3, miss or prefix, or launch=ddp."
         )
 
 
 def check_strategy(cfg: Settings, deployed: bool = False) -> None:
     """That the strategy takes its settings and makes an adapter of a round's replies."""
-    from methods import aggregate, sharing
+    from methods import aggregate
     from server.cohort import cohort_size
 
     node = cfg.strategy
     sharing.build(cfg.sharing)
     made = aggregate.build(node)
+    check_sharing(cfg, made.keeps)
     check_kinds("strategy", node, type(getattr(made, "strategy", made)))
     for name, value in node.items():
         if is_number(value) and value < 0:
             raise UserError(f"strategy.{name}={value}: it must be 0 or more.")
+    clip = next((x for x in ("clip_norm", "clip_weights") if node[x]), None)
+    if clip and made.corrects:
+        raise UserError(
+            f"strategy.{clip}={node[clip]} with strategy._target_={node._target_}: it "
+            "would bound a client's update and not its control variate, by which it "
+            f"steers the others'. Set strategy.{clip}=null, or take strategy=fedavg."
+        )
     cohort = cohort_size(cfg.num_clients, node.fraction_fit)
     if cohort < node.min_fit_replies:
         raise UserError(
@@ -191,6 +201,59 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
         raise UserError(
             f"{setting}: how many records a node has is its own word, and it weighs by "
             "it. Say what to believe at most: strategy.max_weight=5000"
+        )
+
+
+def check_sharing(cfg: Settings, keeps: tuple[str, ...]) -> None:
+    """That what is shared goes with the rest; `keeps`: what the strategy keeps for later."""
+    if cfg.sharing.stays and cfg.baseline:
+        raise UserError(
+            f"sharing.stays={cfg.sharing.stays} with mode={cfg.mode}: nobody shares anything "
+            "there. Set sharing.stays=[], or mode=federated."
+        )
+    if not (every := cfg.sharing.get("refactor_every")):
+        return
+    other = {
+        f"strategy={cfg.strategy._target_.rpartition('.')[2].lower()}": bool(keeps),
+        f"comm.dtype={cfg.comm.dtype}": cfg.comm.dtype == "int8",  # error feedback
+        "peft.target_parameters": bool(cfg.peft.get("target_parameters")),
+    }
+    for setting in filter(other.get, other):
+        raise UserError(
+            f"sharing.refactor_every={every} with {setting}: what that keeps or means is "
+            "about factors that a refactoring replaces. Leave out the one or the other."
+        )
+
+
+def check_personal(cfg: Settings) -> None:
+    """That adapters of clients' own are made beside a shared one, and can be chosen."""
+    from methods import aggregate, personal
+
+    if personal.build(cfg.personal).trainings == 1:
+        return
+    name = f"personal._target_={cfg.personal._target_}"
+    if cfg.baseline:
+        raise UserError(
+            f"{name} with mode={cfg.mode}: there is no adapter that clients share for them "
+            "to stay near. Take personal=none, or mode=federated."
+        )
+    every = cfg.sharing.get("refactor_every")
+    replaced = {
+        f"sharing.refactor_every={every}": every,
+        f"strategy._target_={cfg.strategy._target_}": aggregate.build(
+            cfg.strategy
+        ).products,
+    }
+    for setting in filter(replaced.get, replaced):
+        raise UserError(
+            f"{name} with {setting}: what a client keeps is near the shared factors, which "
+            "that replaces by others. Leave out the one or the other."
+        )
+    if not cfg.strategy.fraction_evaluate:
+        raise UserError(
+            f"{name}: a client chooses between the shared adapter and its own on records "
+            "that it holds back, and strategy.fraction_evaluate=0 holds back none. Set "
+            "strategy.fraction_evaluate=1."
         )
 
 
@@ -271,6 +334,11 @@ def check_model(cfg: Settings, weights: bool) -> None:
     with naming(name):
         frame = model.skeleton(cfg.model, cfg.peft)
         check_kinds("peft", cfg.peft, type(frame.peft_config["default"]))
+        held = {n: p for n, p in frame.named_parameters() if p.requires_grad}
+        shapes = {name: tuple(p.shape) for name, p in held.items()}
+        if shapes and (fault := sharing.build(cfg.sharing).fault(shapes)):
+            raise UserError(fault)
+        check_products(cfg, frame)
         model.rehearse(cfg.model, cfg.peft, cfg.seed, cfg.train.seq_length)
         if cfg.dry_run:
             return
@@ -295,6 +363,62 @@ def check_model(cfg: Settings, weights: bool) -> None:
                 "have no answer, or are longer than "
                 f"train.seq_length={cfg.train.seq_length} tokens."
             )
+
+
+def check_products(cfg: Settings, frame: Any) -> None:
+    """That the adapter is a sum of products, and known whole, where something computes so."""
+    from methods import aggregate, lora
+
+    products = aggregate.build(cfg.strategy).products
+    key = f"strategy._target_={cfg.strategy._target_}"
+    if not products:
+        key = f"strategy.clip_weights={cfg.strategy.clip_weights}"
+    if not products and cfg.strategy.clip_weights is None:
+        return
+    if fault := lora.fault(frame):
+        raise UserError(
+            f"{key} computes with what LoRA's factors do together, and peft="
+            f"{cfg.peft._target_} cannot be taken apart so: {fault}. Take peft=lora or rslora."
+        )
+    part = sharing.build(cfg.sharing)
+    names = [name for name, p in frame.named_parameters() if p.requires_grad]
+    sent = [part.goes(names, number) for number in (1, 2)] if products else []
+    if any(len(each) < len(names) for each in [part.comes(names), *sent]):
+        raise UserError(
+            f"sharing._target_={cfg.sharing._target_} leaves a part of the adapter out, and "
+            f"{key} needs all of it. Take sharing=all, or leave that away."
+        )
+    if products and cfg.comm.dtype == "int8":
+        raise UserError(
+            f"comm.dtype=int8 with {key}: what rounding took from an update is added to the "
+            "client's next one, and by then the factors are others. Take comm.dtype=float16."
+        )
+
+
+def check_ranks(cfg: Settings, deployed: bool) -> None:
+    """That clients of the ranks in `strategy.ranks` can be there, if it gives any."""
+    import model
+
+    if not (ranks := cfg.strategy.get("ranks")):
+        return
+    key = f"strategy.ranks={ranks}"
+    if deployed:
+        raise UserError(
+            f"{key}: in a federation a node's rank is its own setting, --node-config rank=8. "
+            "Set strategy.ranks=null."
+        )
+    highest = model.highest_rank(cfg.peft)
+    if max(ranks) > highest:
+        raise UserError(
+            f"{key}: the run's adapter has rank {highest}, and no client has more. Raise "
+            f"model.lora.peft_lora_r to {max(ranks)}."
+        )
+    start = cfg.peft.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian") or cfg.peft.get("lora_bias"):
+        raise UserError(
+            f"{key}: clients of different ranks would begin with different bases, or biases, "
+            "with these settings of peft. Set peft.init_lora_weights=true and no lora_bias."
+        )
 
 
 def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> None:

@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -29,6 +30,9 @@ from utils import Settings, UserError
 
 # What Hydra reads as nothing, a truth value or a number.
 NO_NAME = re.compile(r"null|true|false|[\d.+-]+", re.IGNORECASE)
+
+
+PARTS = re.compile(r"\w+(\.\w+)*")  # of a tensor's name, between dots
 
 
 def setting(meaning: str, later: bool = False, **limits: Any) -> Any:
@@ -145,8 +149,39 @@ class InitArgs(Open):
         return values
 
 
+class Personal(Target):
+    mu: float | None = Field(None, ge=0)
+    interpolate: Any = setting("weights of a client's own adapter", later=True)
+
+    @model_validator(mode="after")
+    def weights(self) -> "Personal":
+        given = self.interpolate
+        fit = isinstance(given, list) and 1 <= len(given) <= 20
+        if not fit or not all(is_number(x) and 0 <= x <= 1 for x in given):
+            raise ValueError(
+                f"personal.interpolate={given}: give 1 to 20 weights of a client's own "
+                "adapter, from 0 to 1: [0,0.5,1]."
+            )
+        return self
+
+
 class Simulation(Section):
     init_args: InitArgs
+
+
+class Sharing(Target):
+    stays: Any = setting("parts of the names of what stays with a client")
+    refactor_every: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def names(self) -> "Sharing":
+        parts = self.stays if isinstance(self.stays, list) else [None]
+        if not all(isinstance(part, str) and PARTS.fullmatch(part) for part in parts):
+            raise ValueError(
+                f"sharing.stays={self.stays}: a list of parts of names is needed, "
+                "[lora_B] say, or []."
+            )
+        return self
 
 
 class Strategy(Target):
@@ -156,8 +191,29 @@ class Strategy(Target):
     min_fit_replies: int = setting("replies that a round needs", ge=1)
     max_round_retries: int = setting("repetitions of a round with fewer replies", ge=0)
     clip_norm: float | None = setting("largest L2 norm of an update", gt=0)
+    clip_weights: float | None = setting("largest change of the weights", gt=0)
     weighted_by: choice("examples", "records") = setting("what a client counts for")
     max_weight: int | None = setting("largest weight of a client", ge=1)
+    clients: int | None = Field(None, ge=1, le=1_000_000)  # as num_clients
+
+    ranks: Any = Field(
+        None
+    )  # a list, or shares by rank: of strategies that take others
+
+    @field_validator("ranks")
+    @classmethod
+    def whole(cls, ranks: Any) -> Any:
+        shares = ranks.values() if isinstance(ranks, dict) else []
+        each = ranks if isinstance(ranks, (list, dict)) else []
+        fits = each and all(type(rank) is int and rank >= 1 for rank in each)
+        if ranks is not None and not (
+            fits and all(is_number(n) and n > 0 for n in shares)
+        ):
+            raise ValueError(
+                f"strategy.ranks={ranks}: take a list of whole numbers from 1, or a share "
+                "above 0 for each, {4: 0.5, 16: 0.5}."
+            )
+        return ranks
 
 
 class TrainingArguments(Open):
@@ -247,7 +303,8 @@ class Run(Section):
     model: Model
     partitioner: Partitioner
     peft: Target
-    sharing: Target = setting("what of the adapter comes, is trained and goes")
+    sharing: Sharing = setting("what of the adapter comes, is trained and goes")
+    personal: Personal
     simulation: Simulation = setting("where the clients run", later=True)
     strategy: Strategy
     tracking: Target = setting("what follows the run", later=True)

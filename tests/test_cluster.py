@@ -16,7 +16,7 @@ import pytest
 from main import start_ray
 from settings import preflight
 from settings.compose import compose
-from utils import PROJECT, UserError
+from utils import PROJECT, Settings, UserError
 
 QUICK = ["experiment=quickstart", "evaluate.exact_match=false", "num_rounds=2"]
 ADDRESS = "simulation.init_args.address"
@@ -123,7 +123,7 @@ def test_a_client_must_fit_one_node():
         return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
 
     cpus_alone = {"Alive": True, "Resources": {"CPU": 8.0}}
-    client = {"num_cpus": 4, "num_gpus": 0.5}
+    client = Settings(num_cpus=4, num_gpus=0.5)
     preflight.check_nodes(client, [cpus_alone, node(4, 1)])
     with pytest.raises(UserError, match=r"they have 8 and 0, 2 and 4\."):
         preflight.check_nodes(client, [cpus_alone, node(2, 4), node(9, 9, alive=False)])

@@ -35,6 +35,16 @@ def test_int8_has_a_scale_for_each_row():
         assert opened[name].shape == STATE[name].shape
 
 
+def test_int8_has_a_scale_for_each_column_where_these_are_fewer():
+    tall = STATE["matrix"].T[:, :2].contiguous()  # of three rows and two columns
+    packed, left = wire.pack({"w": tall}, "int8")
+    assert torch.allclose(packed["w:scale"], torch.tensor([2.0, 0.0]) / 127)
+    assert packed["w"].tolist() == [[64, 0], [-127, 0], [32, 0]]
+    assert torch.allclose(wire.unpack(packed)["w"] + left["w"], tall, atol=1e-7)
+    for name, (kind, shape) in wire.layout({"w": tall}, "int8").items():
+        assert (str(packed[name].dtype), packed[name].shape) == (f"torch.{kind}", shape)
+
+
 def test_error_feedback_delivers_in_time_what_rounding_takes():
     # 0.001 is a quarter of a step beside 0.5: alone it would never arrive.
     update = {"w": torch.tensor([[0.5, 0.001]])}

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from peft import PeftConfig
 
 import client
-from methods import aggregate, sharing
+from methods import aggregate, personal, sharing
 from server import journal, rounds
 from settings import preflight, schema, start
 from settings.compose import compose, record, resolve, resumed
@@ -134,8 +134,9 @@ def test_partitioner_builds(name):
 @pytest.mark.parametrize("name", names("strategy"))
 def test_strategy_builds(name):
     node = plain(f"experiment=quickstart strategy={name}")["strategy"]
-    made = aggregate.build(node).strategy
-    assert node["_target_"] == f"flwr.serverapp.strategy.{type(made).__name__}"
+    made = aggregate.build(node)
+    made = getattr(made, "strategy", made)
+    assert node["_target_"].endswith(f".{type(made).__name__}")
     assert type(made).__name__.lower() == name
     assert 0 < node["fraction_fit"] <= 1
     assert node["fraction_evaluate"] == 0
@@ -144,7 +145,15 @@ def test_strategy_builds(name):
 @pytest.mark.parametrize("name", names("sharing"))
 def test_sharing_builds(name):
     node = plain(f"experiment=quickstart sharing={name}")["sharing"]
-    assert type(sharing.build(node)).__name__.lower() == name
+    made = type(sharing.build(node)).__name__.lower()
+    assert made == (name if name in ("ffa", "rolora") else "adapter")
+
+
+@pytest.mark.parametrize("name", names("personal"))
+def test_personal_builds(name):
+    node = plain(f"experiment=quickstart personal={name}")["personal"]
+    kind = {"none": "personal"}.get(name, name)
+    assert type(personal.build(node)).__name__.lower() == kind
 
 
 @pytest.mark.parametrize("group", ["model", "dataset"])
@@ -196,6 +205,7 @@ def test_every_group_is_covered_here():
         "partitioner",
         "strategy",
         "sharing",
+        "personal",
         "model",
         "dataset",
         "launch",

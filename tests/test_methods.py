@@ -18,16 +18,12 @@ class Half(sharing.Adapter):
     def trains(self, names, server_round):
         return [name for name in names if "lora_B" in name]
 
-    goes = trains
-
 
 class Personal(sharing.Adapter):
     """Shares the A half (FedSA, arXiv 2410.01463); each client keeps a B of its own."""
 
-    def comes(self, names, server_round):
-        return [name for name in names if "lora_A" in name]
-
-    goes = comes
+    def __init__(self):
+        super().__init__(stays=["lora_B"])
 
 
 @pytest.fixture

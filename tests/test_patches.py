@@ -181,3 +181,28 @@ def test_datasets_keeps_what_it_has_made_where_it_is_looked_for(tmp_path, monkey
     assert not heterogeneity._is_here("lucas/CodeAlpaca-20k")
     (tmp_path / folder).mkdir(exist_ok=True)
     assert heterogeneity._is_here("lucas/CodeAlpaca-20k")
+
+
+def test_layers_of_one_shape_share_a_mask_that_is_drawn_once(monkeypatch):
+    drawn = []
+    real = patches.shira.random_mask
+
+    def watch(layer, *args):
+        drawn.append((layer.in_features, layer.out_features))
+        return real(layer, *args)
+
+    monkeypatch.setattr(patches.shira, "random_mask", watch)
+    with patches.equal_masks_drawn_once():
+        settings = peft.ShiraConfig(r=4, random_seed=0, target_modules="all-linear")
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), settings)
+    assert len(drawn) == len(set(drawn)) == 3
+    assert patches.shira.random_mask is watch
+
+
+def test_lora_casts_its_inputs_unless_it_is_told_not_to(lora):
+    layers = [x for x in lora.modules() if hasattr(x, "cast_input_dtype_enabled")]
+    assert {type(x) for x in layers} >= {peft.tuners.lora.Linear}
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    with patches.inputs_as_they_come(lora):
+        assert layers[0]._cast_input_dtype(x, torch.float32).dtype == torch.bfloat16
+    assert layers[0]._cast_input_dtype(x, torch.float32).dtype == torch.float32

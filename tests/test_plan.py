@@ -91,7 +91,7 @@ def test_bytes_on_the_wire_by_dtype(frame):
     values = 2 * 2 * 4 * 64  # two layers, A of 4 rows and B of 64
     assert plan.wire_bytes(net, "float32") == 4 * values
     assert plan.wire_bytes(net, "float16") == 2 * values
-    assert plan.wire_bytes(net, "int8") == values + 4 * 2 * (4 + 64)
+    assert plan.wire_bytes(net, "int8") == values + 4 * 2 * (4 + 4)
     vector = torch.nn.Module()
     vector.scale = torch.nn.Parameter(torch.ones(10))
     assert plan.wire_bytes(vector, "int8") == 10 + 4

@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import math
+import re
 import time
 import tracemalloc
 
@@ -655,7 +656,7 @@ def test_no_reply_ends_a_round_or_moves_it_beyond_its_share(dtype, serve, capsys
     assert honest_norm < longest  # the honest are not clipped
 
     @settings(
-        max_examples=150,
+        max_examples=60,
         deadline=None,
         derandomize=True,
         database=None,
@@ -1205,11 +1206,12 @@ def test_every_strategy_of_flowers_works_or_is_refused_in_a_line():
         node["_target_"].rpartition(".")[2]: node
         for path in (PROJECT / "conf/strategy").glob("*.yaml")
         if (node := compose(f"experiment=quickstart strategy={path.stem}").strategy)
+        and node["_target_"].startswith("flwr.")
     }
     readme = (PROJECT / "README.md").read_text()
     [row] = [line for line in readme.splitlines() if line.startswith("| `strategy=`")]
-    for path in (PROJECT / "conf/strategy").glob("*.yaml"):
-        assert f"`{path.stem}`" in row
+    named = set(re.findall(r"`(\w+)`", row.split("|")[2]))
+    assert named == {path.stem for path in (PROJECT / "conf/strategy").glob("*.yaml")}
     for name in flower.__all__:
         if name in ours:
             aggregate.rehearse(dict(ours[name]), 8)

@@ -1,4 +1,7 @@
-"""pytest tests/test_resume.py: a run that is stopped at any moment ends as if it was not."""
+"""pytest tests/test_resume.py: a run that is stopped at any moment ends as if it was not.
+
+And a worker that dies in a run that goes on costs one reply.
+"""
 
 import json
 import os
@@ -198,7 +201,10 @@ def test_error_feedback_of_a_round_that_is_done_again_is_not_used(tmp_path):
     assert kept[4].load("residual")["w"].item() == 3
     assert kept[1].load("residual") is None
     assert kept[4].load("own")["w"].item() == 7
-    assert len(list(tmp_path.glob("0-residual-*"))) == 2
+    kept[4].save("residual", {"w": torch.tensor([4.0])})
+    # Of three rounds: one from the older of two checkpoints does two of them again.
+    assert kept[3].load("residual")["w"].item() == 2
+    assert len(list(tmp_path.glob("0-residual-*"))) == 3
 
 
 @pytest.fixture
@@ -340,11 +346,10 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fedavg", "fedadam"])
-def test_killed_three_times_it_ends_bit_identical(name, loopback, tmp_path):
+def test_killed_three_times_it_ends_bit_identical(loopback, tmp_path):
     (whole := tmp_path / "whole").mkdir()
     parts = tmp_path / "parts"
-    command = f"{SHORT} strategy={name} num_rounds=6 train.save_every_round=6"
+    command = f"{SHORT} strategy=fedadam num_rounds=6 train.save_every_round=6"
     # Never interrupted, and in one process instead of five.
     cfg = check(compose(command))
     rounds.run(cfg, loopback(cfg, folder=whole), whole)
@@ -485,3 +490,41 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(tmp_path):
     assert "Traceback" not in run.said
     assert checkpoint.newest(tmp_path).name == f"{int(number):06d}"
     assert not list(tmp_path.rglob(".*.tmp"))
+
+
+# --- a worker killed in a run that goes on --------------------------------------------------
+
+
+def workers(run: Run) -> list[psutil.Process]:
+    """The processes of a run that train a client at this moment."""
+    return [
+        process
+        for process in run.everything()
+        if process.cmdline()[:1] and "ClientAppActor.run" in process.cmdline()[0]
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_its_reply_and_nothing_else(tmp_path):
+    run = Run(
+        f"{SHORT} num_rounds=8 train.training_arguments.max_steps=60 "
+        f"hydra.run.dir={tmp_path}"
+    )
+    run.read_until("round 2/8")
+    everything = run.everything()
+    while not (busy := workers(run)):
+        assert run.process.poll() is None
+    busy[0].kill()
+    assert run.end() == 0, run.said
+    history = json.loads((tmp_path / "history.json").read_text())["rounds"]
+    failures = [entry["failures"] for entry in history]
+    [[failure]] = [each for each in failures if each]
+    struck = failures.index([failure])
+    assert [entry["replied"] for entry in history[:struck]] == [2] * struck
+    assert history[struck]["replied"] == 1
+    # A worker takes some seconds to come back, in which the other one does its work.
+    assert [entry["replied"] for entry in history[struck + 1 :]] == [2] * (7 - struck)
+    assert len(failure["cause"].splitlines()) == 1
+    assert run.said.count(failure["cause"]) == 1
+    assert "Traceback" not in run.said
+    assert gone(everything)

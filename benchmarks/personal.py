@@ -1,0 +1,98 @@
+"""Is a client's own adapter better than training alone, on the client's own records?
+
+    python benchmarks/personal.py --seeds 0 1 2 --out personal/
+    python benchmarks/personal.py --seeds 0 --mu 0.01 0.1 1 --out personal/   # choose mu
+
+The natural partitions of `experiment=compare`: 16 clients of one kind of question each, 14
+rounds of 10 steps. Each client trains alone (mode=local), and with `personal=ditto`, once with a
+quarter of the clients in a round and once with all of them, where a client's own adapter has
+as many steps as when it is alone. All losses are of the same records, which the client holds
+back in either mode; that of `personal` is cross-validated over two halves of them. Prints a
+Markdown table: of each seed the mean losses over the clients, how many clients' losses are below
+what they have alone, and the exact match of the adapter that all share, which is the same to the
+bit without `personal=ditto`. With `--out`, runs that are done are not run again.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+SETTINGS = ["experiment=compare", "hydra.mode=RUN", "partitioner=natural"]
+
+LOSSES = ("global", "own", "personal")
+
+HEAD = [
+    *("mu", "clients a round", "seed", "alone", *LOSSES),
+    *(f"{name} below alone" for name in LOSSES),
+    "exact match, %",
+]
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """A run's summary and the last entry of its history."""
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "main.py", *SETTINGS, *overrides]
+        done = subprocess.run(
+            [*command, f"hydra.run.dir={folder}"],
+            cwd=PROJECT,
+            stdout=subprocess.DEVNULL,
+        )
+        if done.returncode:
+            sys.exit(f"{' '.join(overrides)}: exit code {done.returncode}")
+    history = json.loads((folder / "history.json").read_text())
+    return json.loads((folder / "summary.json").read_text()) | history["rounds"][-1]
+
+
+def compare(out: Path, seed: int, mu: float, fraction: float) -> list[str]:
+    """A row of the table."""
+    # Each of its 16 adapters would be asked all test questions, which nobody reads here.
+    unasked = ("evaluate.exact_match=false", "evaluate.every_round=14")
+    alone = run(out / f"local-{seed}", "mode=local", f"seed={seed}", *unasked)
+    ditto = run(
+        out / f"ditto-{mu:g}-{fraction:g}-{seed}",
+        *("personal=ditto", f"personal.mu={mu}", f"seed={seed}"),
+        f"strategy.fraction_fit={fraction}",
+    )
+    pairs = [*zip(alone["eval_clients"], ditto["personal_clients"], strict=True)]
+    for one, other in pairs:  # the same records
+        for name in ("partition", "num-examples"):
+            assert one[name] == other[name]
+    below = [
+        sum(other[f"eval_loss_{name}"] < one["eval_loss"] for one, other in pairs)
+        for name in LOSSES
+    ]
+    means = [alone["eval_loss"], *(ditto[f"eval_loss_{name}"] for name in LOSSES)]
+    return [
+        *(f"{mu:g}", f"{fraction:.0%}", f"{seed}"),
+        *(f"{loss:.3f}" for loss in means),
+        *(f"{cases} of {len(pairs)}" for cases in below),
+        f"{100 * ditto['exact_match_after']:.1f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--mu", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.25, 1.0])
+    parser.add_argument("--out", type=Path, help="where the runs are kept")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = (options.out or Path(temporary)).resolve()
+        print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
+        for mu, fraction, seed in itertools.product(
+            options.mu, options.fractions, options.seeds
+        ):
+            row = compare(out, seed, mu, fraction)
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

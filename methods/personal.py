@@ -1,0 +1,96 @@
+"""An adapter of a client's own, beside the one that all share: made here, kept, never sent."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from methods.base import State
+from methods.sharing import Adapter, Names
+from methods.store import Kept
+from utils import construct
+
+# Trains the first adapter for a round, with mu / 2 times its squared distance from the second
+# in the loss, and returns what became of it.
+Fit = Callable[[State, State, float], State]
+
+
+def build(node: dict[str, Any]) -> "Personal":
+    """What `conf/personal` names. Raises `UserError` for what is no such class."""
+    return construct(node, __name__, Personal)
+
+
+class Personal:
+    """A client's own is what `sharing` leaves with it, if that is anything (FedSA, say)."""
+
+    trainings = 1  # of a client in a round, each of as many steps
+
+    def __init__(self, interpolate: list[float]) -> None:
+        self.weights = interpolate
+
+    def any(self, part: Adapter, names: Names) -> bool:
+        """Whether clients have an adapter of their own, of tensors with these names."""
+        return bool(part.own(names))
+
+    def train(self, fit: Fit, joined: State, kept: Kept) -> None:
+        """Train it for a round, beside the `joined` adapter that all share, and keep it."""
+
+    def pair(self, shared: State, joined: State, kept: Kept) -> tuple[State, State]:
+        """The adapter that all share, and the client's own.
+
+        `shared` is what came, with what stays as everybody's first is; `joined` is that with
+        what has stayed here.
+        """
+        return shared, joined
+
+
+class Ditto(Personal):
+    """Its own adapter v beside the shared w: v <- v - eta (grad F(v) + mu (v - w)).
+
+    Li et al. 2021, arXiv 2012.04221, algorithm 1, with mu for lambda. v begins as the first w
+    that came; w is what came in the round. Steps, records and optimiser are those with which
+    the client trains w in the same round.
+    """
+
+    trainings = 2
+
+    def __init__(self, mu: float, interpolate: list[float]) -> None:
+        super().__init__(interpolate)
+        self.mu = mu
+
+    def any(self, part: Adapter, names: Names) -> bool:
+        return True
+
+    def train(self, fit: Fit, joined: State, kept: Kept) -> None:
+        start = kept.load("personal") or joined
+        kept.save("personal", fit(start, joined, self.mu))
+
+    def pair(self, shared: State, joined: State, kept: Kept) -> tuple[State, State]:
+        return joined, kept.load("personal") or joined
+
+
+def between(shared: State, own: State, weight: float) -> State:
+    """The mean with `weight` (0 to 1) on `own`, tensor by tensor; at 0 and 1 to the bit."""
+    return {k: torch.lerp(tensor, own[k], weight) for k, tensor in shared.items()}
+
+
+def choose(scores: dict[float, torch.Tensor]) -> tuple[float, float]:
+    """The weight of the least loss, and what choosing so comes to on other records.
+
+    `scores`: by weight, one row a record: nats and tokens of its answer, (records, 2). The
+    least loss would flatter itself, being the least of several on the records that it was
+    chosen on. So the loss told is of two halves, each with the weight that is best on the
+    other (two-fold cross-validation); of one record, of that itself.
+    """
+
+    def best(rows: slice) -> float:
+        return min(scores, key=lambda weight: scores[weight][rows, 0].sum().item())
+
+    whole, even, odd = slice(None), slice(0, None, 2), slice(1, None, 2)
+    weight = best(whole)
+    if len(scores[weight]) > 1:
+        told = torch.cat([scores[best(odd)][even], scores[best(even)][odd]])
+    else:
+        told = scores[weight]
+    nats, tokens = told.sum(0).tolist()
+    return weight, nats / tokens
