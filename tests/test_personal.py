@@ -15,7 +15,7 @@ import app
 import client
 import model
 from assets.testbed.federation import Federation
-from methods import personal, sharing, wire
+from methods import personal, wire
 from methods.store import Kept
 from node import permit
 from reporting import export
@@ -115,11 +115,13 @@ def test_much_mu_is_the_shared_adapter_and_none_is_training_alone(configure):
     cfg = configure(*SGD, "train.training_arguments.max_steps=3")
     w = client.initial_adapter(cfg)
     v = away(w)
-    gone = [distance(client.train(cfg, v, 0, 1, mu, anchor=w)[0], w) for mu in (20, 4, 0)]
+    gone = [
+        distance(client.train(cfg, v, 0, 1, mu, anchor=w)[0], w) for mu in (20, 4, 0)
+    ]
     assert gone == sorted(gone)
     assert gone[0] < 0.2 * distance(v, w) < 0.9 * distance(v, w) < gone[2]
     alone, _ = client.train(cfg, v, 0, 1)
-    assert same(client.train(cfg, v, 0, 1, 0.0, anchor=w)[0], alone)
+    assert same(client.train(cfg, v, 0, 1, anchor=w)[0], alone)
 
 
 def test_without_mu_it_is_what_the_client_makes_alone(configure, loopback):
@@ -303,21 +305,9 @@ def test_a_run_that_goes_on_has_the_same_adapters(lost, configure, loopback, tmp
     assert told[0] == told[1]
 
 
-class Part(sharing.Adapter):
-    """Shares the A half (FedSA, arXiv 2410.01463); each client keeps a B of its own."""
-
-    def comes(self, names, server_round):
-        return [name for name in names if "lora_A" in name]
-
-    goes = comes
-
-
-def test_what_sharing_leaves_with_a_client_is_its_own(
-    configure, loopback, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sharing, "Part", Part, raising=False)
-    cfg = configure(*HELD, "strategy.fraction_fit=1")
-    cfg["sharing"] = cfg.sharing | {"_target_": "methods.sharing.Part"}
+def test_what_sharing_leaves_with_a_client_is_its_own(configure, loopback, tmp_path):
+    """The B half with FedSA (arXiv 2410.01463), which shares the A half."""
+    cfg = configure(*HELD, "sharing=fedsa", "strategy.fraction_fit=1")
     rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
     summary = runs.read(tmp_path, "summary.json")
     for one in summary["personal_clients"]:
