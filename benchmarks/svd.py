@@ -8,6 +8,7 @@ for each client and the state, 67 MB each in float32.
 """
 
 import argparse
+import logging
 import os
 import statistics
 import sys
@@ -60,7 +61,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count()])
     given = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     torch.manual_seed(0)
     layers = [
         lora.Layer(f"{i}.lora_A.w", f"{i}.lora_B.w", 64.0, 1.0)
@@ -72,7 +75,7 @@ def main() -> None:
         for i in range(given.clients)
     ]
     body = []
-    for threads in dict.fromkeys((1, os.cpu_count() or 1)):
+    for threads in dict.fromkeys(given.threads):
         torch.set_num_threads(threads)
         for name, node in (("svd", SVD), ("fedavg", MEAN)):
             found = [measure(node, layers, state, replies) for _ in range(given.repeat)]

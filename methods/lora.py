@@ -150,10 +150,11 @@ def best(function: Factors, most: int) -> Factors:
     b, a = function
     (q, r), (p, t) = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(r @ t.T)
-    left, right = q @ u[:, : len(s)], v[: len(s)] @ p.T
+    kept = min(most, len(s))
+    left, right = q @ u[:, :kept], v[:kept] @ p.T
     largest = left.gather(0, left.abs().argmax(0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).double()
-    left, right = (left * s * signs)[:, :most], (right * signs.T)[:most]
+    left, right = left * s[:kept] * signs, right * signs.T
     more = most - len(right)  # a layer with fewer rows or columns than that
     pad = torch.nn.functional.pad
     return pad(left.contiguous(), (0, more)), pad(right, (0, 0, 0, more))
