@@ -83,7 +83,11 @@ def test_skeleton_has_the_names_and_shapes_of_the_real_adapter(method):
         for net in (real, frame)
     ]
     assert shapes[0] == shapes[1]
-    assert all(p.device.type == "meta" for p in frame.get_base_model().parameters())
+    base = [p for p in frame.parameters() if not p.requires_grad]
+    # SHiRA's is on the CPU, of weights that are one value each.
+    storages = {p.untyped_storage().data_ptr(): p for p in base if not p.is_meta}
+    held = sum(p.untyped_storage().nbytes() for p in storages.values())
+    assert held < 0.01 * sum(p.nbytes for p in base)
 
 
 def test_initial_adapter_depends_on_the_seed_alone():
