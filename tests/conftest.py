@@ -150,3 +150,11 @@ def loopback() -> type[LoopbackGrid]:
 @pytest.fixture(scope="session")
 def loopback_once() -> type[LoopbackGrid]:
     return LoopbackGrid
+
+
+@pytest.fixture
+def few(tmp_path) -> str:
+    """An override: eight of the quickstart's test questions."""
+    lines = (utils.PROJECT / "assets/tiny_qa/test.jsonl").read_text().splitlines()
+    (path := tmp_path / "few.jsonl").write_text("\n".join(lines[:8]))
+    return f"dataset.test_path={path}"

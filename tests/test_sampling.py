@@ -262,3 +262,13 @@ def test_pooled_data_are_trained_by_who_always_did(configure):
 )
 def test_the_plan_tells_how_often_a_client_trains(overrides, told, configure):
     assert dict(plan.plan(configure(*overrides)))["a client trains in"] == told
+
+
+def test_sampling_repeats_by_seed_and_counts_down():
+    nodes = list(range(20))
+    assert sample(nodes, 2, 5) == sample(nodes, 2, 5)
+    draws = {tuple(sample(nodes, 2, seed)) for seed in range(50)}
+    assert len(draws) > 25
+    assert {p for draw in draws for p in draw} == set(range(20))
+    sizes = [(20, 0.1), (20, 0.14), (100, 0.29), (3, 0.1), (7, 1.0)]
+    assert [cohort_size(*size) for size in sizes] == [2, 2, 29, 1, 7]
