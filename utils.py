@@ -543,8 +543,8 @@ def _last(name: str) -> str:
 def escape(text: Any) -> str:
     """The text escaped for Markdown, on one line: no tag, link or image of its own."""
     line = re.sub(" +", " ", re.sub(CONTROLS, " ", str(text))).strip()
-    # GitHub makes links of bare addresses as well. Inside of a word _ means nothing.
-    special = r"([\\`*\[\]|<>&~$!#@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=[wW]{3})\.)"
+    # GitHub makes links of bare addresses as well. Between two letters _ means nothing.
+    special = r"([\\`*\[\]|<>&~$!#@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=[wW]{3})\.)"
     return re.sub(special, r"\\\1", line)
 
 

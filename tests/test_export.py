@@ -499,6 +499,7 @@ HOSTILE = [
     "\n---\nlicense: mit\n---\n",
     "\u202eabc\u2066 \x1b[2J \x00",
     "-rf",
+    "___",
     "'''\n\"\"\"",
 ]
 hostile = st.one_of(

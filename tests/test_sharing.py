@@ -533,8 +533,7 @@ def test_in_a_federation_nodes_keep_what_is_not_sent(tmp_path):
         kept = [file.name for file in (tmp_path / f"cache-{i}/runs").glob("*/*")]
         assert sorted(kept) == [
             f"{i}-held-000003.safetensors",
-            f"{i}-own-000002.safetensors",
-            f"{i}-own-000003.safetensors",
+            *(f"{i}-own-00000{number}.safetensors" for number in (1, 2, 3)),
         ]
 
 
