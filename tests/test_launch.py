@@ -40,7 +40,7 @@ def train(cfg, state, partition, server_round, *rest):
         if server_round == 14:
             os.kill(os.getpid(), signal.SIGKILL)
     result = trained(cfg, state, partition, server_round, *rest)
-    base = [p for p in client._load(cfg).parameters() if not p.requires_grad]
+    base = [p for p in client._load(cfg, state).parameters() if not p.requires_grad]
     here = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in base)
     assert here * cfg["model"]["shards"] == sum(p.numel() for p in base)
     return result
@@ -74,8 +74,8 @@ def both(cfg: dict[str, Any], sharded: bool) -> tuple[dict[str, Any], dict[str, 
     """The same step of 8 examples as one process takes it, and as two of them."""
     train = cfg["train"]
     settings = train.training_arguments | {"per_device_train_batch_size": 8}
-    one = cfg | {"train": train | {"training_arguments": settings}}
-    one["launch"] = {"processes": 1, "sharded": False}
+    alone = {"processes": 1, "sharded": False}
+    one = cfg | {"train": train | {"training_arguments": settings}, "launch": alone}
     return one, cfg | {"launch": {"processes": 2, "sharded": sharded}}
 
 
