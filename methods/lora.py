@@ -203,7 +203,8 @@ def places(
     known = [
         layer
         for layer in found
-        if all(n in replies[0].update or state[n].any() for n in (layer.a, layer.b))
+        if {layer.a, layer.b} <= state.keys()
+        and all(n in replies[0].update or state[n].any() for n in (layer.a, layer.b))
     ]
     products = torch.zeros(len(replies), len(replies), dtype=torch.float64)
     for layer in known:
