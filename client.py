@@ -1,6 +1,6 @@
 """One client's part of a round, on plain arguments: adapter in, adapter and figures out.
 
-No Flower type comes in here. `cfg` is the resolved configuration as a plain dict.
+No Flower type comes in here. `cfg` is the resolved configuration.
 """
 
 import resource

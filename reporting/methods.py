@@ -9,7 +9,7 @@ from pandas import DataFrame
 from reporting.figures import figure
 from reporting.runs import Run, Section
 from reporting.scores import SCORES, Estimate, lower_is_better, scale, show
-from reporting.tables import of_frame
+from reporting.tables import by_client
 from utils import table
 
 
@@ -115,11 +115,7 @@ def client_table(section: Section) -> str:
     ]
     if not cells:
         return "No client measured on records of its own."
-    frame = DataFrame(cells, columns=["seed", "client", "method", "shown"])
-    wide = frame.pivot(index=["seed", "client"], columns="method", values="shown")
-    wide = wide[frame["method"].unique()].fillna("-")
-    wide.index = [f"seed {seed}, client {client}" for seed, client in wide.index]
-    return of_frame(wide.rename_axis(""))
+    return by_client(cells)
 
 
 def draw_costs(parts: list[Section], name: str, path: Path) -> None:

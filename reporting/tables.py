@@ -112,10 +112,16 @@ def client_table(section: Section) -> str:
     ]
     if not cells:
         return ""
-    frame = DataFrame(cells, columns=["seed", "client", "score", "shown"])
-    wide = frame.pivot(index=["seed", "client"], columns="score", values="shown")
-    wide = wide[frame["score"].unique()].fillna("-")
-    wide.insert(0, "records held back", [held.get(whom, "-") for whom in wide.index])
+    whom = {(seed, client): None for seed, client, *_ in cells}
+    counts = [(*who, "records held back", str(held.get(who, "-"))) for who in whom]
+    return by_client([*counts, *cells])
+
+
+def by_client(cells: list[tuple[int, int, str, str]]) -> str:
+    """A row for each seed and client, of (seed, client, column, what it shows)."""
+    frame = DataFrame(cells, columns=["seed", "client", "column", "shown"])
+    wide = frame.pivot(index=["seed", "client"], columns="column", values="shown")
+    wide = wide[frame["column"].unique()].fillna("-")
     wide.index = [f"seed {seed}, client {client}" for seed, client in wide.index]
     return of_frame(wide.rename_axis(""))
 
