@@ -80,6 +80,10 @@ def _layer(name: str, module: Any) -> Layer:
     return Layer(a, other_half(a), alpha, power)
 
 
+def is_a(name: str) -> bool:
+    return A_HALF.search(name) is not None
+
+
 def other_half(a: str) -> str:
     """The name of B, by that of A."""
     return A_HALF.sub(r".lora_\1B.", a)
@@ -87,9 +91,7 @@ def other_half(a: str) -> str:
 
 def rank(state: State) -> int | None:
     """The highest rank of a layer, or None where there is no LoRA."""
-    return max(
-        (len(t) for name, t in state.items() if A_HALF.search(name)), default=None
-    )
+    return max((len(t) for name, t in state.items() if is_a(name)), default=None)
 
 
 def power(peft_cfg: dict[str, Any]) -> float:
@@ -104,7 +106,7 @@ def cut(state: State, most: int, power: float) -> State:
     that rank.
     """
     made = dict(state)
-    for a in filter(A_HALF.search, state):
+    for a in filter(is_a, state):
         b, held = other_half(a), len(state[a])
         if held > most:
             made[a] = state[a][:most].clone()
@@ -215,7 +217,8 @@ def places(
         torch.cat([one.update[k].double().flatten() for one in replies]).view(
             len(replies), -1
         )
-        for k in replies[0].update.keys() - halves
+        for k in replies[0].update
+        if k not in halves
     ]
     return torch.cat([axes * lengths.clamp(min=0).sqrt(), *rest], 1)
 
@@ -236,8 +239,10 @@ def share_within(found: Sequence[Layer], one: Contribution, longest: float) -> f
         (p, q), (_, r) = gram([first, factors(layer, da, db)]).tolist()
         linear, between, square = linear + p, between + q, square + r
     halves = {name for layer in found for name in (layer.a, layer.b)}
-    for name in one.update.keys() - halves:
-        linear += one.update[name].double().square().sum().item()
+    # In order: a set of names has another in each process, and the sum other bits.
+    for name, tensor in one.update.items():
+        if name not in halves:
+            linear += tensor.double().square().sum().item()
 
     def fits(c: float) -> bool:
         return c**2 * (linear + c * (2 * between + c * square)) <= longest**2

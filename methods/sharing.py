@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from methods import lora
 from methods.base import State
 from methods.store import Kept
 from utils import UserError, construct
@@ -163,10 +164,10 @@ class FFA(Halves):
         self.every = refactor_every
 
     def lasts(self, names: Names) -> list[str]:
-        return [name for name in self.comes(names) if _is_a(name)]
+        return [name for name in self.comes(names) if lora.is_a(name)]
 
     def trains(self, names: Names, server_round: int) -> Names:
-        return [name for name in names if not _is_a(name)]
+        return [name for name in names if not lora.is_a(name)]
 
     def changes(self, names: Names, server_round: int) -> list[str]:
         if self._due(server_round):
@@ -177,7 +178,7 @@ class FFA(Halves):
         if not self._due(server_round):
             return state
         own = {*self.own(state)}
-        pairs = [(_b_of(name), name) for name in state if _is_a(name)]
+        pairs = [(lora.other_half(name), name) for name in state if lora.is_a(name)]
         made = {
             name: tensor
             for b, a in pairs
@@ -189,8 +190,8 @@ class FFA(Halves):
     def fault(self, shapes: dict[str, tuple[int, ...]]) -> str | None:
         if fault := super().fault(shapes):
             return fault
-        for name in filter(_is_a, shapes if self.every else ()):
-            a, b = shapes[name], shapes[_b_of(name)]
+        for name in filter(lora.is_a, shapes if self.every else ()):
+            a, b = shapes[name], shapes[lora.other_half(name)]
             if len(a) != 2 or a[0] > min(a[1], b[0]):
                 return (
                     f"sharing.refactor_every={self.every}: {name} of shape {a} has a higher "
@@ -213,29 +214,13 @@ class RoLoRA(Halves):
         return self.comes(names)
 
     def trains(self, names: Names, server_round: int) -> Names:
-        return [name for name in names if _is_a(name) == (server_round % 2 == 0)]
-
-
-def _is_a(name: str) -> bool:
-    return ".lora_A." in name
-
-
-def _b_of(name: str) -> str:
-    return name.replace(".lora_A.", ".lora_B.")
+        return [name for name in names if lora.is_a(name) == (server_round % 2 == 0)]
 
 
 def refactored(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(U S, V^T) with the same product as `b` (d, r) and `a` (r, k), both float32.
-
-    By QR of the factors and the SVD of an r x r core, in float64; never d x k. The largest
-    entry of each column of U is positive, so that the same product gives the same factors.
-    """
-    left, left_core = torch.linalg.qr(b.double())
-    right, right_core = torch.linalg.qr(a.double().T)
-    u, s, vt = torch.linalg.svd(left_core @ right_core.T)
-    u, v = left @ u, right @ vt.T
-    signs = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
-    return (u * s * signs).float(), (v * signs).T.float().contiguous()
+    """(U S, V^T) with the same product as `b` (d, r) and `a` (r, k), both float32."""
+    left, right = lora.best((b.double(), a.double()), len(a))
+    return left.float(), right.float().contiguous()
 
 
 def digest(tensor: torch.Tensor) -> str:
