@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from methods import lora
+from methods import lora, privacy
 from methods.base import Contribution, State, Step, Steps
 from methods.wire import Wire
 from utils import Settings
@@ -18,6 +18,7 @@ def build(cfg: Settings, layers: Sequence[lora.Layer] = ()) -> Steps:
     return Steps(
         Clip(cfg.strategy.clip_norm),
         ClipWeights(cfg.strategy.clip_weights, layers),
+        privacy.build(cfg.privacy).step(),
         Wire(cfg.comm.dtype),
     )
 

@@ -165,6 +165,10 @@ class Personal(Target):
         return self
 
 
+class Privacy(Target):
+    secure_aggregation: bool = setting("the server sees the updates' sum alone")
+
+
 class Simulation(Section):
     init_args: InitArgs
 
@@ -305,6 +309,7 @@ class Run(Section):
     peft: Target
     sharing: Sharing = setting("what of the adapter comes, is trained and goes")
     personal: Personal
+    privacy: Privacy = setting("what an adapter may tell of clients and records")
     simulation: Simulation = setting("where the clients run", later=True)
     strategy: Strategy
     tracking: Target = setting("what follows the run", later=True)

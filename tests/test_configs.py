@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from peft import PeftConfig
 
 import client
-from methods import aggregate, personal, sharing
+from methods import aggregate, personal, privacy, sharing
 from server import journal, rounds
 from settings import preflight, schema, start
 from settings.compose import compose, record, resolve, resumed
@@ -156,6 +156,11 @@ def test_personal_builds(name):
     assert type(personal.build(node)).__name__.lower() == kind
 
 
+@pytest.mark.parametrize("name", names("privacy"))
+def test_privacy_builds(name):
+    assert privacy.build(plain(f"experiment=quickstart privacy={name}")["privacy"])
+
+
 @pytest.mark.parametrize("group", ["model", "dataset"])
 def test_files_of_a_group_have_the_same_keys(group):
     default = flat(plain("")[group]).keys()
@@ -206,6 +211,7 @@ def test_every_group_is_covered_here():
         "strategy",
         "sharing",
         "personal",
+        "privacy",
         "model",
         "dataset",
         "launch",
