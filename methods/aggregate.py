@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import flwr.serverapp.strategy as flower
@@ -65,8 +66,6 @@ def rehearse(node: dict[str, Any], count: int) -> None:
     Raises `UserError` where it makes no adapter of them, as it would after the first round.
     """
     made = build(node)
-    log = logging.getLogger("flwr")
-    log.disabled, before = True, log.disabled
     try:
         state = made.start({"a": torch.ones(2, 3), "b": torch.zeros(4)}, count)
         made.begin(state, 1)
@@ -77,8 +76,6 @@ def rehearse(node: dict[str, Any], count: int) -> None:
         fault = wire.mismatch(made.apply(made.gathered()), state)
     except Exception as error:  # whatever a class makes of what is no use to it
         fault = str(error) or type(error).__name__
-    finally:
-        log.disabled = before
     if fault:
         raise UserError(
             f"strategy._target_={node['_target_']} makes no adapter of {count} replies: "
@@ -202,7 +199,8 @@ class Flower(Aggregation):
         config = ConfigRecord()
         # FedAvgM would go on from what it made last, whether that was of use or not.
         self.strategy.current_arrays = None
-        self.strategy.configure_train(server_round, record(state), config, Nobody())
+        with unheard():
+            self.strategy.configure_train(server_round, record(state), config, Nobody())
         return config
 
     def _aggregate(self, state: State, replies: list["Reply"]) -> State:
@@ -210,7 +208,8 @@ class Flower(Aggregation):
         name = type(self.strategy).__name__
         try:
             self._configure(self.number, state)
-            aggregated, _ = self.strategy.aggregate_train(self.number, replies)
+            with unheard():
+                aggregated, _ = self.strategy.aggregate_train(self.number, replies)
         except Exception as error:  # of any type: each strategy has its own
             cause = one_line(f"{type(error).__name__}: {error}")
             raise Unusable(f"{name} made nothing of the replies: {cause}") from error
@@ -452,6 +451,17 @@ class Unsent(Array):
     def numpy(self) -> np.ndarray:
         """A copy: some strategies compute in place."""
         return self.tensor.numpy().copy()
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What Flower logs would mislead: no nodes sampled, the mean as one of one results."""
+    log = logging.getLogger("flwr")
+    log.disabled, before = True, log.disabled
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def record(state: State) -> ArrayRecord:

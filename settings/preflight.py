@@ -83,7 +83,7 @@ def check_machine(resources: dict[str, float]) -> None:
         raise UserError(
             f"client_resources.num_gpus={gpus:g}, but there is no CUDA device here. To try "
             "the app without one: python main.py experiment=quickstart. To train on the "
-            "CPU: client_resources.num_gpus=0"
+            "CPU: experiment=laptop, or client_resources.num_gpus=0"
         )
     if gpus > torch.cuda.device_count():
         raise UserError(

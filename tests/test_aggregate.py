@@ -1,5 +1,7 @@
 """pytest tests/test_aggregate.py: how updates are combined, against arithmetic done by hand."""
 
+import logging
+
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message
@@ -98,6 +100,22 @@ def test_server_optimisers_step_as_in_the_paper(configure, loopback):
     rate = 1e-3 * (1 - 0.99**2) ** 0.5 / (1 - 0.9**2)
     step = rate * momentum / (square**0.5 + 1e-3)
     assert all(torch.allclose(state[k], start[k] + step, atol=1e-7) for k in start)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedadam", "fedmedian"])
+def test_flower_logs_nothing_of_its_stand_ins(name, configure, caplog):
+    """It is given nobody to sample, and the mean as a single reply."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    made = aggregate.build(configure(f"strategy={name}").strategy)
+    state = {"a": torch.zeros(3)}
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        logging.getLogger("flwr").info("is heard")
+        made.begin(state, 1)
+        for i in range(3):
+            made.add(Contribution(i, state, {"a": torch.ones(3)}, weight=1, loss=1.0))
+        made.told(1)
+        made.apply(made.gathered())
+    assert caplog.messages == ["is heard"]
 
 
 @pytest.mark.parametrize(
