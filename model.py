@@ -53,6 +53,7 @@ from utils import (
     construct,
     local_path,
     mix_seed,
+    one_line,
 )
 
 patches.attend_in_blocks()
@@ -77,6 +78,12 @@ EXAMINED = {
     "batch_size": 16,
     "max_new_tokens": 32,
 }
+
+
+# PEFT's settings that are about training, or about where an adapter comes from.
+NO_FUNCTION = re.compile(
+    "dropout|base_model_name|^revision|^inference_mode|_version$|^task_type|^auto_mapping"
+)
 
 
 def default_device() -> torch.device:
@@ -352,16 +359,66 @@ def _frame(config: PreTrainedConfig, model_cfg: Any, peft_cfg: Any) -> PeftModel
 
 
 def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
-    """The fresh adapter as far as `seed` alone decides it, in float32 by name.
+    """The first adapter as far as it is decided without the base, in float32 by name.
 
-    What PEFT reads from the base's weights (DoRA's magnitudes) is NaN: each weight of the
+    That is `model.adapter`, or else a fresh one as far as `seed` alone decides it. What PEFT reads from the base's weights (DoRA's magnitudes) is NaN: each weight of the
     base is one NaN here that has the weight's shape and takes no room. Needs the base's
     `config.json` only. Raises `UserError` where PEFT makes no adapter on such a base.
     """
+    if model_cfg.get("adapter"):
+        return saved(model_cfg, peft_cfg)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(_config(model_cfg))
     _refill(base, lambda weight: torch.full((), math.nan).expand(weight.shape))
     return adapter_state(_with_adapter(base, model_cfg, peft_cfg, seed))
+
+
+def saved(model_cfg: Any, peft_cfg: Any) -> State:
+    """The adapter in the folder `model.adapter`, by the names of the run's own, in float32.
+
+    Any folder of PEFT's. Raises `UserError` where it is broken, or is another kind of adapter
+    than the run trains: of another method, rank, scale, for other layers, or one that began
+    by changing the base.
+    """
+    folder = model_cfg["adapter"]
+    frame = skeleton(model_cfg, peft_cfg)
+    try:
+        theirs, ours = _settings(folder), frame.peft_config["default"]
+        if theirs.peft_type != ours.peft_type:
+            raise ValueError(
+                f"it is {theirs.peft_type.value}, not {ours.peft_type.value}"
+            )
+        for name, value in sorted(ours.to_dict().items()):
+            other = getattr(theirs, name, None)
+            if name.startswith("init_"):  # of those that leave the base as it is
+                differs = not {value, other} <= {True, False, None, "gaussian"}
+            else:
+                differs = not NO_FUNCTION.search(name) and (other or None) != (
+                    value or None
+                )
+            if differs:
+                raise ValueError(f"{name} is {other} in it, and {value} in this run")
+        held = load_file(Path(folder) / "adapter_model.safetensors")
+        # Each tensor that PEFT would save of the run's own, by its one value, the number of
+        # the parameter that it is.
+        trained = {n: p for n, p in frame.named_parameters() if p.requires_grad}
+        numbered = {
+            name: torch.full((), float(i)).expand(trained[name].shape)
+            for i, name in enumerate(trained)
+        }
+        frame.load_state_dict(numbered, strict=False, assign=True)
+        known = peft.get_peft_model_state_dict(frame, save_embedding_layers=False)
+        if fault := mismatch(held, known):
+            raise ValueError(fault)
+        names = [*trained]
+        if len(held) != len(names):
+            raise ValueError("what it holds is not what this run trains")
+        state = {names[int(known[k].flatten()[0])]: v.float() for k, v in held.items()}
+        return {name: state[name] for name in trained}
+    except Exception as error:  # whatever PEFT makes of a broken folder
+        raise UserError(
+            f"model.adapter={folder} cannot be gone on with ({one_line(str(error))})."
+        ) from error
 
 
 @patches.equal_masks_drawn_once()
@@ -648,7 +705,8 @@ def save_adapter(
 
 def about(cfg: Any, done: int) -> dict[str, Any]:
     """What `save_adapter` notes beside an adapter of round `done`: how to ask and examine it."""
-    settings = {name: value for name, value in cfg.model.items() if name != "cache"}
+    here = ("cache", "adapter")  # folders of this machine
+    settings = {name: value for name, value in cfg.model.items() if name not in here}
     settings["name"] = portable_name(settings["name"])
     train = cfg.train
     return {

@@ -121,6 +121,9 @@ def settle(
             # A relative name means something of the bundle, and nothing of the node's.
             os.chdir(PROJECT)
             cfg.model["name"] = choose_base(cfg.model.name, own)
+            cfg.model["adapter"] = (
+                None  # a folder of the server's, which sends what it holds
+            )
             cfg["dataset"] = choose_data(cfg.dataset, own)
         cache = Path(own["cache-path"])
         cfg.model["cache"] = str(cache)

@@ -182,6 +182,8 @@ class Card:
         data, train = self.cfg["dataset"], self.cfg["train"]
         arguments = train["training_arguments"]
         yield "data of the run", public(str(data.get("path") or data.get("name")))
+        if start := self.cfg.get("model", {}).get("adapter"):
+            yield "began with the adapter", public(str(start))
         yield "partitioner", _class(self.cfg["partitioner"])
         yield "mode", self.mode
         yield "clients", self.cfg["num_clients"]

@@ -68,6 +68,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     with naming(cfg.model.name):
         cfg = decided(cfg)
     check_model(cfg, weights=not (cfg.dry_run or deployed))
+    check_adapter(cfg, deployed)
     check_ranks(cfg, deployed)
     if cfg.resume:
         check_progress(cfg, Path(cfg.resume))
@@ -392,6 +393,22 @@ def check_products(cfg: Settings, frame: Any) -> None:
         raise UserError(
             f"comm.dtype=int8 with {key}: what rounding took from an update is added to the "
             "client's next one, and by then the factors are others. Take comm.dtype=float16."
+        )
+
+
+def check_adapter(cfg: Settings, deployed: bool) -> None:
+    """That the adapter that clients begin with, if one is named, is one like the run's."""
+    import model
+
+    if not (folder := cfg.model.adapter):
+        return
+    names = model.saved(cfg.model, cfg.peft).keys()
+    part = sharing.build(cfg.sharing)
+    if deployed and (part.own(names) or part.lasts(names)):
+        raise UserError(
+            f"model.adapter={folder} with sharing._target_={cfg.sharing._target_}: nodes make "
+            "what they are not sent from the seed, and do not have that folder. Take "
+            "sharing=all and no sharing.stays."
         )
 
 

@@ -120,6 +120,7 @@ class Lora(Section):
 
 class Model(Section):
     name: Name = setting("a model of the hub, or a folder")
+    adapter: Name | None = setting("a folder with an adapter to begin with")
     quantization: choice(4, 8, None) = setting("bits of the base's weights")
     gradient_checkpointing: choice(True, False, "auto") = setting(
         "compute activations twice instead of keeping them"
