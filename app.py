@@ -219,6 +219,7 @@ def train(
     after, metrics = processes.train(cfg, before, partition, number, mu, correction)
     if "rank" in cfg:
         metrics["rank"] = cfg.rank
+    metrics = level.tells(metrics)
     after, change = scaffold.change(after, kept, cfg.comm.dtype)
 
     def fit(start: "State", anchor: "State", mu: float) -> "State":
@@ -226,8 +227,7 @@ def train(
 
     personal.build(cfg.personal).train(fit, before, kept)
     packed = steps.build(cfg, level=level).leave(part.leave(before, after, kept), kept)
-    metrics = MetricRecord(level.tells(metrics))
-    content = {"arrays": ArrayRecord(packed), "metrics": metrics}
+    content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
     if change:
         content["control"] = ArrayRecord(change)
     return RecordDict(content)

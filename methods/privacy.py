@@ -60,6 +60,11 @@ def noise(shape: torch.Size, std: float) -> torch.Tensor:
     return std * torch.special.ndtri((whole.double() + 0.5) / 2**52).reshape(shape)
 
 
+def noisy(update: State, std: float) -> State:
+    """The update in float32, with `noise` on every value."""
+    return {k: (v + noise(v.shape, std)).float() for k, v in update.items()}
+
+
 class Privacy:
     """None but that records stay where they are."""
 
@@ -114,6 +119,11 @@ class Privacy:
         """Go on after the round of this entry."""
 
     # --- on a client -------------------------------------------------------------------------
+
+    def share(self, update: State, least: int) -> State:
+        """With secure aggregation, on a client: the update with this client's part of the
+        noise, where `least` clients' parts at least come together."""
+        return update
 
     def answers(self, kind: str) -> None:
         """Raises `Refusal` where a client is not to send this beside its update."""
@@ -195,6 +205,11 @@ class Noisy(Privacy):
         each = [z / self.reach for z in noises]
         return accounting.spent(each, self.delta, rate)
 
+    def silent(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """What a reply must have, the same from everybody. A rank is a node's setting."""
+        same = {"num-examples": 1, "train_loss": 0.0, "peak_memory": 0, "tokens": 0}
+        return same | {k: v for k, v in metrics.items() if k == "rank"}
+
 
 class Client(Noisy):
     """Nobody who gets the adapters can tell whether any one client's updates are in them.
@@ -206,14 +221,24 @@ class Client(Noisy):
     `adaptive`: the bound follows the median of the updates' norms (Andrew et al. 2021, arXiv
     1905.03871), from counts that are noisy as well. Half of a client's bit is its reach in
     them, and the noise on the sum is raised so that both together are `noise_multiplier`'s.
+
+    With secure aggregation each client clips, and adds a part of the noise; the server knows
+    the noisy sum alone, and whoever is asked counts as in it.
     """
 
     adjacency = "one client's updates added or removed"
-    released = "summed"
 
     def __init__(self, adaptive: bool, **settings: Any) -> None:
         super().__init__(**settings)
         self.adaptive = adaptive
+        self.released = "asked" if self.secure_aggregation else "summed"
+
+    def share(self, update: State, least: int) -> State:
+        std = self.noise_multiplier * self.clip_norm / math.sqrt(least)
+        return noisy(clipped(update, self.clip_norm), std)
+
+    def tells(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        return self.silent(metrics) if self.secure_aggregation else metrics
 
     def step(self, cohort: int) -> Step:
         return (Adaptive if self.adaptive else Summed)(self, cohort)
@@ -232,6 +257,11 @@ class Client(Noisy):
             return (
                 f"privacy=client with strategy.{key}={node[key]}: privacy.clip_norm bounds the "
                 f"updates. Set strategy.{key}=null."
+            )
+        if self.adaptive and self.secure_aggregation:
+            return (
+                "privacy.adaptive=true with privacy.secure_aggregation=true: the server counts no "
+                "updates within the bound that it does not see. Set privacy.adaptive=false."
             )
         cohort = cohort_size(cfg.num_clients, node.fraction_fit)
         least = self.noise_multiplier / 2 / BITS
@@ -258,7 +288,10 @@ class Summed(Step):
 
     def __init__(self, level: Client, cohort: int) -> None:
         self.level, self.cohort = level, cohort
-        self.noise_multiplier = level.noise_multiplier
+        # In a sum of updates that nobody sees it is there already.
+        self.noise_multiplier = (
+            0.0 if level.secure_aggregation else level.noise_multiplier
+        )
 
     def arrive(self, one: Contribution) -> Contribution:
         return replace(one, update=clipped(one.update, self.level.clip_norm), weight=1)
@@ -318,9 +351,7 @@ class Local(Noisy):
         raise Refusal(f"with privacy=local it sends noisy updates, and no {kind}")
 
     def tells(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        # What a reply must have, the same from everybody. A rank is a node's setting.
-        same = {"num-examples": 1, "train_loss": 0.0, "peak_memory": 0}
-        return same | {k: v for k, v in metrics.items() if k == "rank"}
+        return self.silent(metrics)
 
 
 class Leaving(Step):
@@ -337,10 +368,7 @@ class Leaving(Step):
             raise Refusal("its privacy.epsilon is spent")
         kept.enlist("releases", level.noise_multiplier)
         std = level.noise_multiplier * level.clip_norm
-        return {
-            k: (v + noise(v.shape, std)).float()
-            for k, v in clipped(update, level.clip_norm).items()
-        }
+        return noisy(clipped(update, level.clip_norm), std)
 
     def arrive(self, one: Contribution) -> Contribution:
         return replace(one, weight=1)

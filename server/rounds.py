@@ -349,8 +349,8 @@ class Server:
                         f"{len(clients)} usable replies where "
                         f"strategy.min_fit_replies={settings.min_fit_replies}"
                     )
-                summed = [client["partition"] for client in clients]
-                self.ledger.enter("summed", server_round, summed)
+                failed = {failure["partition"] for failure in exchange.failures}
+                self.ledger.enter("summed", server_round, {*asked} - failed)
                 mean = self.steps.total(self.aggregation.gathered(), len(clients))
                 new_state = self.aggregation.apply(mean)
                 new_state = self.sharing.finish(new_state, server_round)

@@ -28,7 +28,7 @@ from utils import Refusal, UserError, read_json
 NODE = {"secure_aggregation": False, "clip_norm": 0.5, "delta": 1e-5}
 CLIENT = {"_target_": "methods.privacy.Client", "adaptive": False, **NODE}
 LOCAL = {"_target_": "methods.privacy.Local", **NODE}
-BARE = ("privacy=client", "privacy.epsilon=null")
+BARE = ("privacy=client", "privacy.epsilon=null", "privacy.clip_norm=0.5")
 ALL = ("strategy.fraction_fit=1", "num_clients=3")
 QUIET = 1e-9  # as good as no noise
 # What is a client's own word, by its name in any file.
@@ -202,6 +202,24 @@ def test_a_round_is_the_mean_of_clipped_updates_over_all_who_were_asked(
         total = {k: total[k] + update[k] for k in total}
     for name in start:
         assert torch.allclose(state[name], start[name] + total[name] / 3, atol=1e-7)
+
+
+def test_parts_of_the_noise_add_up_where_no_update_is_seen():
+    """With secure aggregation, of five clients of whom three at least are in the sum."""
+    made = level(CLIENT | {"secure_aggregation": True}, 2.0)
+    assert made.released == "asked"  # who drops out late may be in the sum
+    update = {"w": torch.full((40000,), 1.0)}
+    parts = [made.share(update, least=3)["w"] for _ in range(5)]
+    each = 0.5 / 200  # the bound, spread over the values
+    for count in (3, 5):
+        total = sum(parts[:count])
+        assert total.mean().item() == pytest.approx(count * each, abs=0.05)
+        std = 2.0 * 0.5 * math.sqrt(count / 3)
+        assert total.std().item() == pytest.approx(std, rel=0.03)
+    # The server divides by the plan, and adds none.
+    mean = made.step(5).total({"w": torch.ones(4, dtype=torch.float64)}, 3)["w"]
+    assert mean.tolist() == [3 / 5] * 4
+    assert {*made.tells({"num-examples": 7, "train_loss": 2.0}).values()} == {0, 1}
 
 
 # --- the bound that adapts ---------------------------------------------------------------------
@@ -560,7 +578,7 @@ def test_a_client_tells_a_server_that_it_does_not_trust_nothing_else(
     start = server.initial_adapter()
     if kind == "update":
         _, entry = server.train_round(1, start)
-        same = {"num-examples": 1, "train_loss": 0.0, "peak_memory": 0}
+        same = {"num-examples": 1, "train_loss": 0.0, "peak_memory": 0, "tokens": 0}
         assert seen == dict.fromkeys(range(3), same)
         assert not words(entry) & OWN
         assert entry["epsilon"] <= 8 < entry["epsilon"] * 1.001
@@ -618,6 +636,10 @@ def test_what_was_asked_of_a_client_counts_even_if_the_server_makes_nothing_of_i
         ("privacy.noise_multiplier=0", "privacy.noise_multiplier=0"),
         ("privacy.epsilon=-1", "privacy.epsilon=-1"),
         ("privacy.adaptive=true", "Take more than"),
+        (
+            "privacy.adaptive=true privacy.secure_aggregation=true",
+            "counts no updates within the bound",
+        ),
         ("strategy.sampling=poisson", "2 clients a round would at times be none"),
         (
             "strategy.sampling=poisson num_clients=100 strategy.min_fit_replies=2",
