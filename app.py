@@ -201,7 +201,7 @@ def train(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """One round's update to the adapter that came in, and its metrics."""
-    from methods import personal, scaffold, sharing, steps, store
+    from methods import personal, privacy, scaffold, sharing, steps, store
     from node import processes
 
     config = message.content["config"]
@@ -211,19 +211,22 @@ def train(
     before = _joined(cfg, message, part, kept, kept)
     mu = config.get("proximal-mu", 0.0)
     correction = {}
+    level = privacy.build(cfg.privacy)
     if "control" in message.content:
+        level.answers("control variates")
         control = _received(message, "control")
         correction = scaffold.correction(control, before, kept)
     after, metrics = processes.train(cfg, before, partition, number, mu, correction)
     if "rank" in cfg:
         metrics["rank"] = cfg.rank
+    metrics = level.tells(metrics)
     after, change = scaffold.change(after, kept, cfg.comm.dtype)
 
     def fit(start: "State", anchor: "State", mu: float) -> "State":
         return processes.train(cfg, start, partition, number, mu, None, anchor)[0]
 
     personal.build(cfg.personal).train(fit, before, kept)
-    packed = steps.build(cfg).leave(part.leave(before, after, kept), kept)
+    packed = steps.build(cfg, level=level).leave(part.leave(before, after, kept), kept)
     content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
     if change:
         content["control"] = ArrayRecord(change)
@@ -234,9 +237,10 @@ def evaluate(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The metrics of the adapter that came in; of the base before round 1."""
-    from methods import personal
+    from methods import personal, privacy
     from node import processes
 
+    privacy.build(cfg.privacy).answers("measurements")
     number = int(message.content["config"]["server-round"])
     shared, joined, kept = _up_to(cfg, partition, number, message)
     method, base = personal.build(cfg.personal), number == 0
@@ -252,9 +256,10 @@ def personalise(
 ) -> RecordDict:
     """The metrics of the adapter of the client's own that it chooses, and writes, at the end."""
     import client
-    from methods import personal
+    from methods import personal, privacy
     from node import processes
 
+    privacy.build(cfg.privacy).answers("measurements")
     number = int(message.content["config"]["server-round"])
     shared, own = personal.build(cfg.personal).pair(
         *_up_to(cfg, partition, number, message)

@@ -223,6 +223,12 @@ def learning_rate(cfg: Settings, server_round: int) -> float:
     return cosine(server_round, cfg.num_rounds, high, low)
 
 
+def cohort_size(num_clients: int, fraction: float) -> int:
+    """How many clients a fraction means: rounded down, but at least one."""
+    # 0.29 * 100 is a hair under 29 in floating point.
+    return max(1, int(num_clients * fraction + 1e-9))
+
+
 def git_commit() -> str | None:
     """The commit of this project, in a git checkout."""
     command = ["git", "-C", str(PROJECT), "rev-parse", "HEAD"]
@@ -363,6 +369,7 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text, "utf-8", errors="backslashreplace")
         _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)  # the name as well
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 None of it knows models, data or messages: tensors by name, in float32 on the CPU.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,6 +143,18 @@ class Aggregation:
 
     def recall(self, memory: dict[str, State]) -> None:
         """Go on as if `memory` was what it keeps."""
+
+
+def norm(update: State) -> float:
+    """The L2 norm over all tensors."""
+    squares = sum(tensor.double().square().sum().item() for tensor in update.values())
+    return math.sqrt(squares)
+
+
+def clipped(update: State, longest: float) -> State:
+    """The update scaled down to an L2 norm of `longest` over all tensors, if it is longer."""
+    scale = min(1.0, longest / max(norm(update), 1e-12))
+    return {name: tensor * scale for name, tensor in update.items()}
 
 
 def adapters(state: State) -> dict[str, State]:

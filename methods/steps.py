@@ -1,24 +1,30 @@
 """What is done to updates on their way, as the configuration has it."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from methods import lora, privacy
-from methods.base import Contribution, State, Step, Steps
+from methods.base import Contribution, Step, Steps, clipped
 from methods.wire import Wire
-from utils import Settings
+from utils import Settings, cohort_size
 
 
-def build(cfg: Settings, layers: Sequence[lora.Layer] = ()) -> Steps:
+def build(
+    cfg: Settings,
+    layers: Sequence[lora.Layer] = (),
+    level: privacy.Privacy | None = None,
+) -> Steps:
     """The steps of a run, in the order in which a client takes them.
 
-    `layers`: the adapter's, which the server knows.
+    `layers`: the adapter's, which the server knows. `level`: what `conf/privacy` names, where
+    the caller goes on to ask it.
     """
+    level = level or privacy.build(cfg.privacy)
+    cohort = cohort_size(cfg.num_clients, cfg.strategy.fraction_fit)
     return Steps(
         Clip(cfg.strategy.clip_norm),
         ClipWeights(cfg.strategy.clip_weights, layers),
-        privacy.build(cfg.privacy).step(),
+        level.step(cohort),
         Wire(cfg.comm.dtype),
     )
 
@@ -36,8 +42,7 @@ class Clip(Step):
     def arrive(self, one: Contribution) -> Contribution:
         if self.longest is None:
             return one
-        scale = min(1.0, self.longest / max(norm(one.update), 1e-12))
-        return replace(one, update={k: v * scale for k, v in one.update.items()})
+        return replace(one, update=clipped(one.update, self.longest))
 
 
 class ClipWeights(Step):
@@ -57,9 +62,3 @@ class ClipWeights(Step):
             return one
         scale = lora.share_within(self.layers, one, self.longest)
         return replace(one, update={k: v * scale for k, v in one.update.items()})
-
-
-def norm(update: State) -> float:
-    """The L2 norm over all tensors."""
-    squares = sum(tensor.double().square().sum().item() for tensor in update.values())
-    return math.sqrt(squares)

@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from methods.base import State
+from utils import read_json, write_json
 
 
 class Kept:
@@ -34,6 +35,19 @@ class Kept:
         os.replace(temporary, self.folder / file)
         for _, old in sorted(self._files(name))[:-3]:
             old.unlink()
+
+    def listed(self, name: str) -> list[float]:
+        """What has been enlisted, in all rounds and in those that were done again."""
+        path = self._list(name)
+        return read_json(path) if path.exists() else []
+
+    def enlist(self, name: str, value: float) -> None:
+        """Write this down beside what is listed, for good: it is on the disk thereafter."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._list(name), [*self.listed(name), value])
+
+    def _list(self, name: str) -> Path:
+        return self.folder / f"{self.partition}-{name}.json"
 
     def _files(self, name: str) -> list[tuple[int, Path]]:
         files = self.folder.glob(f"{self.partition}-{name}-*.safetensors")

@@ -111,6 +111,8 @@ def settle(
     try:
         own = check_settings(node_config)
         choose_device(own.get("device"))
+        from methods import privacy
+
         overrides = parse(str(told["overrides"]))
         cfg = schema.validated(resolve(compose(overrides)))
         # Pooled, the data would be read num_clients times.
@@ -144,7 +146,7 @@ def settle(
             settle_rank(cfg, own)
             check_demands(cfg, own)
         schema.check_training_arguments(cfg)
-        cfg = decided(cfg)
+        cfg = privacy.settled(decided(cfg))
         cfg["records"] = check_data(cfg, partition)
         if not simulated:
             check_demands(cfg, own, cfg.records)

@@ -170,6 +170,11 @@ class Card:
             yield "records to train on", records
         if "train_loss" in self.entry:
             yield f"train loss, {runs.NATS}", f"{self.entry['train_loss']:.4g}"
+        if "epsilon" in self.entry:
+            epsilon, delta, adjacency = map(
+                self.entry.get, ("epsilon", "delta", "adjacency")
+            )
+            yield "privacy", f"epsilon {epsilon:.3g} at delta {delta:g}: {adjacency}"
         if commit := utils.git_commit():
             yield "commit of llm-flowertune", commit
         yield (

@@ -115,7 +115,8 @@ def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
         count_rounds(axes)
         axes.set_ylabel(LOSS)
         axes.set_title(title, loc="left", fontsize="medium", wrap=True)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
 
 
 def plot_sweep(curves: dict[str, dict[int, float]], path: Path) -> None:

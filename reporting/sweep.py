@@ -25,9 +25,10 @@ def summarise_sweep(folder: Path) -> None:
     rows = []
     for job, settings in zip(jobs, overrides, strict=True):
         rounds = read(job, "history.json", {"rounds": []})["rounds"]
-        losses = {entry["round"]: entry["train_loss"] for entry in rounds}
+        told = [entry for entry in rounds if "train_loss" in entry]
+        losses = {entry["round"]: entry["train_loss"] for entry in told}
         last = f"{smooth(list(losses.values()))[-1]:.4f}" if losses else ""
-        rows.append([job.name, *(settings.get(k, "") for k in keys), len(losses), last])
+        rows.append([job.name, *(settings.get(k, "") for k in keys), len(rounds), last])
         if losses:
             curves[_label(job.name, {key: settings.get(key, "") for key in keys})] = (
                 losses

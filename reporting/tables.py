@@ -60,9 +60,8 @@ def cost_table(section: Section) -> str:
             "MB down": run.summary["bytes_down"] / 1e6,
             "MB up": run.summary["bytes_up"] / 1e6,
             "seconds": run.summary["seconds"],
-            "examples trained on": sum(
-                client["num-examples"] for r in run.rounds for client in r["clients"]
-            ),
+            "examples trained on": examples(run),
+            "epsilon": run.summary.get("epsilon", math.nan),
             "failed replies": run.summary["failures"],
             "aggregation error, %": aggregation_error(run),
         }
@@ -71,6 +70,12 @@ def cost_table(section: Section) -> str:
     means = costs.groupby(first).mean().dropna(axis=1, how="all")
     means = means.map(lambda mean: "-" if math.isnan(mean) else f"{mean:,.1f}")
     return of_frame(means.loc[[mode for mode in MODES.values() if mode in means.index]])
+
+
+def examples(run: Run) -> float:
+    """That all clients have trained on; NaN where no round tells it."""
+    each = [client["num-examples"] for r in run.rounds for client in r["clients"]]
+    return sum(each) if each else math.nan
 
 
 def aggregation_error(run: Run) -> float:

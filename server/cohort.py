@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from flwr.serverapp import Grid
 from pydantic import Field
@@ -14,6 +14,7 @@ from utils import (
     STOP,
     Settings,
     UserError,
+    cohort_size,
     look_for_stop,
     mix_seed,
     read_json,
@@ -43,6 +44,8 @@ class Clients:
         self.turns: dict[int, int] = {}  # by number: the last pass it was asked in
         self.current = 1  # the newest pass through all clients that has begun
         self.file: Path | None = None  # where numbers are kept
+        # Whether nobody is to learn who trains in a round.
+        self.secret = cfg.strategy.sampling == "poisson"
 
     def keep(self, file: Path) -> None:
         """Number nodes as `file` has it, if it is there, and write there who else comes.
@@ -101,7 +104,8 @@ class Clients:
         """The nodes that take part, in order of their numbers; waits until there is one.
 
         With `strategy.sampling=epoch` who trains is dealt out in passes: everybody is asked
-        once, in an order drawn for the pass, before anybody is asked twice. Those that were
+        once, in an order drawn for the pass, before anybody is asked twice; with `poisson` it
+        is by chance alone, and no seed tells whom. Those that were
         `tried` in this round already come in only if the others are too few, and those in
         `out` not at all. `least` of them, where there are as many. Raises `RunFailed` when
         all that ever came refuse.
@@ -118,6 +122,8 @@ class Clients:
         others = [node for node in nodes if node not in tried]
         parts, more = [self.cfg.seed, fraction], [attempt] if attempt else []
         # Who measures is drawn: round 0 and the last one then ask the same.
+        if self.secret and fraction == "fraction_fit":
+            return self.drawn(nodes, least)
         if fraction != "fraction_fit" or self.cfg.strategy.sampling == "random":
             seed = mix_seed(*parts, server_round, *more)
             return sample(others if len(others) >= size else nodes, size, seed)
@@ -129,6 +135,29 @@ class Clients:
             return node in tried, turn, place, number
 
         return sorted(sorted(nodes, key=order)[:size], key=self.partitions.__getitem__)
+
+    def drawn(self, nodes: list[int], least: int) -> list[int]:
+        """Each with the chance `strategy.fraction_fit`, by the operating system's randomness.
+
+        Again if they are fewer than `least`.
+        """
+        least = min(least, len(nodes))
+        chance, draw = self.cfg.strategy.fraction_fit, random.SystemRandom().random
+        while len(chosen := [node for node in nodes if draw() < chance]) < least:
+            look_for_stop()
+        return chosen
+
+    def shown(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A round's entry as all may see it: where it is secret who took part, with what was
+        to be expected in the place of what that would tell."""
+        if not self.secret:
+            return entry
+        fraction = self.cfg.strategy.fraction_fit
+        size = cohort_size(self.cfg.num_clients, fraction)
+        kept = {"asked": [], "failures": [], "sampled": size, "replied": size}
+        for way, count in (("bytes_down", "sampled"), ("bytes_up", "replied")):
+            kept[way] = round(entry[way] / entry[count]) * size
+        return entry | kept
 
     def turn(self, number: int) -> int:
         """The pass in which a client is asked next: the current one, or the one after it.
@@ -145,12 +174,6 @@ class Clients:
         """
         self.turns |= {number: self.turn(number) for number in asked}
         self.current = max(self.turns.values(), default=1)
-
-
-def cohort_size(num_clients: int, fraction: float) -> int:
-    """How many clients a fraction means: rounded down, but at least one."""
-    # 0.29 * 100 is a hair under 29 in floating point.
-    return max(1, int(num_clients * fraction + 1e-9))
 
 
 def sample(nodes: list[int], size: int, seed: int) -> list[int]:

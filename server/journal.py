@@ -120,20 +120,23 @@ class Journal:
 
     def write_summary(self, more: dict[str, Any]) -> None:
         """Write `summary.json` and draw `train_loss.png`."""
-        losses = [entry["train_loss"] for entry in self.rounds]
+        losses = [e["train_loss"] for e in self.rounds if "train_loss" in e]
+        held = [
+            e["peak_memory_client"] for e in self.rounds if "peak_memory_client" in e
+        ]
         history = self.history()
         if "test_loss_after" in more:  # measured now, if not in every round
             last = self.rounds[-1] | {"test_loss": more["test_loss_after"]}
             history = history | {"rounds": [*self.rounds[:-1], last]}
         plot_run(history, public(describe(self.cfg)), self.folder / "train_loss.png")
-        summary = {
-            "rounds": len(self.rounds),
-            "train_loss_first": losses[0],
-            "train_loss_last": losses[-1],
+        summary = {"rounds": len(self.rounds)}
+        if losses:
+            summary |= {"train_loss_first": losses[0], "train_loss_last": losses[-1]}
+        summary |= {
             "bytes_down": sum(entry["bytes_down"] for entry in self.rounds),
             "bytes_up": sum(entry["bytes_up"] for entry in self.rounds),
             "failures": sum(len(entry["failures"]) for entry in self.rounds),
-            "peak_memory_client": max(e["peak_memory_client"] for e in self.rounds),
+            **({"peak_memory_client": max(held)} if held else {}),
             "peak_memory_server": max(e["peak_memory_server"] for e in self.rounds),
         }
         if best := self.best():
@@ -220,11 +223,11 @@ def report(cfg: Settings, folder: Path) -> None:
     """Print a finished run's last word: losses, scores, sample answers, what to do next."""
     summary = read(folder, "summary.json")
     last = read_history(folder, summary["rounds"])["rounds"][-1]
-    say(
-        f"\nTraining loss {summary['train_loss_first']:.3f} -> "
-        f"{summary['train_loss_last']:.3f} in {summary['rounds']} rounds, "
-        f"{summary['seconds']:.0f} s."
-    )
+    took = f"{summary['rounds']} rounds, {summary['seconds']:.0f} s."
+    if "train_loss_first" in summary:
+        first, final = summary["train_loss_first"], summary["train_loss_last"]
+        took = f"Training loss {first:.3f} -> {final:.3f} in {took}"
+    say(f"\n{took}")
     asked: list[dict[str, str]] = []
     if dataset.test_wanted(cfg):
         asked = dataset.load_test(cfg)[0]
@@ -278,6 +281,11 @@ def report(cfg: Settings, folder: Path) -> None:
         words += [f"--question={record['instruction']}"]
         words += [f"--input={record['input']}"] * bool(record["input"])
     say(f"\nAsk it: {command('test.py', *words)}")
+    if "epsilon" in summary:
+        say(
+            f"\nPrivacy: epsilon {summary['epsilon']:.2f} or less for every client, at delta "
+            f"{summary['delta']:g} ({summary['adjacency']}); {folder}/privacy.json"
+        )
 
 
 def _line(text: str) -> str:

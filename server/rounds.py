@@ -19,8 +19,8 @@ from flwr.serverapp import Grid
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import aggregate, lora, personal, sharing, steps, wire
-from methods.base import Contribution, OutOfRange, State, Unusable, adapters
+from methods import aggregate, lora, personal, privacy, sharing, steps, wire
+from methods.base import Contribution, OutOfRange, State, Unusable, adapters, norm
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
 from server.exchange import (
@@ -33,6 +33,7 @@ from server.exchange import (
     read_figures,
 )
 from server.journal import Journal, report_failures, report_memory
+from server.ledger import Ledger, Spent
 from server.runs import PERSONAL_LOSSES, telling
 from utils import (
     Progress,
@@ -78,11 +79,13 @@ def run(
         state, done, seconds = checkpoint.load(newest, server.aggregation)
         started -= seconds
         journal.go_on(done)
+        server.level.recall(journal.rounds[-1])
         for entry in journal.rounds:  # one from before this was told begins a new pass
             server.clients.note(entry.get("asked", []))
         for client in itertools.chain(*(e["clients"] for e in journal.rounds)):
             server.aggregation.hear(client)
         say(f"Going on after round {done}.")
+    server.ledger.keep(folder / "privacy.json", done)
     progress = Progress(cfg.num_rounds, done)
     journal.track()
     try:
@@ -107,9 +110,14 @@ def run(
         scores = server.personalise(state)
         if examination:
             scores |= conclude(cfg, examination, base, state, measured, folder)
-        journal.write_summary(scores | {"seconds": time.monotonic() - started})
+        scores |= server.ledger.summary() | {"seconds": time.monotonic() - started}
+        journal.write_summary(scores)
     except Unwritable as error:
         raise RunFailed(f"{error} {go_on(folder, done, bool(told))}") from error
+    except Spent as error:
+        journal.save_last(state)
+        saved = f" The last adapter is {folder}/peft_{done}." if done else ""
+        raise Spent(f"{error}{saved}") from error
     except (RunFailed, Stopped) as error:
         with suppress(Unwritable):  # the checkpoint has it
             journal.save_last(state)
@@ -207,7 +215,10 @@ class Server:
         self.aggregation = aggregate.build(cfg.strategy, self.layers)
         self.sharing = sharing.build(cfg.sharing)
         self.personal = personal.build(cfg.personal)
-        self.steps = steps.build(cfg, self.layers)
+        self.level = privacy.build(cfg.privacy)
+        self.steps = steps.build(cfg, self.layers, self.level)
+        rate = privacy.secret_rate(cfg)
+        self.ledger = Ledger(self.level, cfg.num_clients, rate)
         self.dtype = cfg.comm.dtype
         # All that the adapter holds. Less of it may be trained, or sent.
         self.held = {n: p for n, p in self.frame.named_parameters() if p.requires_grad}
@@ -268,7 +279,8 @@ class Server:
         self.singly = exchange.singly
         for failure in exchange.failures:
             self.downlink.fail(failure["partition"])
-        report_failures(server_round, exchange.failures)
+        if not self.clients.secret:
+            report_failures(server_round, exchange.failures)
 
     def initial_adapter(self) -> State:
         """The first adapter, which the clients that train first are asked for.
@@ -309,6 +321,8 @@ class Server:
             )
             told = self.aggregation.told(server_round)
             beside = self._beside(state, server_round)
+            asked = [self.clients.partitions[node] for node in nodes]
+            self.ledger.enter("asked", server_round, asked)
             exchange = self._exchange(
                 MessageType.TRAIN, nodes, self._read_update, state, told, beside
             )
@@ -320,7 +334,7 @@ class Server:
             clients: list[dict[str, Any]] = []
             for one, client in self._replies(exchange, server_round):
                 received = time.monotonic()
-                lengths[one.partition] = steps.norm(one.update)
+                lengths[one.partition] = norm(one.update)
                 self.aggregation.add(one)
                 exactness.add(one)
                 clients.append(client)
@@ -335,6 +349,8 @@ class Server:
                         f"{len(clients)} usable replies where "
                         f"strategy.min_fit_replies={settings.min_fit_replies}"
                     )
+                failed = {failure["partition"] for failure in exchange.failures}
+                self.ledger.enter("summed", server_round, {*asked} - failed)
                 mean = self.steps.total(self.aggregation.gathered(), len(clients))
                 new_state = self.aggregation.apply(mean)
                 new_state = self.sharing.finish(new_state, server_round)
@@ -344,7 +360,7 @@ class Server:
                 self.aggregation.recall(memory)  # it may have taken up what is no use
                 lost = few and exchange.failures
                 cause = exchange.failures[-1]["cause"] if lost else str(error)
-                if isinstance(error, OutOfRange):
+                if isinstance(error, OutOfRange) and not self.level.hides:
                     longest = max(lengths, key=lengths.__getitem__)
                     numbers = self.clients.partitions.items()
                     out |= {node for node, number in numbers if number == longest}
@@ -364,17 +380,16 @@ class Server:
         seconds_aggregate += time.monotonic() - received
         clients.sort(key=lambda client: client["partition"])
         arguments = self.cfg.train.training_arguments
-        report_memory(server_round, clients, arguments["per_device_train_batch_size"])
-        weights = [self._weight(client) for client in clients]
-        losses = [client["train_loss"] for client in clients]
+        told = [] if self.level.hides else clients
+        report_memory(server_round, told, arguments["per_device_train_batch_size"])
         seconds = time.monotonic() - began
         asked = sorted(self.clients.partitions[node] for node in tried)
         self.clients.note(asked)
-        return new_state, {
+        entry = {
             "round": server_round,
-            "train_loss": float(np.average(losses, weights=weights)),
+            **self._loss(told),
             "learning_rate": learning_rate(self.cfg, server_round),
-            **totals(clients, seconds),
+            **totals(told, seconds),
             "asked": asked,
             "sampled": len(nodes),
             "replied": len(clients),
@@ -382,17 +397,30 @@ class Server:
             "failures": failures,
             "bytes_down": exchange.bytes_down,
             "bytes_up": sum(client["bytes_up"] for client in clients),
-            "peak_memory_client": max(client["peak_memory"] for client in clients),
+            **most_memory(told),
             "peak_memory_server": peak_memory(),
             "aggregation_error": error,
-            "clients": clients,
+            "clients": told,
             "seconds_aggregate": seconds_aggregate,
             "seconds": seconds,
+            **self.ledger.told(),
+            **self.level.memory(),
         }
+        return new_state, self.clients.shown(entry)
+
+    def _loss(self, clients: list[dict[str, Any]]) -> dict[str, float]:
+        """The mean of the clients' training losses, as they are weighed; nothing of nobody."""
+        if not clients:
+            return {}
+        weights = [self._weight(client) for client in clients]
+        losses = [client["train_loss"] for client in clients]
+        return {"train_loss": float(np.average(losses, weights=weights))}
 
     def _whole(self, server_round: int, state: State) -> Sequence[lora.Layer]:
         """The adapter's LoRA layers, where a client's whole adapter is known here: what it
         does not answer with is as it was sent."""
+        if self.level.hides:  # how far single clients are from the mean
+            return ()
         names = state.keys()
         trained = {*self.sharing.trains(names, server_round)}
         stays = {*self.sharing.comes(names)} - trained
@@ -420,7 +448,7 @@ class Server:
             one.beside = wire.decode(arrays, control, self.dtype)
             size += num_bytes(arrays)
         for was, change in ((one.before, one.update), (control, one.beside)):
-            after = {name: was[name] + change[name] for name in change}
+            after = {name: was[name] + change[name] for name in was}
             if name := wire.lost(after, self.dtype):
                 raise Unusable(
                     f"with its update {name} would hold values beyond "
@@ -536,11 +564,17 @@ def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     sums: dict[str, Any] = {
         name: int(sum(client[name] for client in clients))
         for name in ("tokens", "truncated", "dropped")
-        if all(name in client for client in clients)
+        if clients and all(name in client for client in clients)
     }
     if "tokens" in sums:
         sums["tokens_per_second"] = sums["tokens"] / seconds
     return sums
+
+
+def most_memory(clients: list[dict[str, Any]]) -> dict[str, int]:
+    """The most that a client has held, in bytes; nothing of nobody."""
+    held = [client["peak_memory"] for client in clients]
+    return {"peak_memory_client": max(held)} if held else {}
 
 
 def forget_peak_memory() -> None:

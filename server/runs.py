@@ -143,6 +143,20 @@ class Before(Measured):
 
 
 @typed
+class Release(TypedDict):
+    """An update of the adapter, made with noise: what `privacy.json` lists before it is made.
+
+    `clients`: whose updates are in it; not told where that is secret. `noise_multiplier`: the
+    noise's standard deviation over `clip_norm`.
+    """
+
+    round: int
+    clients: NotRequired[list[int]]
+    noise_multiplier: float
+    clip_norm: float
+
+
+@typed
 class Round(Measured):
     """A round, counted from 1. `train_loss`: mean over its clients, weighted as their updates.
 
@@ -153,10 +167,16 @@ class Round(Measured):
     clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
     that is not known. `best`: it had the lowest loss so far, where that was measured.
     `eval_loss_own`: the mean of the losses of clients' own adapters.
+
+    `epsilon` at `delta`: what all rounds so far tell of the most exposed client at most, in the
+    sense of `adjacency`. What
+    clients say of their training is then not there, and `clients` is empty; where it is secret
+    who took part, `sampled`, `replied` and `bytes_*` are what was expected. `clip_norm`: of the
+    next round, where it adapts.
     """
 
     round: int
-    train_loss: float
+    train_loss: NotRequired[float]
     asked: NotRequired[list[int]]
     sampled: int
     replied: NotRequired[int]
@@ -169,7 +189,7 @@ class Round(Measured):
     failures: list[Failure]
     bytes_down: float
     bytes_up: float
-    peak_memory_client: float
+    peak_memory_client: NotRequired[float]
     peak_memory_server: float
     clients: list[Client]
     seconds_aggregate: NotRequired[float]
@@ -177,6 +197,10 @@ class Round(Measured):
     aggregation_error: NotRequired[float | None]
     best: NotRequired[bool]
     eval_loss_own: NotRequired[float]
+    epsilon: NotRequired[float]
+    delta: NotRequired[float]
+    adjacency: NotRequired[str]
+    clip_norm: NotRequired[float]
 
 
 @typed
@@ -211,15 +235,19 @@ class Summary(_Told, _Means):
     `test_questions` were asked, `test_left_out` could not be; `seconds` of the whole run,
     those before it was stopped with them. Of `personal_clients` the `PERSONAL_LOSSES` are the
     means, weighted by records.
+
+    `epsilon` at `delta`: what the run tells of its most exposed client at most, in the sense of
+    `adjacency`; `epsilon_clients`: of each by its number. The `train_loss_*` and
+    `peak_memory_client` are then not there.
     """
 
     rounds: int
-    train_loss_first: float
-    train_loss_last: float
+    train_loss_first: NotRequired[float]
+    train_loss_last: NotRequired[float]
     bytes_down: float
     bytes_up: float
     failures: int
-    peak_memory_client: float
+    peak_memory_client: NotRequired[float]
     peak_memory_server: float
     seconds: float
     best_round: NotRequired[int]
@@ -227,6 +255,10 @@ class Summary(_Told, _Means):
     test_left_out: NotRequired[int]
     clients: NotRequired[list[Own]]
     personal_clients: NotRequired[list[Personal]]
+    epsilon: NotRequired[float]
+    delta: NotRequired[float]
+    adjacency: NotRequired[str]
+    epsilon_clients: NotRequired[dict[str, float]]
 
 
 @typed
@@ -370,6 +402,7 @@ PERSONAL = "personal"  # the folder of clients' own adapters, client_<partition>
 # What a run leaves in its folder, and no other run may find there.
 LEFT = (
     *("history.json", "summary.json", "checkpoints", "peft_*", "residuals"),
+    "privacy.json",
     PERSONAL,
 )
 

@@ -155,7 +155,7 @@ class MLflow(Tracker):
         settings = {k: str(v) for k, v in flat(cfg).items() if k not in there}
         params = [Param(name, value) for name, value in settings.items()]
         self.client.log_batch(self.run, params=params)
-        names = ("train_loss", "test_loss", "eval_loss")  # before round 1 not all
+        names = ("train_loss", "test_loss", "eval_loss", "epsilon")  # not all in all
         told = [self.client.get_metric_history(self.run, name) for name in names]
         return max((metric.step for each in told for metric in each), default=-1)
 

@@ -18,13 +18,14 @@ from peft import PeftModel
 import dataset
 import model
 from compute.vram import allocated, at_peak, occupied
-from methods import aggregate, personal, sharing, wire
+from methods import aggregate, personal, privacy, sharing, wire
 from server.cohort import cohort_size
 from server.first import seeded
 from server.journal import quantised_on_cpu
 from server.rounds import due
 from settings import heterogeneity
 from settings.compose import estimate
+from settings.preflight import loudness
 from utils import Settings, UserError, learning_rate
 
 Rows = list[tuple[str, str]]  # label and value
@@ -52,6 +53,7 @@ def plan(cfg: Settings) -> Rows:
         *_ranks(cfg),
         *_work(cfg, frame),
         *_traffic(cfg, frame),
+        *_privacy(cfg, frame),
         *_memory(cfg, frame),
     ]
 
@@ -207,7 +209,7 @@ def _work(cfg: Settings, frame: PeftModel) -> Rows:
 def _turns(cfg: Settings) -> str:
     rounds, clients = cfg.num_rounds, cfg.num_clients
     turns = rounds * _cohort(cfg, "fraction_fit") / clients
-    if cfg.strategy.sampling == "random":
+    if cfg.strategy.sampling != "epoch":
         return f"{turns:.3g} of {rounds} rounds on average, as it is drawn"
     few, most = math.floor(turns), math.ceil(turns)
     times = f"{few}" if few == most else f"{few} or {most}"
@@ -300,6 +302,28 @@ def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
         text = f"{_bytes(down)} down each time, {_bytes(times * down)} in all"
         rows.append(("evaluation", most + text))
     return rows
+
+
+def _privacy(cfg: Settings, frame: torch.nn.Module) -> Rows:
+    """What the run may tell of a client, and the noise that keeps it to that."""
+    level = privacy.build(cfg.privacy)
+    if not level.released:
+        return []
+    times, z = privacy.planned(cfg), level.release()["noise_multiplier"]
+    epsilon = level.spent([z] * times, privacy.secret_rate(cfg))
+    length, size, cohort = loudness(cfg, frame)
+    return [
+        (
+            "epsilon",
+            f"{epsilon:.3g} at delta {level.delta:g}, at most: {level.adjacency}, in {times} "
+            f"of {cfg.num_rounds} rounds",
+        ),
+        (
+            "noise",
+            f"{z:.4g} times clip_norm a value; on a round's mean of {cohort} clients and "
+            f"{size:,} values {length:.3g} times as long as clip_norm",
+        ),
+    ]
 
 
 def _times(

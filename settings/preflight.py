@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from methods import sharing, wire
+from methods import privacy, sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
     check_kinds,
@@ -49,6 +49,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
+    cfg = check_privacy(cfg)
     check_personal(cfg)
     check_training_arguments(cfg)
     if deployed and cfg.baseline:
@@ -70,6 +71,8 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     check_model(cfg, weights=not (cfg.dry_run or deployed))
     check_adapter(cfg, deployed)
     check_ranks(cfg, deployed)
+    if note := loud(cfg):
+        say(f"Note: {note}.")
     if cfg.resume:
         check_progress(cfg, Path(cfg.resume))
     return cfg
@@ -203,6 +206,58 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
             f"{setting}: how many records a node has is its own word, and it weighs by "
             "it. Say what to believe at most: strategy.max_weight=5000"
         )
+
+
+def check_privacy(cfg: Settings) -> Settings:
+    """That the level of privacy holds with the rest; `cfg` with the noise that it takes."""
+    from methods import aggregate
+    from server.cohort import cohort_size
+
+    level, node = privacy.build(cfg.privacy), cfg.strategy
+    if node.sampling == "poisson":
+        cohort = cohort_size(cfg.num_clients, node.fraction_fit)
+        faults = {
+            "it is for privacy=client, and costs a run its repeatability. Take "
+            "strategy.sampling=epoch": level.released != "summed",
+            # Nobody is in a round with a chance of e^-30.
+            f"{cohort} clients a round would at times be none. Take 30 or more, by "
+            "num_clients and strategy.fraction_fit": cohort < 30,
+            "a round that is repeated for want of replies would tell how many there "
+            "were. Set strategy.min_fit_replies=1": node.min_fit_replies > 1,
+        }
+        for fault in filter(faults.get, faults):
+            raise UserError(f"strategy.sampling=poisson: {fault}.")
+    cfg = privacy.settled(cfg)
+    if fault := privacy.build(cfg.privacy).fault(cfg, aggregate.build(node)):
+        raise UserError(fault)
+    return cfg
+
+
+def loud(cfg: Settings) -> str | None:
+    """What the noise will do where it drowns what clients send, in a line; or None."""
+    import model
+
+    length, size, cohort = loudness(cfg, model.skeleton(cfg.model, cfg.peft))
+    if length <= 1:
+        return None
+    return (
+        f"privacy: the noise on a round's mean will be {length:.3g} times as long as "
+        f"privacy.clip_norm, and drown what {cohort} clients send of {size:,} values. More "
+        "clients a round (strategy.fraction_fit), fewer rounds, or fewer values "
+        "(sharing=ffa, model.lora.peft_lora_r) make it shorter"
+    )
+
+
+def loudness(cfg: Settings, frame: Any) -> tuple[float, int, int]:
+    """The length of the noise on a round's mean over `clip_norm`, the values that clients of
+    `frame`'s adapter send, and how many clients do."""
+    from server.cohort import cohort_size
+
+    held = {n: p for n, p in frame.named_parameters() if p.requires_grad}
+    sent = sharing.build(cfg.sharing).goes(held.keys(), 1)
+    size = sum(held[name].numel() for name in sent)
+    cohort = cohort_size(cfg.num_clients, cfg.strategy.fraction_fit)
+    return privacy.build(cfg.privacy).loudness(size, cohort), size, cohort
 
 
 def check_sharing(cfg: Settings, keeps: tuple[str, ...]) -> None:

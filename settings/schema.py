@@ -168,6 +168,11 @@ class Personal(Target):
 
 class Privacy(Target):
     secure_aggregation: bool = setting("the server sees the updates' sum alone")
+    clip_norm: float | None = Field(None, gt=0)
+    noise_multiplier: float | None = Field(None, gt=0)
+    epsilon: float | None = Field(None, gt=0)
+    delta: float | None = Field(None, gt=0, le=0.1)
+    adaptive: bool | None = None
 
 
 class Simulation(Section):
@@ -192,7 +197,7 @@ class Sharing(Target):
 class Strategy(Target):
     fraction_fit: float = setting("share of the clients that train", gt=0, le=1)
     fraction_evaluate: float = setting("share that measures", ge=0, le=1)
-    sampling: choice("epoch", "random") = setting("who trains in a round")
+    sampling: choice("epoch", "random", "poisson") = setting("who trains in a round")
     min_fit_replies: int = setting("replies that a round needs", ge=1)
     max_round_retries: int = setting("repetitions of a round with fewer replies", ge=0)
     clip_norm: float | None = setting("largest L2 norm of an update", gt=0)

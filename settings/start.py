@@ -31,7 +31,7 @@ def start(
 
     `folder` is the run's, and this process owns it; another's, that `resume` names, is made
     its own. `deployed`: this is the server of a federation. Returns `optimized_metric`, NaN
-    for a plan. Raises `UserError`.
+    for a plan, and for what `privacy` keeps back. Raises `UserError`.
     """
     validated(resolve(config))  # every key that is used below is there
     with ExitStack() as held:
@@ -70,6 +70,8 @@ def start(
 def metric(name: str, folder: Path) -> float:
     """A number of a finished run's summary. Raises `UserError` where it has none of that name."""
     summary = runs.read(folder, "summary.json")
+    if name.startswith("train_loss") and "epsilon" in summary:
+        return math.nan  # which is told to nobody, a sweeper neither
     numbers = {key: value for key, value in summary.items() if is_number(value)}
     if name not in numbers:
         raise utils.UserError(

@@ -1,0 +1,161 @@
+"""What client-level privacy costs in exact match, by epsilon and by what is trained.
+
+    python benchmarks/privacy.py --out privacy/              # hours on two cores
+    python benchmarks/privacy.py --size 0.02 --settings ffa-4 --epsilons 8   # a try, in minutes
+    python benchmarks/privacy.py --clients 1000 --fraction 0.2 --rounds 20 --out privacy-200/
+
+The quickstart's records dealt out to thousands of virtual clients, one to three records each,
+and its test questions. Each setting is trained without privacy, with the updates clipped and
+counted alike but next to no noise (`clipped`: what the clipping alone costs), and with the
+noise that each epsilon takes. Prints a Markdown table: of each run the exact match, what it has
+spent, and how long the noise on a round's mean is over the bound. `--size` scales the number of
+clients. With `--out`, runs that are done are not run again, and `privacy.png` is drawn.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+# By name: a bound of about two thirds of an update of two steps; what is trained, at which rate.
+SETTINGS = {
+    "lora-16": (1.5, []),
+    "lora-4": (0.8, ["model.lora.peft_lora_r=4"]),
+    "ffa-16": (1.2, ["sharing=ffa"]),
+    "ffa-4": (0.6, ["sharing=ffa", "model.lora.peft_lora_r=4"]),
+    "miss-4": (0.6, ["peft=miss", "model.lora.peft_lora_r=4"]),
+    "fourierft": (5.0, ["peft=fourierft", "train.learning_rate_max=3e-2"]),
+    "ia3": (0.5, ["peft=ia3", "train.learning_rate_max=5e-3"]),
+}
+
+HEAD = ["trained", "values", "clients a round", "epsilon", "seed"]
+HEAD += ["exact match, %", "epsilon spent", "noise over clip_norm"]
+
+
+def common(options: argparse.Namespace) -> list[str]:
+    clients = max(2, round(options.clients * options.size))
+    return [
+        *("hydra.mode=RUN", "experiment=quickstart", "model.quantization=null"),
+        *(f"num_clients={clients}", f"num_rounds={options.rounds}"),
+        *(f"strategy.fraction_fit={options.fraction}", "train.save_every_round=1000"),
+        "train.training_arguments.per_device_train_batch_size=4",
+        f"train.training_arguments.max_steps={options.steps}",
+        *options.overrides,
+    ]
+
+
+def level(epsilon: str, clip: float) -> list[str]:
+    """The overrides of a cell: `none`, `clipped`, or an epsilon."""
+    if epsilon == "none":
+        return []
+    if epsilon == "clipped":
+        budget = ["privacy.epsilon=null", "privacy.noise_multiplier=1e-6"]
+    else:
+        budget = [f"privacy.epsilon={epsilon}"]
+    return ["privacy=client", f"privacy.clip_norm={clip}", *budget]
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    """A run's summary."""
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "main.py", *overrides, f"hydra.run.dir={folder}"]
+        done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            sys.exit(f"{' '.join(overrides)}: exit code {done.returncode}")
+    return json.loads((folder / "summary.json").read_text())
+
+
+def noise(overrides: list[str]) -> tuple[int, int, float]:
+    """The values that clients send, how many clients do, and the noise over the bound."""
+    import model
+    from settings.compose import compose
+    from settings.preflight import check_privacy, loudness, resolve
+
+    given = [text for text in overrides if not text.startswith("hydra.")]
+    cfg = check_privacy(resolve(compose(" ".join(given))))
+    length, size, cohort = loudness(cfg, model.skeleton(cfg.model, cfg.peft))
+    return size, cohort, length
+
+
+def draw(rows: list[list[str]], path: Path) -> None:
+    """Exact match over epsilon, a line for each setting: the mean over the seeds."""
+    from reporting.figures import COLOURS, figure
+
+    with figure(path) as (axes,):
+        names = dict.fromkeys(row[0] for row in rows)
+        for name, colour in zip(names, itertools.cycle(COLOURS)):
+            found: dict[str, list[float]] = {}
+            for row in rows:
+                if row[0] == name:
+                    found.setdefault(row[3], []).append(float(row[5]))
+            means = {key: sum(each) / len(each) for key, each in found.items()}
+            curve = sorted((float(k), v) for k, v in means.items() if k[0].isdigit())
+            axes.plot(*zip(*curve, strict=True), label=name, color=colour)
+            if "none" in means:
+                axes.axhline(means["none"], color=colour, ls=":", lw=1, marker="")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("epsilon of the most exposed client (dotted: no privacy)")
+        axes.set_ylabel("exact match, %")
+        axes.legend()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, default=3000)
+    parser.add_argument("--size", type=float, default=1.0, help="of --clients")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of them a round")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=2, help="of a client in a round")
+    parser.add_argument(
+        "--clip",
+        type=float,
+        default=1.0,
+        help="privacy.clip_norm, times each setting's own",
+    )
+    parser.add_argument(
+        "--epsilons", nargs="+", default=["none", "clipped", "8", "4", "2"]
+    )
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="NAME"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, help="where the runs are kept")
+    parser.add_argument("overrides", nargs="*", help="more overrides for the app")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        out = (options.out or Path(temporary)).resolve()
+        print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
+        for name, epsilon, seed in itertools.product(
+            options.settings, options.epsilons, options.seeds
+        ):
+            clip, trained = SETTINGS[name]
+            chosen = [*common(options), *trained, f"seed={seed}"]
+            chosen += level(epsilon, clip * options.clip)
+            summary = run(out / f"{name}-{epsilon}-{seed}", *chosen)
+            size, cohort, length = noise(chosen)
+            told = summary.get("epsilon", math.inf)
+            rows.append(
+                [
+                    *(name, f"{size:,}", f"{cohort}", epsilon, f"{seed}"),
+                    f"{100 * summary['exact_match_after']:.1f}",
+                    *(f"{told:.3g}", f"{length:.3g}"),
+                ]
+            )
+            print(f"| {' | '.join(rows[-1])} |", flush=True)
+        if options.out and any(epsilon[0].isdigit() for epsilon in options.epsilons):
+            draw(rows, out / "privacy.png")
+
+
+if __name__ == "__main__":
+    main()
