@@ -162,6 +162,9 @@ def client_app(settle: Settle, private: bool) -> ClientApp:
         def respond(message: Message, context: Context) -> Message:
             try:
                 cfg, partition = settle(message, context)
+                from methods import privacy
+
+                privacy.build(cfg.privacy).allow(message.metadata.message_type)
                 content = handle(cfg, partition, message, context)
                 if private:  # what its operator can hold the node to
                     line = permit.account(message, cfg, content)

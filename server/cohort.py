@@ -14,6 +14,7 @@ from utils import (
     STOP,
     Settings,
     UserError,
+    cohort_size,
     look_for_stop,
     mix_seed,
     read_json,
@@ -145,12 +146,6 @@ class Clients:
         """
         self.turns |= {number: self.turn(number) for number in asked}
         self.current = max(self.turns.values(), default=1)
-
-
-def cohort_size(num_clients: int, fraction: float) -> int:
-    """How many clients a fraction means: rounded down, but at least one."""
-    # 0.29 * 100 is a hair under 29 in floating point.
-    return max(1, int(num_clients * fraction + 1e-9))
 
 
 def sample(nodes: list[int], size: int, seed: int) -> list[int]:

@@ -142,9 +142,22 @@ class Journal:
             for when, entry in (("before", self.before), ("after", self.rounds[-1])):
                 if name in entry:
                     summary[f"{name}_{when}"] = entry[name]
-        summary |= more
+        summary |= self._spent() | more
         write_json(self.folder / "summary.json", summary)
         self.tracking.finish(summary)
+
+    def _spent(self) -> dict[str, Any]:
+        """What clients have told last of their records' epsilon, where any has."""
+        told = {
+            str(client["partition"]): client["epsilon"]
+            for entry in self.rounds
+            for client in entry["clients"]
+            if "epsilon" in client
+        }
+        if not told:
+            return {}
+        most, delta = max(told.values()), self.cfg.privacy.delta
+        return {"epsilon": most, "delta": delta, "epsilon_clients": told}
 
 
 def _remove(path: Path) -> None:
@@ -225,6 +238,11 @@ def report(cfg: Settings, folder: Path) -> None:
         f"{summary['train_loss_last']:.3f} in {summary['rounds']} rounds, "
         f"{summary['seconds']:.0f} s."
     )
+    if "epsilon_clients" in summary:
+        say(
+            f"Epsilon {summary['epsilon']:.2f} at delta {summary['delta']:g}, the largest that "
+            f"{len(summary['epsilon_clients'])} clients tell of their records."
+        )
     asked: list[dict[str, str]] = []
     if dataset.test_wanted(cfg):
         asked = dataset.load_test(cfg)[0]

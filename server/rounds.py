@@ -375,6 +375,7 @@ class Server:
             "train_loss": float(np.average(losses, weights=weights)),
             "learning_rate": learning_rate(self.cfg, server_round),
             **totals(clients, seconds),
+            **most_spent(clients),
             "asked": asked,
             "sampled": len(nodes),
             "replied": len(clients),
@@ -382,7 +383,7 @@ class Server:
             "failures": failures,
             "bytes_down": exchange.bytes_down,
             "bytes_up": sum(client["bytes_up"] for client in clients),
-            "peak_memory_client": max(client["peak_memory"] for client in clients),
+            "peak_memory_client": max(c.get("peak_memory", 0) for c in clients),
             "peak_memory_server": peak_memory(),
             "aggregation_error": error,
             "clients": clients,
@@ -541,6 +542,12 @@ def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     if "tokens" in sums:
         sums["tokens_per_second"] = sums["tokens"] / seconds
     return sums
+
+
+def most_spent(clients: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest epsilon that clients tell of their records, if any does."""
+    told = [client["epsilon"] for client in clients if "epsilon" in client]
+    return {"epsilon": max(told)} if told else {}
 
 
 def forget_peak_memory() -> None:

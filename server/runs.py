@@ -84,8 +84,8 @@ class Client(Reply, _Laps):
 
     `records`: how many it has to train on; `tokens`: trained on, without padding;
     `peak_memory` in bytes; `micro_batch`: examples at a time, at last; `rank` of its adapter,
-    where clients may have different ones;
-    `seconds`, and what of them went into each `seconds_*`.
+    where clients may have different ones; `epsilon`: of each of its records in the run so far,
+    with privacy=record, where it tells; `seconds`, and what of them went into each `seconds_*`.
     """
 
     train_loss: float
@@ -94,6 +94,7 @@ class Client(Reply, _Laps):
     micro_batch: NotRequired[int]
     rank: NotRequired[int]
     peak_memory: NotRequired[float]
+    epsilon: NotRequired[float]
 
 
 @typed
@@ -148,7 +149,8 @@ class Round(Measured):
 
     `asked`: the partitions that were, in all attempts. In the last one `sampled` were asked
     and `replied` were of use; `retries` asked anew. `bytes_*`: adapters as they travel, over
-    all clients; `peak_memory_*`: bytes, the most of any; `seconds_aggregate` of its
+    all clients; `peak_memory_*`: bytes, the most of any (0: nobody tells); `epsilon`: likewise,
+    so far; `seconds_aggregate` of its
     `seconds`. `aggregation_error`: how far the new adapter is from the exact mean of what the
     clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
     that is not known. `best`: it had the lowest loss so far, where that was measured.
@@ -177,6 +179,7 @@ class Round(Measured):
     aggregation_error: NotRequired[float | None]
     best: NotRequired[bool]
     eval_loss_own: NotRequired[float]
+    epsilon: NotRequired[float]
 
 
 @typed
@@ -210,7 +213,8 @@ class Summary(_Told, _Means):
 
     `test_questions` were asked, `test_left_out` could not be; `seconds` of the whole run,
     those before it was stopped with them. Of `personal_clients` the `PERSONAL_LOSSES` are the
-    means, weighted by records.
+    means, weighted by records. `epsilon_clients`: by partition, what its records have spent at
+    `delta`; `epsilon` is the largest.
     """
 
     rounds: int
@@ -227,6 +231,9 @@ class Summary(_Told, _Means):
     test_left_out: NotRequired[int]
     clients: NotRequired[list[Own]]
     personal_clients: NotRequired[list[Personal]]
+    epsilon: NotRequired[float]
+    delta: NotRequired[float]
+    epsilon_clients: NotRequired[dict[str, float]]
 
 
 @typed

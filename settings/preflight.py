@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from methods import sharing, wire
+from methods import privacy, sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
     check_kinds,
@@ -49,6 +49,8 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
+    if fault := privacy.build(cfg.privacy).fault(cfg):
+        raise UserError(fault)
     check_personal(cfg)
     check_training_arguments(cfg)
     if deployed and cfg.baseline:

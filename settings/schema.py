@@ -167,6 +167,10 @@ class Personal(Target):
 
 class Privacy(Target):
     secure_aggregation: bool = setting("the server sees the updates' sum alone")
+    clip_norm: float | None = Field(None, gt=0)
+    noise_multiplier: float | None = Field(None, gt=0)
+    epsilon: float | None = Field(None, gt=0)
+    delta: float | None = Field(None, gt=0, lt=1)
 
 
 class Simulation(Section):
