@@ -162,9 +162,6 @@ def client_app(settle: Settle, private: bool) -> ClientApp:
         def respond(message: Message, context: Context) -> Message:
             try:
                 cfg, partition = settle(message, context)
-                from methods import privacy
-
-                privacy.build(cfg.privacy).allow(message.metadata.message_type)
                 content = handle(cfg, partition, message, context)
                 if private:  # what its operator can hold the node to
                     line = permit.account(message, cfg, content)
@@ -237,9 +234,10 @@ def evaluate(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
     """The metrics of the adapter that came in; of the base before round 1."""
-    from methods import personal
+    from methods import personal, privacy
     from node import processes
 
+    privacy.build(cfg.privacy).answers("measurements")
     number = int(message.content["config"]["server-round"])
     shared, joined, kept = _up_to(cfg, partition, number, message)
     method, base = personal.build(cfg.personal), number == 0
@@ -255,9 +253,10 @@ def personalise(
 ) -> RecordDict:
     """The metrics of the adapter of the client's own that it chooses, and writes, at the end."""
     import client
-    from methods import personal
+    from methods import personal, privacy
     from node import processes
 
+    privacy.build(cfg.privacy).answers("measurements")
     number = int(message.content["config"]["server-round"])
     shared, own = personal.build(cfg.personal).pair(
         *_up_to(cfg, partition, number, message)

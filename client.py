@@ -66,7 +66,8 @@ def train(
     (of prompts and answers, without padding), examples `truncated` to `train.seq_length`,
     draws `dropped` (no answer, or no room for one), the `micro_batch` that memory allowed,
     `peak_memory` in bytes (of the GPU where there is one, else of this process), and
-    `seconds`, whole and by part.
+    `seconds`, whole and by part. With `privacy=record` the steps are noisy, and the metrics
+    those of `methods.dpsgd.Mechanism` alone.
     """
     clock = Clock()
     net = _load(cfg, state)
@@ -402,7 +403,8 @@ class NoisyTrainer(LocalTrainer):
         def losses() -> Iterator[torch.Tensor]:
             for example in inputs:
                 with model.autocast(model_):
-                    yield answer_loss(model_, self._prepare_inputs(example))
+                    loss = answer_loss(model_, self._prepare_inputs(example))
+                yield loss
 
         loss = self.mechanism.step(self.trained, losses())
         # Of no data, so it needs no noise.

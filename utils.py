@@ -210,12 +210,6 @@ def cosine(step: int, steps: int, maximum: float, minimum: float) -> float:
     return minimum + (maximum - minimum) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def cohort_size(num_clients: int, fraction: float) -> int:
-    """How many clients a fraction means: rounded down, but at least one."""
-    # 0.29 * 100 is a hair under 29 in floating point.
-    return max(1, int(num_clients * fraction + 1e-9))
-
-
 def learning_rate(cfg: Settings, server_round: int) -> float:
     """What clients train with in a round, by the resolved configuration.
 
@@ -227,6 +221,12 @@ def learning_rate(cfg: Settings, server_round: int) -> float:
         return constant
     low, high = train.learning_rate_min, train.learning_rate_max
     return cosine(server_round, cfg.num_rounds, high, low)
+
+
+def cohort_size(num_clients: int, fraction: float) -> int:
+    """How many clients a fraction means: rounded down, but at least one."""
+    # 0.29 * 100 is a hair under 29 in floating point.
+    return max(1, int(num_clients * fraction + 1e-9))
 
 
 def git_commit() -> str | None:
@@ -367,8 +367,9 @@ def write_json(path: Path, content: Any) -> None:
     with writing(path):
         # Half of a character pair, which UTF-8 has no bytes for, becomes JSON's \ud800.
         temporary.write_text(text, "utf-8", errors="backslashreplace")
-        flush(temporary)
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)  # the name as well
 
 
 @contextmanager
@@ -384,15 +385,15 @@ def commit(folder: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True, exist_ok=True)
             yield temporary
             for file in temporary.rglob("*"):
-                flush(file)
-            flush(temporary)
+                _flush(file)
+            _flush(temporary)
             temporary.rename(folder)
-            flush(folder.parent)
+            _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
+def _flush(path: Path) -> None:
     """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

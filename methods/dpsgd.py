@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import Refusal, UserError, flush, read_json, write_json, writing
+from utils import Refusal, UserError, read_json, write_json, writing
 
 # A record's loss goes into the same noisy sum as one more coordinate: this share of the clip
 # norm is its, and sqrt(1 - 0.2^2) = 98 % of it the gradient's.
@@ -38,17 +38,14 @@ History = tuple[tuple[float, float, int], ...]
 def uniform(count: int) -> np.ndarray:
     """`count` draws between 0 and 1, neither of them, in float64."""
     bits = np.frombuffer(os.urandom(8 * count), np.uint64)
-    return ((bits >> 11) + 0.5) * 2.0**-53
+    return ((bits >> 12) + 0.5) * 2.0**-52
 
 
 def gaussian(shape: Sequence[int]) -> torch.Tensor:
-    """Draws of N(0, 1) by the Box-Muller transform, float64 on the CPU."""
-    count = math.prod(shape)
-    half = (count + 1) // 2
-    length = np.sqrt(-2 * np.log(uniform(half)))
-    angle = 2 * np.pi * uniform(half)
-    both = np.concatenate([length * np.cos(angle), length * np.sin(angle)])
-    return torch.from_numpy(both[:count]).reshape(tuple(shape))
+    """Draws of N(0, 1), float64 on the CPU: each from bits of its own. A generator's would
+    show its state where a gradient is known to be 0, and with it all its others."""
+    draws = torch.from_numpy(uniform(math.prod(shape)))
+    return torch.special.ndtri(draws).reshape(tuple(shape))
 
 
 # --- a step -------------------------------------------------------------------------------
@@ -157,7 +154,7 @@ def epsilon(history: History, delta: float) -> float:
     try:
         with np.errstate(all="ignore"):
             tighter = float(prv.get_epsilon(delta))
-    except (ValueError, RuntimeError):
+    except (ArithmeticError, ValueError, RuntimeError):
         return most
     return min(most, tighter) if math.isfinite(tighter) else most
 
@@ -239,7 +236,6 @@ class Ledger:
                 if limit.spent(uses) > limit.epsilon:
                     raise Refusal(f"another round would pass {limit.name}")
             write_json(self.file, [asdict(each) for each in uses])
-            flush(self.file.parent)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

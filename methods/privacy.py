@@ -14,6 +14,15 @@ def build(node: dict[str, Any]) -> "Privacy":
     return construct(node, __name__, Privacy)
 
 
+def planned(cfg: Settings) -> int:
+    """In how many rounds a client trains at most, by the plan: in every second where half of
+    them are asked, as they take turns; in any, as far as is known, where they are drawn."""
+    if cfg.strategy.sampling != "epoch":
+        return cfg.num_rounds
+    cohort = cohort_size(cfg.num_clients, cfg.strategy.fraction_fit)
+    return math.ceil(cfg.num_rounds * cohort / cfg.num_clients)
+
+
 class Privacy:
     """None but that records stay where they are."""
 
@@ -26,12 +35,15 @@ class Privacy:
         """What is done to updates on their way, before `strategy` gathers them."""
         return Step()
 
-    def fault(self, cfg: Settings) -> str | None:
-        """Why it does not go with the rest of the settings, and what to do; or None."""
+    def fault(self, cfg: Settings, made: Any) -> str | None:
+        """Why it guarantees nothing with these settings, and what to do; or None.
+
+        `made`: the `Aggregation`.
+        """
         return None
 
-    def allow(self, kind: str) -> None:
-        """Raise `Refusal` for a kind of message that a client is not to answer."""
+    def answers(self, kind: str) -> None:
+        """Raises `Refusal` where a client is not to send this beside its update."""
 
     def begin(
         self, cfg: Settings, partition: int, records: int
@@ -68,7 +80,7 @@ class Record(Privacy):
         self.clip_norm, self.noise = clip_norm, noise_multiplier
         self.epsilon, self.delta = epsilon, delta
 
-    def fault(self, cfg: Settings) -> str | None:
+    def fault(self, cfg: Settings, made: Any) -> str | None:
         arguments, strategy = cfg.train.training_arguments, cfg.strategy
         norm, processes = arguments.get("max_grad_norm"), cfg.launch.processes
         wrong = {
@@ -99,9 +111,9 @@ class Record(Privacy):
         fault = next((text for text, is_so in wrong.items() if is_so), None)
         return fault and f"privacy._target_={cfg.privacy._target_} with {fault}."
 
-    def allow(self, kind: str) -> None:
-        if kind not in ("query", "train"):
-            raise Refusal("with privacy=record it measures nothing on its records")
+    def answers(self, kind: str) -> None:
+        if kind != "control variates":  # which are means of noisy gradients
+            raise Refusal(f"with privacy=record it sends noisy updates, and no {kind}")
 
     def begin(self, cfg: Settings, partition: int, records: int) -> dpsgd.Mechanism:
         """Charges the client's ledger with the round, and logs what is spent.
@@ -115,7 +127,7 @@ class Record(Privacy):
         )
         rate, steps = min(1.0, batch / records), arguments.max_steps
         noise = self.noise or dpsgd.noise_for(
-            self.epsilon, self.delta, rate, most_turns(cfg) * steps
+            self.epsilon, self.delta, rate, planned(cfg) * steps
         )
         run = Path(cfg.residuals).name
         limits = []
@@ -140,11 +152,3 @@ class Record(Privacy):
         if cfg.get("tell_epsilon", True):
             told["epsilon"] = own
         return dpsgd.Mechanism(records, rate, steps, self.clip_norm, noise, told)
-
-
-def most_turns(cfg: Settings) -> int:
-    """In how many of the run's rounds a client trains at most, none of them repeated."""
-    if cfg.strategy.sampling == "random":
-        return cfg.num_rounds
-    cohort = cohort_size(cfg.num_clients, cfg.strategy.fraction_fit)
-    return math.ceil(cfg.num_rounds * cohort / cfg.num_clients)

@@ -402,9 +402,10 @@ def settle_privacy(
 
 def check_privacy(cfg: Settings) -> None:
     """That nothing else of a run undoes what its `privacy` is to do here."""
-    from methods import privacy
+    from methods import aggregate, privacy
 
-    if fault := privacy.build(cfg.privacy).fault(cfg):
+    made = aggregate.build(cfg.strategy)
+    if fault := privacy.build(cfg.privacy).fault(cfg, made):
         raise UserError(fault)
 
 

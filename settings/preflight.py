@@ -49,8 +49,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
-    if fault := privacy.build(cfg.privacy).fault(cfg):
-        raise UserError(fault)
+    check_privacy(cfg)
     check_personal(cfg)
     check_training_arguments(cfg)
     if deployed and cfg.baseline:
@@ -204,6 +203,15 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
             f"{setting}: how many records a node has is its own word, and it weighs by "
             "it. Say what to believe at most: strategy.max_weight=5000"
         )
+
+
+def check_privacy(cfg: Settings) -> None:
+    """That the level of privacy holds with the rest."""
+    from methods import aggregate
+
+    made = aggregate.build(cfg.strategy)
+    if fault := privacy.build(cfg.privacy).fault(cfg, made):
+        raise UserError(fault)
 
 
 def check_sharing(cfg: Settings, keeps: tuple[str, ...]) -> None:

@@ -170,7 +170,7 @@ class Privacy(Target):
     clip_norm: float | None = Field(None, gt=0)
     noise_multiplier: float | None = Field(None, gt=0)
     epsilon: float | None = Field(None, gt=0)
-    delta: float | None = Field(None, gt=0, lt=1)
+    delta: float | None = Field(None, gt=0, le=0.1)
 
 
 class Simulation(Section):

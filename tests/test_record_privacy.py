@@ -448,7 +448,7 @@ def test_a_reply_tells_nothing_of_the_records_but_what_is_noisy(
         replies.append(reply_to(grid, "train", config, arrays).content)
         for kind in ("evaluate", "evaluate.personal"):
             refused = reply_to(grid, kind, config, arrays)
-            assert "measures nothing" in refused.error.reason
+            assert "no measurements" in refused.error.reason
     told = [dict(reply["metrics"]) for reply in replies]
     assert told[0].keys() == {"num-examples", "train_loss", "epsilon"}
     for each in told:
@@ -530,4 +530,4 @@ def test_what_does_not_go_with_it_is_refused(override, told, configure):
 def test_noise_is_for_all_rounds_that_a_client_may_be_asked_in(
     overrides, turns, configure
 ):
-    assert privacy.most_turns(configure(overrides)) == turns
+    assert privacy.planned(configure(overrides)) == turns
