@@ -152,7 +152,7 @@ def epsilon(history: History, delta: float) -> float:
     prv = PRVAccountant()
     prv.history = [*history]
     try:
-        with np.errstate(all="ignore"):
+        with quiet():
             tighter = float(prv.get_epsilon(delta))
     except (ArithmeticError, ValueError, RuntimeError):
         return most
@@ -165,9 +165,16 @@ def by_rdp(history: History, delta: float) -> float:
 
     rdp = RDPAccountant()
     rdp.history = [*history]
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of orders that would be tighter
+    with quiet():
         return float(rdp.get_epsilon(delta))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without opacus' warnings, of orders that might be tighter and logarithms of 0."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @lru_cache(maxsize=256)

@@ -27,6 +27,9 @@ class Privacy:
     """None but that records stay where they are."""
 
     records = False  # whether what leaves a client is bounded in what it tells of each
+    adjacency = ""  # what its epsilon is about
+    epsilon: float | None = None
+    delta: float | None = None
 
     def __init__(self, secure_aggregation: bool) -> None:
         self.secure_aggregation = secure_aggregation
@@ -62,6 +65,7 @@ class Record(Privacy):
     """
 
     records = True
+    adjacency = "one record added or removed"
 
     def __init__(
         self,
@@ -145,7 +149,7 @@ class Record(Privacy):
         whole = dpsgd.spent(uses, self.delta)
         say(
             f"privacy: epsilon {own:.3f} of each record in this run, {whole:.3f} in all, at "
-            f"delta {self.delta:g} (one record added or removed): noise {noise:.3f} x "
+            f"delta {self.delta:g} ({self.adjacency}): noise {noise:.3f} x "
             f"{self.clip_norm:g}, rate {rate:.4g}, {steps} steps a round"
         )
         told = {"num-examples": batch * steps}  # expected, and the same for all

@@ -156,8 +156,9 @@ class Journal:
         }
         if not told:
             return {}
-        most, delta = max(told.values()), self.cfg.privacy.delta
-        return {"epsilon": most, "delta": delta, "epsilon_clients": told}
+        last = next(entry for entry in reversed(self.rounds) if "epsilon" in entry)
+        of = {name: last[name] for name in ("delta", "adjacency")}
+        return {"epsilon": max(told.values()), **of, "epsilon_clients": told}
 
 
 def _remove(path: Path) -> None:

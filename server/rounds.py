@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import aggregate, lora, personal, sharing, steps, wire
+from methods import aggregate, lora, personal, privacy, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
@@ -375,7 +375,7 @@ class Server:
             "train_loss": float(np.average(losses, weights=weights)),
             "learning_rate": learning_rate(self.cfg, server_round),
             **totals(clients, seconds),
-            **most_spent(clients),
+            **most_spent(self.cfg, clients),
             "asked": asked,
             "sampled": len(nodes),
             "replied": len(clients),
@@ -544,10 +544,12 @@ def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     return sums
 
 
-def most_spent(clients: list[dict[str, Any]]) -> dict[str, float]:
-    """The largest epsilon that clients tell of their records, if any does."""
+def most_spent(cfg: Settings, clients: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest epsilon that clients tell of their records, if any does, and of what."""
     told = [client["epsilon"] for client in clients if "epsilon" in client]
-    return {"epsilon": max(told)} if told else {}
+    level = privacy.build(cfg.privacy)
+    of = {"delta": level.delta, "adjacency": level.adjacency}
+    return {"epsilon": max(told), **of} if told else {}
 
 
 def forget_peak_memory() -> None:

@@ -149,8 +149,8 @@ class Round(Measured):
 
     `asked`: the partitions that were, in all attempts. In the last one `sampled` were asked
     and `replied` were of use; `retries` asked anew. `bytes_*`: adapters as they travel, over
-    all clients; `peak_memory_*`: bytes, the most of any (0: nobody tells); `epsilon`: likewise,
-    so far; `seconds_aggregate` of its
+    all clients; `peak_memory_*`: bytes, the most of any (0: nobody tells); `epsilon` at
+    `delta`: likewise, so far, in the sense of `adjacency`; `seconds_aggregate` of its
     `seconds`. `aggregation_error`: how far the new adapter is from the exact mean of what the
     clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
     that is not known. `best`: it had the lowest loss so far, where that was measured.
@@ -180,6 +180,8 @@ class Round(Measured):
     best: NotRequired[bool]
     eval_loss_own: NotRequired[float]
     epsilon: NotRequired[float]
+    delta: NotRequired[float]
+    adjacency: NotRequired[str]
 
 
 @typed
@@ -214,7 +216,7 @@ class Summary(_Told, _Means):
     `test_questions` were asked, `test_left_out` could not be; `seconds` of the whole run,
     those before it was stopped with them. Of `personal_clients` the `PERSONAL_LOSSES` are the
     means, weighted by records. `epsilon_clients`: by partition, what its records have spent at
-    `delta`; `epsilon` is the largest.
+    `delta`, in the sense of `adjacency`; `epsilon` is the largest.
     """
 
     rounds: int
@@ -233,6 +235,7 @@ class Summary(_Told, _Means):
     personal_clients: NotRequired[list[Personal]]
     epsilon: NotRequired[float]
     delta: NotRequired[float]
+    adjacency: NotRequired[str]
     epsilon_clients: NotRequired[dict[str, float]]
 
 
