@@ -113,7 +113,7 @@ class Record(Privacy):
             ),
         }
         fault = next((text for text, is_so in wrong.items() if is_so), None)
-        return fault and f"privacy._target_={cfg.privacy._target_} with {fault}."
+        return fault and f"privacy={type(self).__name__.lower()} with {fault}."
 
     def answers(self, kind: str) -> None:
         if kind != "control variates":  # which are means of noisy gradients
