@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import model
 from compute import patches
 from compute.loss import answer_loss
 from evaluation import examine
-from methods import lora, personal, scaffold, sharing
+from methods import dpsgd, lora, personal, privacy, scaffold, sharing
 from methods.base import State
 from records import templates
 from utils import Settings, learning_rate, mix_seed
@@ -65,7 +66,8 @@ def train(
     (of prompts and answers, without padding), examples `truncated` to `train.seq_length`,
     draws `dropped` (no answer, or no room for one), the `micro_batch` that memory allowed,
     `peak_memory` in bytes (of the GPU where there is one, else of this process), and
-    `seconds`, whole and by part.
+    `seconds`, whole and by part. With `privacy=record` the steps are noisy, and the metrics
+    those of `methods.dpsgd.Mechanism` alone.
     """
     clock = Clock()
     net = _load(cfg, state)
@@ -73,19 +75,30 @@ def train(
     clock.lap("load")
     rows = dataset.training_rows(cfg, partition)
     seed = mix_seed(cfg.seed, "train", partition, server_round)
+    mechanism = privacy.build(cfg.privacy).begin(cfg, partition, len(rows))
+    if mechanism:
+        cfg = one_by_one(cfg)
     arguments = training_arguments(cfg, server_round, seed)
     batch = arguments.train_batch_size * arguments.world_size  # of all processes
     count = arguments.max_steps * arguments.gradient_accumulation_steps * batch
-    examples, dropped = dataset.draw(
-        rows,
-        lambda row: _encode(cfg, row, tokenizer),
-        seed,
-        examples=count if count > 0 else None,
-        passes=cfg.train.training_arguments.num_train_epochs,
-    )
-    examples = dataset.group_by_length(examples, batch, seed)
+    if mechanism:
+        steps = mechanism.draw()
+        drawn = sorted({place for step in steps for place in step})
+        encoded = {place: _encode(cfg, rows[place], tokenizer) for place in drawn}
+        # A record that cannot be trained on is one whose gradient is 0.
+        examples = [[encoded[i] for i in step if encoded[i]] for step in steps]
+    else:
+        examples, dropped = dataset.draw(
+            rows,
+            lambda row: _encode(cfg, row, tokenizer),
+            seed,
+            examples=count if count > 0 else None,
+            passes=cfg.train.training_arguments.num_train_epochs,
+        )
+        examples = dataset.group_by_length(examples, batch, seed)
     clock.lap("tokenise")
     trains = sharing.build(cfg.sharing).trains(state.keys(), server_round)
+    kind = partial(NoisyTrainer, mechanism=mechanism) if mechanism else LocalTrainer
 
     gradients: State = {}
 
@@ -93,7 +106,7 @@ def train(
         model.set_adapter_state(net, state)
         clock.lap("set")
         with frozen(net, state.keys() - set(trains)):
-            trainer = LocalTrainer(
+            trainer = kind(
                 model=net,
                 args=arguments,
                 train_dataset=fill(examples, batch)
@@ -126,6 +139,8 @@ def train(
     clock.lap("train")
     trained = model.adapter_state(net) | gradients
     clock.lap("read")
+    if mechanism:
+        return trained, mechanism.metrics(loss)
     return trained, {
         "num-examples": len(examples),
         "records": len(rows),
@@ -172,6 +187,17 @@ def fill(examples: list[templates.Example], batch: int) -> list[templates.Exampl
     """
     blank = {"input_ids": [0], "labels": [dataset.IGNORED]}
     return examples + [blank] * (-len(examples) % batch)
+
+
+def one_by_one(cfg: Settings) -> Settings:
+    """A step of the Trainer's for each of DP-SGD's, which is one item of its dataset."""
+    steps = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "max_grad_norm": 0.0,
+    }
+    settings = cfg.train.training_arguments | steps
+    return cfg | {"train": cfg.train | {"training_arguments": settings}}
 
 
 class Clock:
@@ -353,6 +379,38 @@ class LocalTrainer(Trainer):
         """The mean of all processes' losses."""
         here = torch.tensor(loss, dtype=torch.float64, device=self.args.device)
         return self.accelerator.reduce(here, "mean").item()
+
+
+class NoisyTrainer(LocalTrainer):
+    """Steps on noisy sums of clipped gradients: DP-SGD, record by record.
+
+    An item of its dataset is a step: the examples that are in it, none perhaps.
+    """
+
+    def __init__(self, *args: Any, mechanism: dpsgd.Mechanism, **kwargs: Any) -> None:
+        self.one = kwargs["data_collator"]
+        kwargs["data_collator"] = lambda steps: [self.one([each]) for each in steps[0]]
+        super().__init__(*args, **kwargs)
+        self.mechanism = mechanism
+
+    def training_step(
+        self, model_: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Puts the step's gradients into the parameters. The loss, per answer token of each
+        record and then over the records, is noisy as well."""
+        model_.train()
+
+        def losses() -> Iterator[torch.Tensor]:
+            for example in inputs:
+                with model.autocast(model_):
+                    loss = answer_loss(model_, self._prepare_inputs(example))
+                yield loss
+
+        loss = self.mechanism.step(self.trained, losses())
+        # Of no data, so it needs no noise.
+        for now, before in zip(self.trained, self.anchor, strict=bool(self.anchor)):
+            now.grad.add_(now.detach() - before, alpha=self.proximal_mu)
+        return torch.tensor(loss, device=self.args.device)
 
 
 def training_arguments(

@@ -1,15 +1,16 @@
 """What an adapter may tell of the clients and the records that it was trained on."""
 
 import math
-import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from methods import accounting, personal
+from methods import accounting, dpsgd, personal
 from methods.base import Contribution, State, Step, clipped, norm
-from utils import Refusal, Settings, cohort_size, construct
+from methods.noise import noise
+from utils import Refusal, Settings, cohort_size, construct, say
 
 # Of the bound that adapts (arXiv 1905.03871): what it nears is the median of the updates'
 # norms, at this rate, from counts with noise of a twentieth of the cohort on them.
@@ -48,18 +49,6 @@ def secret_rate(cfg: Settings) -> float | None:
     return cfg.strategy.fraction_fit if secret else None
 
 
-def noise(shape: torch.Size, std: float) -> torch.Tensor:
-    """Gaussian noise in float64 of the operating system's randomness, bit by bit.
-
-    Not of a generator, however seeded: the noise of a tensor whose update is known to be 0
-    would show its state, and with it the noise of all others. By the quantiles of 2^52 equal
-    chances, whose outermost are at 8.1 standard deviations.
-    """
-    bits = bytearray(os.urandom(8 * shape.numel()))
-    whole = torch.frombuffer(bits, dtype=torch.int64) >> 12 & (2**52 - 1)
-    return std * torch.special.ndtri((whole.double() + 0.5) / 2**52).reshape(shape)
-
-
 def noisy(update: State, std: float) -> State:
     """The update in float32, with `noise` on every value."""
     return {k: (v + noise(v.shape, std)).float() for k, v in update.items()}
@@ -71,6 +60,7 @@ class Privacy:
     # What is neither told nor written down of single clients; what it is about; when a
     # client's update is released: once it is asked, once it is summed, or never.
     hides = False
+    records = False  # whether it is about each of a client's records
     adjacency = ""
     released = ""
     epsilon: float | None = None
@@ -127,6 +117,13 @@ class Privacy:
 
     def answers(self, kind: str) -> None:
         """Raises `Refusal` where a client is not to send this beside its update."""
+
+    def begin(
+        self, cfg: Settings, partition: int, records: int
+    ) -> dpsgd.Mechanism | None:
+        """Before it trains for a round on so many records: what is to be done to its
+        gradients, if anything. Raises `Refusal` where it is not to train."""
+        return None
 
     def tells(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What a client says of its round, of what there is to say."""
@@ -372,3 +369,105 @@ class Leaving(Step):
 
     def arrive(self, one: Contribution) -> Contribution:
         return replace(one, weight=1)
+
+
+class Record(Privacy):
+    """DP-SGD on each client: what it sends tells little of any one of its records.
+
+    To whoever sees it, the server among them. Either `noise_multiplier` is given, or the
+    least is found with which all rounds that the client is asked in cost `epsilon`; no round
+    is trained that would pass that.
+    """
+
+    records = True
+    adjacency = "one record added or removed"
+
+    def __init__(
+        self,
+        secure_aggregation: bool,
+        clip_norm: float,
+        noise_multiplier: float | None,
+        epsilon: float | None,
+        delta: float,
+    ) -> None:
+        super().__init__(secure_aggregation)
+        if not (clip_norm and delta and (noise_multiplier or epsilon)):
+            raise ValueError(
+                "privacy.clip_norm, privacy.delta and one of privacy.epsilon and "
+                "privacy.noise_multiplier are needed"
+            )
+        self.clip_norm, self.noise = clip_norm, noise_multiplier
+        self.epsilon, self.delta = epsilon, delta
+
+    def fault(self, cfg: Settings, made: Any) -> str | None:
+        arguments, strategy = cfg.train.training_arguments, cfg.strategy
+        norm, processes = arguments.get("max_grad_norm"), cfg.launch.processes
+        wrong = {
+            "train.training_arguments.max_steps=-1: a step draws each record by chance, so "
+            "there are no epochs. Set train.training_arguments.max_steps=10": (
+                arguments.max_steps < 1
+            ),
+            f"train.training_arguments.max_grad_norm={norm}: each record is clipped by "
+            "itself, to privacy.clip_norm. Leave it out": bool(norm),
+            f"strategy.fraction_evaluate={strategy.fraction_evaluate}: losses on records "
+            "held back have no noise, and which are held back hangs on all of them. Set "
+            "strategy.fraction_evaluate=0; evaluate.* asks test questions": (
+                strategy.fraction_evaluate > 0
+            ),
+            "strategy.weighted_by=records: how many there are is not told. Set "
+            "strategy.weighted_by=examples": strategy.weighted_by == "records",
+            f"launch.processes={processes}: a client clips record by record in one process. "
+            "Take launch=single": processes > 1,
+            f"personal._target_={cfg.personal._target_}: it would train on the records a "
+            "second time, and choose on some held back. Take personal=none": (
+                personal.build(cfg.personal).trainings > 1
+            ),
+            f"mode={cfg.mode}: everybody's records are in one place, and no client's to "
+            "account for. Take mode=federated": bool(
+                cfg.baseline and cfg.baseline.records == "all"
+            ),
+        }
+        fault = next((text for text, is_so in wrong.items() if is_so), None)
+        return fault and f"privacy={type(self).__name__.lower()} with {fault}."
+
+    def answers(self, kind: str) -> None:
+        if kind != "control variates":  # which are means of noisy gradients
+            raise Refusal(f"with privacy=record it sends noisy updates, and no {kind}")
+
+    def begin(self, cfg: Settings, partition: int, records: int) -> dpsgd.Mechanism:
+        """Charges the client's ledger with the round, and logs what is spent.
+
+        The number of records is taken to be known: the rate, and so epsilon, follow from it.
+        """
+        arguments = cfg.train.training_arguments
+        batch = (
+            arguments.per_device_train_batch_size
+            * arguments.gradient_accumulation_steps
+        )
+        rate, steps = min(1.0, batch / records), arguments.max_steps
+        noise = self.noise or dpsgd.noise_for(
+            self.epsilon, self.delta, rate, planned(cfg) * steps
+        )
+        run = Path(cfg.residuals).name
+        limits = []
+        if self.epsilon:
+            limits.append(
+                dpsgd.Limit("the run's privacy.epsilon", self.epsilon, self.delta, run)
+            )
+        if ceiling := cfg.get("ceiling"):
+            limits.append(dpsgd.Limit("its own epsilon", **ceiling))
+        folder = Path(cfg.get("ledger", cfg.residuals))
+        ledger = dpsgd.Ledger(folder / f"{partition}-privacy.json")
+        ledger.charge(dpsgd.Use(run, noise, rate, steps), limits)
+        uses = ledger.uses()
+        own = dpsgd.spent(uses, self.delta, run)
+        whole = dpsgd.spent(uses, self.delta)
+        say(
+            f"privacy: epsilon {own:.3f} of each record in this run, {whole:.3f} in all, at "
+            f"delta {self.delta:g} ({self.adjacency}): noise {noise:.3f} x "
+            f"{self.clip_norm:g}, rate {rate:.4g}, {steps} steps a round"
+        )
+        told = {"num-examples": batch * steps}  # expected, and the same for all
+        if cfg.get("tell_epsilon", True):
+            told["epsilon"] = own
+        return dpsgd.Mechanism(records, rate, steps, self.clip_norm, noise, told)

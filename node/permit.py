@@ -53,6 +53,9 @@ SETTINGS: dict[str, type] = {
     "personal-path": str,  # the folder for the adapter of this node's own at a run's end
     "partition-id": int,  # without data of its own: its share of the run's dataset
     "num-partitions": int,
+    "epsilon": float,  # the most that all runs together may tell of each of its records
+    "delta": float,  # at which that is, 1e-5 unless given
+    "tell-epsilon": bool,  # tell the server what its records have spent in the run
 }
 
 CONF = PROJECT / "conf"
@@ -70,6 +73,13 @@ CEILINGS = {
 NO_SIZE = ("lora_alpha", "scaling", "random_seed", "random_loc_seed")
 
 SETTINGS |= dict.fromkeys(CEILINGS, int)
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text in quotes",
+}
 
 # What a run's overrides may hold, and what one value may be.
 LONGEST = 20_000  # characters of all overrides
@@ -134,6 +144,7 @@ def settle(
         run = RUN_NAME.sub("_", str(told["run"]))[:100]
         run = f"{run}-{share:08x}"
         cfg["residuals"] = str(cache / "runs" / run)
+        settle_privacy(cfg, own, partition, simulated)
         # Without, its own adapter stays in parts among what it keeps between rounds.
         place = own.get("personal-path")
         cfg["personal_path"] = place and str(Path(place) / run)
@@ -145,6 +156,7 @@ def settle(
         if not simulated:
             settle_rank(cfg, own)
             check_demands(cfg, own)
+        check_privacy(cfg)
         schema.check_training_arguments(cfg)
         cfg = privacy.settled(decided(cfg))
         cfg["records"] = check_data(cfg, partition)
@@ -265,21 +277,22 @@ def check_settings(node_config: dict[str, Any]) -> dict[str, Any]:
     """
     for key, value in node_config.items():
         kind = SETTINGS.get(key)
+        if kind is float and type(value) is int:
+            value = float(value)
         if kind is None:
             raise UserError(
                 f"--node-config: {key} is unknown. Known: {', '.join(SETTINGS)}."
             )
         if type(value) is not kind:
-            raise UserError(
-                f"--node-config: {key}={value} must be "
-                f"{'a whole number' if kind is int else 'text in quotes'}."
-            )
+            raise UserError(f"--node-config: {key}={value} must be {KINDS[kind]}.")
         if value == "" and key != "column-input":
             raise UserError(f"--node-config: {key} is empty.")
     for key in ("cpus", "processes", "rank", *CEILINGS):
         if node_config.get(key, 1) < 1:
             raise UserError(f"--node-config: {key} must be 1 or more.")
-    own = {"cache-path": CACHE, **CEILINGS, **node_config}
+    own = {"cache-path": CACHE, "delta": 1e-5, **CEILINGS, **node_config}
+    if not (own.get("epsilon", 1) > 0 and 0 < own["delta"] < 1):
+        raise UserError("--node-config: epsilon is above 0, and delta between 0 and 1.")
     for key in ("data-path", "model-path", "cache-path", "personal-path"):
         if key in own:
             own[key] = str(Path(own[key]).expanduser().resolve())
@@ -370,6 +383,35 @@ def in_bundle(path: str) -> Path | None:
         inside = all(place.is_relative_to(PROJECT) for place in leads_to)
         return named if inside and named.exists() else None
     return None
+
+
+def settle_privacy(
+    cfg: Settings, own: dict[str, Any], partition: int, simulated: bool
+) -> None:
+    """Count what all runs together tell of the node's records, and stop at its own limit.
+
+    The ledger is one for a data set, by its path, and a share of it. Raises `Refusal` for a
+    run that has no such count, where there is a limit.
+    """
+    from methods import privacy
+
+    cfg["tell_epsilon"] = own.get("tell-epsilon", simulated)
+    data = mix_seed(str(cfg.dataset.path or cfg.dataset.name), partition)
+    cfg["ledger"] = str(Path(own["cache-path"]) / "privacy" / f"{data:08x}")
+    if "epsilon" not in own:
+        return
+    if not privacy.build(cfg.privacy).records:
+        raise Refusal("it has an epsilon of its own, and takes privacy=record only")
+    cfg["ceiling"] = Settings(epsilon=float(own["epsilon"]), delta=own["delta"])
+
+
+def check_privacy(cfg: Settings) -> None:
+    """That nothing else of a run undoes what its `privacy` is to do here."""
+    from methods import aggregate, privacy
+
+    made = aggregate.build(cfg.strategy)
+    if fault := privacy.build(cfg.privacy).fault(cfg, made):
+        raise UserError(fault)
 
 
 def settle_resources(cfg: Settings, own: dict[str, Any], simulated: bool) -> None:

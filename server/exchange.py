@@ -54,7 +54,8 @@ FIGURES: dict[str, dict[str, Figure]] = {
     MessageType.TRAIN: {
         "num-examples": Figure(int, low=1, needed=True),
         "train_loss": LOSS,
-        "peak_memory": Figure(int, needed=True),
+        "peak_memory": COUNT,
+        "epsilon": Figure(float, high=1e9),
         "records": Figure(int, low=1),
         "micro_batch": Figure(int, low=1),
         "rank": Figure(int, low=1),

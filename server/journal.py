@@ -145,9 +145,23 @@ class Journal:
             for when, entry in (("before", self.before), ("after", self.rounds[-1])):
                 if name in entry:
                     summary[f"{name}_{when}"] = entry[name]
-        summary |= more
+        summary |= self._spent() | more
         write_json(self.folder / "summary.json", summary)
         self.tracking.finish(summary)
+
+    def _spent(self) -> dict[str, Any]:
+        """What clients have told last of their records' epsilon, where any has."""
+        told = {
+            str(client["partition"]): client["epsilon"]
+            for entry in self.rounds
+            for client in entry["clients"]
+            if "epsilon" in client
+        }
+        if not told:
+            return {}
+        last = next(entry for entry in reversed(self.rounds) if "epsilon" in entry)
+        of = {name: last[name] for name in ("delta", "adjacency")}
+        return {"epsilon": max(told.values()), **of, "epsilon_clients": told}
 
 
 def _remove(path: Path) -> None:
@@ -228,6 +242,11 @@ def report(cfg: Settings, folder: Path) -> None:
         first, final = summary["train_loss_first"], summary["train_loss_last"]
         took = f"Training loss {first:.3f} -> {final:.3f} in {took}"
     say(f"\n{took}")
+    if "epsilon_clients" in summary:
+        say(
+            f"Epsilon {summary['epsilon']:.2f} at delta {summary['delta']:g}, the largest of "
+            f"{len(summary['epsilon_clients'])} clients ({summary['adjacency']})."
+        )
     asked: list[dict[str, str]] = []
     if dataset.test_wanted(cfg):
         asked = dataset.load_test(cfg)[0]

@@ -390,6 +390,7 @@ class Server:
             **self._loss(told),
             "learning_rate": learning_rate(self.cfg, server_round),
             **totals(told, seconds),
+            **most_spent(self.level, told),
             "asked": asked,
             "sampled": len(nodes),
             "replied": len(clients),
@@ -573,8 +574,15 @@ def totals(clients: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
 
 def most_memory(clients: list[dict[str, Any]]) -> dict[str, int]:
     """The most that a client has held, in bytes; nothing of nobody."""
-    held = [client["peak_memory"] for client in clients]
+    held = [client["peak_memory"] for client in clients if "peak_memory" in client]
     return {"peak_memory_client": max(held)} if held else {}
+
+
+def most_spent(level: privacy.Privacy, clients: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest epsilon that clients tell of their records, if any does, and of what."""
+    told = [client["epsilon"] for client in clients if "epsilon" in client]
+    of = {"delta": level.delta, "adjacency": level.adjacency}
+    return {"epsilon": max(told), **of} if told else {}
 
 
 def forget_peak_memory() -> None:

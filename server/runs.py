@@ -84,8 +84,8 @@ class Client(Reply, _Laps):
 
     `records`: how many it has to train on; `tokens`: trained on, without padding;
     `peak_memory` in bytes; `micro_batch`: examples at a time, at last; `rank` of its adapter,
-    where clients may have different ones;
-    `seconds`, and what of them went into each `seconds_*`.
+    where clients may have different ones; `epsilon`: of each of its records in the run so far,
+    with privacy=record, where it tells; `seconds`, and what of them went into each `seconds_*`.
     """
 
     train_loss: float
@@ -94,6 +94,7 @@ class Client(Reply, _Laps):
     micro_batch: NotRequired[int]
     rank: NotRequired[int]
     peak_memory: NotRequired[float]
+    epsilon: NotRequired[float]
 
 
 @typed
@@ -162,7 +163,8 @@ class Round(Measured):
 
     `asked`: the partitions that were, in all attempts. In the last one `sampled` were asked
     and `replied` were of use; `retries` asked anew. `bytes_*`: adapters as they travel, over
-    all clients; `peak_memory_*`: bytes, the most of any; `seconds_aggregate` of its
+    all clients; `peak_memory_*`: bytes, the most of any (0: nobody tells); `epsilon` at
+    `delta`: likewise, so far, in the sense of `adjacency`; `seconds_aggregate` of its
     `seconds`. `aggregation_error`: how far the new adapter is from the exact mean of what the
     clients' adapters do, over how far that mean went (`methods.lora.Exactness`); null where
     that is not known. `best`: it had the lowest loss so far, where that was measured.
@@ -237,8 +239,8 @@ class Summary(_Told, _Means):
     means, weighted by records.
 
     `epsilon` at `delta`: what the run tells of its most exposed client at most, in the sense of
-    `adjacency`; `epsilon_clients`: of each by its number. The `train_loss_*` and
-    `peak_memory_client` are then not there.
+    `adjacency`; `epsilon_clients`: of each by its number, or with privacy=record what each
+    tells of its records. The `train_loss_*` and `peak_memory_client` may then not be there.
     """
 
     rounds: int

@@ -168,7 +168,8 @@ class Personal(Target):
 
 class Privacy(Target):
     secure_aggregation: bool = setting("the server sees the updates' sum alone")
-    clip_norm: float | None = Field(None, gt=0)
+    # Noise far below what float32 tells apart would hide nothing.
+    clip_norm: float | None = Field(None, ge=1e-6)
     noise_multiplier: float | None = Field(None, gt=0)
     epsilon: float | None = Field(None, gt=0)
     delta: float | None = Field(None, gt=0, le=0.1)
