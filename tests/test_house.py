@@ -42,6 +42,11 @@ MAY = {
     "records": {"utils"},
     "compute": {"utils"},
     "evaluation": {"model", "dataset", "records", "compute", "utils"},
+    # It draws what it finds, in the style of a run's other figures.
+    "evaluation.audit": {
+        *("model", "dataset", "records", "compute", "reporting.figures"),
+        "utils",
+    },
     "reporting": {"server.runs", "utils"},
     # They read, merge and describe an adapter, its tokenizer and its prompt.
     "reporting.export": {"server.runs", "model", "records", "utils"},

@@ -1,0 +1,511 @@
+"""How much a finished run tells of its records, and whether its epsilon holds.
+
+python -m evaluation.audit outputs/<date>/<time>
+python -m evaluation.audit outputs/<date>/<time> --nonmembers=held_back.jsonl
+
+Prints it, writes audit.json and audit.png into the run's folder, and exits with 1 where more
+is proven than the run claims.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+import utils
+from utils import Settings, UserError, mix_seed, say
+
+DELTA = 1e-5  # where the run claims none
+
+REFERENCES = (
+    255  # other codes that a canary's is ranked among: 8 bits of exposure at most
+)
+
+RECORD = "one record added or removed"  # what a canary is
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.audit",
+        description="How much a finished run tells of its records, and whether its epsilon "
+        "holds.",
+        epilog="Exits with 1 where more is proven than the run claims, with 2 where it cannot "
+        "be audited.",
+    )
+    parser.add_argument("run", type=Path, help="its folder: outputs/<date>/<time>")
+    parser.add_argument(
+        "--nonmembers",
+        help="records like those trained on that were not: json, jsonl, csv or parquet "
+        "(default: what the clients have held back)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=5000,
+        help="records of either kind that are looked at, drawn at random (default: 5000)",
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if any)"
+    )
+    options = parser.parse_args(arguments)
+    if options.limit < 1:
+        parser.error("--limit must be 1 or more")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    utils.quiet()
+    utils.offline_if_unreachable()
+    try:
+        told = audit(options)
+    except (UserError, OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(int(any(row["verdict"] == BROKEN for row in told["claims"])))
+
+
+def audit(options: argparse.Namespace) -> dict[str, Any]:
+    """Audit a run; print, draw and write what was found, and return it.
+
+    Raises `UserError` for a run that is not finished, or has nothing by which to tell.
+    """
+    import model
+
+    run = Run(options.run)
+    device = model.chosen_device(options.device)
+    members, others = run.split(options.limit)
+    if options.nonmembers:
+        asked = {question(one) for part in members.values() for one in part}
+        given = run.read(options.nonmembers)
+        fresh = [one for one in given if question(one) not in asked]
+        if left := len(given) - len(fresh):
+            say(f"{left} of {options.nonmembers} are trained on as well: left out.")
+        others = {None: some(fresh, options.limit, run.cfg.seed)}
+    made = run.canaries()
+    if not made and not any(others.values()):
+        raise UserError(
+            f"{run.folder}: there is nothing to compare its records with. Have clients hold "
+            "some back (strategy.fraction_evaluate=1 in the run), name records like them with "
+            "--nonmembers=..., or plant canaries (audit.canaries=200 in the run)."
+        )
+    examiner = Examiner(run, device)
+    told: dict[str, Any] = {"adapter": str(run.adapter)}
+    curves: dict[str, Any] = {}
+    say(f"{run.adapter}: {len(run.trained)} clients trained.")
+    if any(others.values()):
+        told["membership"], curves = membership(run, examiner, members, others)
+    else:
+        say(
+            "Membership is not measured: the clients have held back nothing "
+            "(strategy.fraction_evaluate), and --nonmembers names no records."
+        )
+    told["claims"] = []
+    if made:
+        told["canaries"] = canaries(run, examiner, made)
+        told["claims"].append(claim(run.summary, told["canaries"]))
+    show_claims(told["claims"])
+    utils.write_json(run.folder / "audit.json", told)
+    draw(told, curves, run.folder / "audit.png")
+    say(f"\nWritten to {run.folder}/audit.json and audit.png")
+    return told
+
+
+# --- the run, and the model that came of it ----------------------------------------------------
+
+
+class Run:
+    """A finished run's folder: its settings, who trained, and on what."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cfg = Settings.of(OmegaConf.to_container(utils.read_config(folder)))
+        self.summary = utils.read_json(folder / "summary.json")
+        self.rounds = utils.read_json(folder / "history.json")["rounds"]
+        self.adapter = folder / f"peft_{self.summary['rounds']}"
+        if not (self.adapter / "adapter_config.json").exists():
+            raise UserError(
+                f"{self.adapter}: no adapter that all clients share is here, and no other is "
+                "audited."
+            )
+        known = {i for entry in self.rounds for i in asked(entry)}
+        # Where it is secret who took part, anybody may have.
+        self.trained = sorted(known or range(self.cfg.num_clients))
+
+    def split(self, limit: int) -> tuple[dict, dict]:
+        """The records that each client has trained on, and that it has held back for good.
+
+        By partition; no more than `limit` of either kind, as many of each client.
+        """
+        import dataset
+
+        members, others = {}, {}
+        pooled = dataset.is_pooled(self.cfg)
+        clients = range(self.cfg.num_clients) if pooled else self.trained
+        each = -(-limit // len(clients))
+        for partition in clients:
+            rows, held = dataset.load_partition(self.cfg, partition), []
+            if self.cfg.strategy.fraction_evaluate > 0:
+                rows, held = dataset.split(self.cfg, rows)
+            seed = mix_seed(self.cfg.seed, "audit", partition)
+            members[partition] = some(self._records(rows), each, seed)
+            others[partition] = some(self._records(held), each, seed)
+        return members, others
+
+    def read(self, path: str) -> list[dict[str, str]]:
+        """Records of a file with the columns of the run's."""
+        from records import files
+
+        columns = self.cfg.dataset.columns
+        wanted = [column for column in columns.values() if column]
+        return self._records(files.load(path, "--nonmembers", wanted, columns.input))
+
+    def _records(self, rows: Any) -> list[dict[str, str]]:
+        import dataset
+
+        return [dataset.to_record(row, self.cfg.dataset.columns) for row in rows]
+
+    def canaries(self) -> list[Any]:
+        """Those that may be planted at clients that trained."""
+        import dataset
+        from records import canaries
+
+        count = self.cfg.get("audit", {}).get("canaries", 0)
+        made = canaries.draw(count, self.cfg.num_clients, self.cfg.seed)
+        pooled = dataset.is_pooled(self.cfg)
+        return [one for one in made if pooled or one.partition in self.trained]
+
+    def draws(self) -> float | None:
+        """How often a record was drawn on the mean, over the clients that tell it."""
+        clients = [one for entry in self.rounds for one in entry.get("clients", [])]
+        held = {one["partition"]: one.get("records", 0) for one in clients}
+        if not sum(held.values()):
+            return None
+        return sum(one["num-examples"] for one in clients) / sum(held.values())
+
+
+class Examiner:
+    """The run's model, which gives records their likelihoods with the adapter and without."""
+
+    def __init__(self, run: Run, device: Any) -> None:
+        import dataset
+        import model
+
+        self.about = model.read_about(str(run.adapter))
+        opened = model.open_adapter(str(run.adapter), self.about, device)
+        self.net, self.tokenizer = opened
+        self.seq_length = run.cfg.train.seq_length
+        side = run.cfg.train.padding_side
+        self.collate = dataset.Collator(self.tokenizer.pad_token_id, side)
+
+    def encode(self, records: list[dict[str, str]]) -> list[Any]:
+        """As they were trained on; None for one that was not."""
+        from records import templates
+
+        template = self.about["template"]
+        return [
+            templates.encode(one, template, self.tokenizer, self.seq_length)
+            for one in records
+        ]
+
+    def likelihoods(self, examples: list[Any]) -> list[np.ndarray]:
+        """With the adapter (`membership.likelihoods`)."""
+        from evaluation import membership
+
+        size = 4 * self.about.get("batch_size", 16)  # no gradients are kept
+        return membership.likelihoods(self.net, examples, self.collate, size)
+
+    def scores(self, examples: list[Any]) -> dict[str, np.ndarray]:
+        """`membership.scores` of tokenised records, (records,) each."""
+        from evaluation import membership
+
+        with self.net.disable_adapter():
+            base = self.likelihoods(examples)
+        answers = [
+            self.tokenizer.decode([i for i in one["labels"] if i != utils.IGNORED])
+            for one in examples
+        ]
+        return membership.scores(self.likelihoods(examples), base, answers)
+
+
+def asked(entry: dict[str, Any]) -> list[int]:
+    """The partitions that were told to train in a round."""
+    return entry.get("asked") or [one["partition"] for one in entry["clients"]]
+
+
+def some(rows: Sequence[Any], most: int, seed: int) -> list[Any]:
+    """At most so many of them, drawn without order."""
+    if len(rows) <= most:
+        return list(rows)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[i] for i in order[:most]]
+
+
+def question(record: dict[str, str]) -> tuple[str, str]:
+    from records import files
+
+    return files.plain(record["instruction"]), files.plain(record["input"])
+
+
+# --- membership ----------------------------------------------------------------------------------
+
+
+def membership(
+    run: Run, examiner: Examiner, members: dict, others: dict
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How well records trained on are told from others, and the curves of it."""
+    from evaluation import bounds
+    from evaluation.membership import CONTROL, SCORES
+
+    sides, owners = [], []
+    for part in (members, others):
+        encoded = [(k, e) for k, v in part.items() for e in examiner.encode(v) if e]
+        sides.append(examiner.scores([example for _, example in encoded]))
+        owners.append(np.array([k for k, _ in encoded], dtype=object))
+    ours, theirs = sides
+    counts = [len(each) for each in owners]
+    if not all(counts):
+        raise UserError(
+            f"{run.folder}: of {counts[0]} records trained on and {counts[1]} others that have "
+            "an answer within train.seq_length there is nothing to compare."
+        )
+    where = "held back by the same clients" if None not in others else "given"
+    drawn = run.draws()
+    often = f", each drawn {drawn:.2g} times on the mean" if drawn else ""
+    say(
+        f"\nMembership: {counts[0]} records trained on{often}; {counts[1]} {where}."
+        f"\n{'':20}{'AUC (0.5: a guess)':>24}{'found at 1 % false alarms':>30}"
+    )
+    told = {"members": counts[0], "others": counts[1], "draws": drawn, "scores": {}}
+    for name in (*SCORES, CONTROL):
+        area = bounds.auc(ours[name], theirs[name])
+        hits = bounds.found(ours[name], theirs[name])
+        told["scores"][name] = {"auc": area, "tpr": hits}
+        say(f"  {name:18}{interval(area):>24}{interval(hits, percent=True):>30}")
+    control = told["scores"][CONTROL]["auc"]
+    told["alike"] = bool(control.low <= 0.5 <= control.high)
+    if not told["alike"]:
+        say(
+            "The base alone, which has seen neither, tells the two kinds apart: they differ "
+            "in more than the training. Of the scores only `base minus tuned` takes that into "
+            "account, and not all of it."
+        )
+    best = next(iter(SCORES))
+    told["clients"] = exposed(ours[best], theirs[best], *owners)
+    if told["clients"]:
+        first = told["clients"][0]
+        say(
+            f"Most exposed by {best}, of {len(told['clients'])} clients: client "
+            f"{first['partition']}, AUC {interval(first['auc'])}; least: client "
+            f"{told['clients'][-1]['partition']}, {interval(told['clients'][-1]['auc'])}. "
+            "(95 % for all of them together.)"
+        )
+    return told, {name: (ours[name], theirs[name]) for name in (*SCORES, CONTROL)}
+
+
+def exposed(
+    ours: np.ndarray, theirs: np.ndarray, members: np.ndarray, others: np.ndarray
+) -> list[dict[str, Any]]:
+    """The AUC of each client with enough records on both sides, the highest first.
+
+    Against what it has held back itself, or else against all that is given.
+    """
+    from evaluation import bounds
+
+    pairs = {}
+    for partition in dict.fromkeys(members):
+        own = theirs[(others == partition) | np.equal(others, None)]
+        if min(len(own), (members == partition).sum()) >= utils.FEW:
+            pairs[partition] = ours[members == partition], own
+    level = bounds.LEVEL / max(1, len(pairs))
+    areas = {i: bounds.auc(*pair, level) for i, pair in pairs.items()}
+    order = sorted(areas, key=lambda i: -areas[i].value)
+    return [{"partition": i, "auc": areas[i]} for i in order]
+
+
+def interval(found: Any, percent: bool = False) -> str:
+    """An estimate with its interval, in words."""
+    if percent:
+        return f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
+    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+# --- canaries -------------------------------------------------------------------------------------
+
+
+def canaries(run: Run, examiner: Examiner, made: list[Any]) -> dict[str, Any]:
+    """Which canaries are found again, how far their codes stand out, and what that proves."""
+    from evaluation import bounds
+
+    examples = examiner.encode([one.record() for one in made])
+    score = examiner.scores(examples)["base minus tuned"]
+    planted = np.array([one.planted for one in made])
+    times = np.array([one.times for one in made])
+    told: dict[str, Any] = {"planted": int(planted.sum()), "of": len(made), "by": []}
+    most = np.log2(REFERENCES + 1)
+    say(
+        f"\nCanaries: {told['planted']} of {len(made)} planted.\n"
+        f"  {'':14}{'number':>8}{'AUC (0.5: a guess)':>26}"
+        f"{f'exposure, of {most:g} bits: median':>34}{'most':>8}"
+    )
+    chosen: list[tuple[str, np.ndarray]] = [("left out", ~planted)]
+    chosen += [(f"{n} times", planted & (times == n)) for n in sorted({*times})]
+    for name, here in chosen:
+        if not here.any():
+            continue
+        ranks = exposures(
+            examiner, [one for one, y in zip(made, here, strict=True) if y]
+        )
+        row = {"name": name, "number": int(here.sum()), "exposure": ranks}
+        area = ""
+        if name != "left out" and (~planted).any():
+            row["auc"] = bounds.auc(score[here], score[~planted])
+            area = interval(row["auc"])
+        told["by"].append(row)
+        say(
+            f"  {name:14}{row['number']:>8}{area:>26}"
+            f"{np.median(ranks):>34.1f}{max(ranks):>8.1f}"
+        )
+    once = times == 1
+    allowed = implied(run.summary)
+    told["allowed"] = allowed
+    told["one_run"] = bounds.one_run(score[once], planted[once], allowed["delta"])
+    return told
+
+
+def exposures(examiner: Examiner, made: list[Any]) -> list[float]:
+    """The exposure of each one's code among `REFERENCES` others, in bits."""
+    from evaluation import bounds
+
+    records = [one.record(c) for one in made for c in (None, *one.others(REFERENCES))]
+    found = examiner.likelihoods(examiner.encode(records))
+    sums = np.array([tokens[:, 0].sum() for tokens in found])
+    return [bounds.exposure(each[0], each[1:]) for each in sums.reshape(len(made), -1)]
+
+
+# --- claims ---------------------------------------------------------------------------------------
+
+BROKEN, HOLDS = "broken", "not refuted"
+
+
+def implied(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a run's claim allows where one record comes or goes: epsilon (None: no claim), delta.
+
+    A claim of clients added or removed covers a client whose records change in two steps: it
+    goes, and comes with others (Vadhan 2017, lemma 2.2).
+    """
+    epsilon, delta = summary.get("epsilon"), summary.get("delta") or DELTA
+    adjacency = summary.get("adjacency") or RECORD
+    whole = "client" in adjacency and "replaced" not in adjacency
+    if epsilon is not None and whole:
+        delta = min(1.0, (1 + np.exp(min(epsilon, 700))) * delta)
+        epsilon = 2 * epsilon
+    return {"epsilon": epsilon, "delta": float(delta), "adjacency": adjacency}
+
+
+def claim(summary: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table: what is claimed, what that allows here, and what is proven."""
+    allowed = found["allowed"]
+    proof = found["one_run"]
+    return {
+        "what": "canaries among the records",
+        "claimed": summary.get("epsilon"),
+        "adjacency": allowed["adjacency"],
+        "released": summary.get("released", "the adapter"),
+        "delta": allowed["delta"],
+        "allows": allowed["epsilon"],
+        "proven": proof.get("epsilon", 0.0),
+        "how": f"{proof.get('right', 0)} of {proof.get('guesses', 0)} guesses right",
+        "verdict": verdict(allowed["epsilon"], proof.get("epsilon", 0.0)),
+    }
+
+
+def verdict(allowed: float | None, proven: float) -> str:
+    """On a claimed epsilon, None for none."""
+    if allowed is None:
+        return "nothing is claimed"
+    return BROKEN if proven > allowed else HOLDS
+
+
+def show_claims(rows: list[dict[str, Any]]) -> None:
+    """The table of what is claimed and what is proven."""
+    if not rows:
+        return
+    heads = ("claimed", "allows here", "proven at least")
+    say(
+        f"\n{'Epsilon (95 % sure)':30}{''.join(f'{head:>17}' for head in heads)}  verdict"
+    )
+    for row in rows:
+        claimed = "none" if row["claimed"] is None else f"{row['claimed']:.3g}"
+        allows = "any" if row["allows"] is None else f"{row['allows']:.3g}"
+        cells = (claimed, allows, f"{row['proven']:.2f}")
+        say(
+            f"  {row['what']:28}{''.join(f'{cell:>17}' for cell in cells)}"
+            f"  {row['verdict']}\n"
+            f"    claimed for {row['adjacency']}, delta {row['delta']:.2g}, releasing "
+            f"{row['released']}; proven by {row['how']}"
+        )
+
+
+# --- the figure -----------------------------------------------------------------------------------
+
+
+def draw(told: dict[str, Any], curves: dict[str, Any], path: Path) -> None:
+    """The curves of membership, the clients, and the canaries' exposure, as far as known."""
+    from reporting.figures import COLOURS, GREY, figure
+
+    clients = told.get("membership", {}).get("clients", [])
+    canaries = told.get("canaries", {}).get("by", [])
+    panels = [bool(curves), bool(clients), bool(canaries)]
+    with figure(path, columns=sum(panels), height=3.6) as axes:
+        rest = iter(axes)
+        if curves:
+            one = next(rest)
+            for (name, pair), colour in zip(curves.items(), COLOURS, strict=False):
+                one.plot(*roc(*pair), color=colour, ls="-", marker="", label=name)
+            least = 1 / min(len(each) for each in next(iter(curves.values())))
+            one.plot([least, 1], [least, 1], color=GREY, ls=":", marker="")
+            one.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1))
+            one.set_xlabel("false alarms, share of others")
+            one.set_ylabel("found, share of members")
+            one.legend(fontsize="small")
+        if clients:
+            one = next(rest)
+            middle = [client["auc"].value for client in clients]
+            reach = [
+                [client["auc"].value - client["auc"].low for client in clients],
+                [client["auc"].high - client["auc"].value for client in clients],
+            ]
+            one.errorbar(
+                range(len(clients)), middle, reach, color=COLOURS[0], ls="", marker="o"
+            )
+            one.axhline(0.5, color=GREY, ls=":", marker="")
+            names = [client["partition"] for client in clients]
+            one.set_xticks(range(len(clients)), names, fontsize="small", rotation=90)
+            one.set_xlabel("client, the most exposed first")
+            one.set_ylabel("AUC, base minus tuned")
+        if canaries:
+            one = next(rest)
+            one.boxplot([row["exposure"] for row in canaries], whis=(0, 100))
+            one.set_xticks(
+                range(1, len(canaries) + 1), [row["name"] for row in canaries]
+            )
+            one.set_xlabel("planted")
+            one.set_ylabel("exposure, bits")
+
+
+def roc(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False alarms and finds, as shares, at each threshold, falling."""
+    marks = np.unique(np.concatenate([members, others]))[::-1]
+    ours = len(members) - np.searchsorted(np.sort(members), marks)
+    theirs = len(others) - np.searchsorted(np.sort(others), marks)
+    return theirs / len(others), ours / len(members)
+
+
+if __name__ == "__main__":
+    main()
