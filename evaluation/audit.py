@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
+from scipy.special import logsumexp
 
 import utils
 from utils import Settings, UserError, mix_seed, say
@@ -24,6 +25,8 @@ DELTA = 1e-5  # where the run claims none
 REFERENCES = (
     255  # other codes that a canary's is ranked among: 8 bits of exposure at most
 )
+
+SIZE = 20_000  # numbers in the update of a canary client
 
 RECORD = "one record added or removed"  # what a canary is
 
@@ -88,7 +91,7 @@ def audit(options: argparse.Namespace) -> dict[str, Any]:
             say(f"{left} of {options.nonmembers} are trained on as well: left out.")
         others = {None: some(fresh, options.limit, run.cfg.seed)}
     made = run.canaries()
-    if not made and not any(others.values()):
+    if not made and not any(others.values()) and not of_clients(run.summary):
         raise UserError(
             f"{run.folder}: there is nothing to compare its records with. Have clients hold "
             "some back (strategy.fraction_evaluate=1 in the run), name records like them with "
@@ -109,10 +112,15 @@ def audit(options: argparse.Namespace) -> dict[str, Any]:
     if made:
         told["canaries"] = canaries(run, examiner, made)
         told["claims"].append(claim(run.summary, told["canaries"]))
+    if of_clients(run.summary):
+        told["claims"].append(claim_of_release(run))
     show_claims(told["claims"])
     utils.write_json(run.folder / "audit.json", told)
-    draw(told, curves, run.folder / "audit.png")
-    say(f"\nWritten to {run.folder}/audit.json and audit.png")
+    if curves or made:
+        draw(told, curves, run.folder / "audit.png")
+    say(
+        f"\nWritten to {run.folder}: audit.json{' and audit.png' * bool(curves or made)}"
+    )
     return told
 
 
@@ -295,7 +303,8 @@ def membership(
             "in more than the training. Of the scores only `base minus tuned` takes that into "
             "account, and not all of it."
         )
-    best = next(iter(SCORES))
+    # Settled beforehand: the best of five would be so by chance as well.
+    best = told["by"] = "loss" if told["alike"] else "base minus tuned"
     told["clients"] = exposed(ours[best], theirs[best], *owners)
     if told["clients"]:
         first = told["clients"][0]
@@ -342,8 +351,11 @@ def canaries(run: Run, examiner: Examiner, made: list[Any]) -> dict[str, Any]:
     """Which canaries are found again, how far their codes stand out, and what that proves."""
     from evaluation import bounds
 
-    examples = examiner.encode([one.record() for one in made])
-    score = examiner.scores(examples)["base minus tuned"]
+    own, others = likelihoods_of_codes(examiner, made)
+    # How much likelier the code is than another one, in nats: what the question or the
+    # digits make likely, they make so for each.
+    score = own - logsumexp(others, axis=1) + np.log(REFERENCES)
+    bits = np.array([bounds.exposure(*pair) for pair in zip(own, others, strict=True)])
     planted = np.array([one.planted for one in made])
     times = np.array([one.times for one in made])
     told: dict[str, Any] = {"planted": int(planted.sum()), "of": len(made), "by": []}
@@ -353,17 +365,16 @@ def canaries(run: Run, examiner: Examiner, made: list[Any]) -> dict[str, Any]:
         f"  {'':14}{'number':>8}{'AUC (0.5: a guess)':>26}"
         f"{f'exposure, of {most:g} bits: median':>34}{'most':>8}"
     )
-    chosen: list[tuple[str, np.ndarray]] = [("left out", ~planted)]
-    chosen += [(f"{n} times", planted & (times == n)) for n in sorted({*times})]
-    for name, here in chosen:
+    kinds = {"left out": ~planted}
+    for count in sorted({*times.tolist()}):
+        kinds["once" if count == 1 else f"{count} times"] = planted & (times == count)
+    for name, here in kinds.items():
         if not here.any():
             continue
-        ranks = exposures(
-            examiner, [one for one, y in zip(made, here, strict=True) if y]
-        )
-        row = {"name": name, "number": int(here.sum()), "exposure": ranks}
+        ranks = bits[here].tolist()
+        row = {"name": name, "number": len(ranks), "exposure": ranks}
         area = ""
-        if name != "left out" and (~planted).any():
+        if name != "left out" and not planted.all():
             row["auc"] = bounds.auc(score[here], score[~planted])
             area = interval(row["auc"])
         told["by"].append(row)
@@ -372,20 +383,20 @@ def canaries(run: Run, examiner: Examiner, made: list[Any]) -> dict[str, Any]:
             f"{np.median(ranks):>34.1f}{max(ranks):>8.1f}"
         )
     once = times == 1
-    allowed = implied(run.summary)
-    told["allowed"] = allowed
-    told["one_run"] = bounds.one_run(score[once], planted[once], allowed["delta"])
+    told["allowed"] = implied(run.summary)
+    delta = told["allowed"]["delta"]
+    told["one_run"] = bounds.one_run(score[once], planted[once], delta)
     return told
 
 
-def exposures(examiner: Examiner, made: list[Any]) -> list[float]:
-    """The exposure of each one's code among `REFERENCES` others, in bits."""
-    from evaluation import bounds
-
+def likelihoods_of_codes(
+    examiner: Examiner, made: list[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihood of each canary's code, (canaries,), and of `REFERENCES` others, a row each."""
     records = [one.record(c) for one in made for c in (None, *one.others(REFERENCES))]
     found = examiner.likelihoods(examiner.encode(records))
-    sums = np.array([tokens[:, 0].sum() for tokens in found])
-    return [bounds.exposure(each[0], each[1:]) for each in sums.reshape(len(made), -1)]
+    sums = np.array([tokens[:, 0].sum() for tokens in found]).reshape(len(made), -1)
+    return sums[:, 0], sums[:, 1:]
 
 
 # --- claims ---------------------------------------------------------------------------------------
@@ -401,11 +412,16 @@ def implied(summary: dict[str, Any]) -> dict[str, Any]:
     """
     epsilon, delta = summary.get("epsilon"), summary.get("delta") or DELTA
     adjacency = summary.get("adjacency") or RECORD
-    whole = "client" in adjacency and "replaced" not in adjacency
-    if epsilon is not None and whole:
+    if of_clients(summary):
         delta = min(1.0, (1 + np.exp(min(epsilon, 700))) * delta)
         epsilon = 2 * epsilon
     return {"epsilon": epsilon, "delta": float(delta), "adjacency": adjacency}
+
+
+def of_clients(summary: dict[str, Any]) -> bool:
+    """Whether a run claims that a client may come or go, and so sums updates with noise."""
+    adjacency = summary.get("adjacency") or RECORD
+    return "client" in adjacency and "replaced" not in adjacency
 
 
 def claim(summary: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -423,6 +439,48 @@ def claim(summary: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         "how": f"{proof.get('right', 0)} of {proof.get('guesses', 0)} guesses right",
         "verdict": verdict(allowed["epsilon"], proof.get("epsilon", 0.0)),
     }
+
+
+def claim_of_release(run: Run) -> dict[str, Any]:
+    """The same of one round's release, as the run's own code makes it, by canary clients."""
+    from evaluation import canary_clients
+    from methods import privacy
+
+    level = privacy.build(privacy.settled(run.cfg).privacy)
+    allowed = level.spent([level.noise_multiplier])
+    proven = canary_clients.prove(release_of(level), SIZE, level.clip_norm, level.delta)
+    return {
+        "what": "canary clients, one release",
+        "claimed": allowed,
+        "adjacency": level.adjacency,
+        "released": "a round's sum",
+        "delta": level.delta,
+        "allows": allowed,
+        "proven": proven,
+        "how": f"the cosines of {canary_clients.CANARIES} directions",
+        "verdict": verdict(allowed, proven),
+    }
+
+
+def release_of(level: Any) -> Any:
+    """What the server makes of a round's updates by its `methods.privacy` level: a
+    `canary_clients.Release`."""
+    import torch
+
+    from methods.base import Contribution
+
+    def release(updates: Sequence[np.ndarray], examples: Sequence[int]) -> np.ndarray:
+        step, total, weights = level.step(len(updates)), {}, 0
+        for number, (update, count) in enumerate(zip(updates, examples, strict=True)):
+            sent = {"update": torch.from_numpy(update)}
+            one = step.arrive(Contribution(number, {}, sent, count, 0.0))
+            for name, value in one.update.items():
+                total[name] = total.get(name, 0) + one.weight * value.double()
+            weights += one.weight
+        mean = {name: value / weights for name, value in total.items()}
+        return step.total(mean, len(updates))["update"].numpy()
+
+    return release
 
 
 def verdict(allowed: float | None, proven: float) -> str:
@@ -459,10 +517,12 @@ def draw(told: dict[str, Any], curves: dict[str, Any], path: Path) -> None:
     """The curves of membership, the clients, and the canaries' exposure, as far as known."""
     from reporting.figures import COLOURS, GREY, figure
 
-    clients = told.get("membership", {}).get("clients", [])
+    found = told.get("membership", {})
+    clients = found.get("clients", [])
     canaries = told.get("canaries", {}).get("by", [])
-    panels = [bool(curves), bool(clients), bool(canaries)]
-    with figure(path, columns=sum(panels), height=3.6) as axes:
+    panels = sum(map(bool, (curves, clients, canaries)))
+    rows = -(-panels // 2)
+    with figure(path, rows, min(panels, 2), height=3.4 * rows) as axes:
         rest = iter(axes)
         if curves:
             one = next(rest)
@@ -471,32 +531,37 @@ def draw(told: dict[str, Any], curves: dict[str, Any], path: Path) -> None:
             least = 1 / min(len(each) for each in next(iter(curves.values())))
             one.plot([least, 1], [least, 1], color=GREY, ls=":", marker="")
             one.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1))
+            for axis in (one.xaxis, one.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("")
             one.set_xlabel("false alarms, share of others")
             one.set_ylabel("found, share of members")
             one.legend(fontsize="small")
         if clients:
             one = next(rest)
-            middle = [client["auc"].value for client in clients]
+            areas = [client["auc"] for client in clients]
+            middle = [area.value for area in areas]
             reach = [
-                [client["auc"].value - client["auc"].low for client in clients],
-                [client["auc"].high - client["auc"].value for client in clients],
+                [a.value - a.low for a in areas],
+                [a.high - a.value for a in areas],
             ]
-            one.errorbar(
-                range(len(clients)), middle, reach, color=COLOURS[0], ls="", marker="o"
-            )
+            places = range(len(clients))
+            step = -(-len(clients) // 20)  # that names have room
+            one.errorbar(places, middle, reach, color=COLOURS[0], ls="", marker="o")
             one.axhline(0.5, color=GREY, ls=":", marker="")
             names = [client["partition"] for client in clients]
-            one.set_xticks(range(len(clients)), names, fontsize="small", rotation=90)
+            one.set_xticks(places[::step], names[::step], fontsize="small")
             one.set_xlabel("client, the most exposed first")
-            one.set_ylabel("AUC, base minus tuned")
+            one.set_ylabel(f"AUC, {found['by']}")
         if canaries:
             one = next(rest)
             one.boxplot([row["exposure"] for row in canaries], whis=(0, 100))
-            one.set_xticks(
-                range(1, len(canaries) + 1), [row["name"] for row in canaries]
-            )
-            one.set_xlabel("planted")
+            names = [row["name"] for row in canaries]
+            one.set_xticks(range(1, len(names) + 1), names)
+            one.set_xlabel("canaries, planted how often")
             one.set_ylabel("exposure, bits")
+        for one in rest:
+            one.set_visible(False)
 
 
 def roc(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

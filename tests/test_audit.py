@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ import dataset
 import model
 from compute.loss import answer_likelihoods
 from evaluation import audit, bounds, canary_clients, membership
+from methods import privacy
 from node import permit
 from records import canaries, templates
 from server import rounds
 from settings import preflight
-from settings.compose import compose, record
+from settings.compose import compose, record, resolve
 from utils import PROJECT, Refusal, UserError
 
 DELTA = 1e-5
@@ -256,6 +258,55 @@ def test_cosines_of_directions_that_were_not_there_are_as_the_bound_takes_them()
     assert (canary_clients.cosines(ways, np.zeros(2000)) == 0).all()
 
 
+here = pytest.mark.skipif(not hasattr(privacy, "Client"), reason="privacy=client")
+
+
+@pytest.fixture
+def level():
+    """The app's own mechanism at z = 1."""
+    given = f"privacy=client privacy.noise_multiplier=1 privacy.clip_norm={CLIP}"
+    return privacy.build(resolve(compose(f"experiment=quickstart {given}")).privacy)
+
+
+def proven_of(level):
+    return canary_clients.prove(audit.release_of(level), SIZE, CLIP, DELTA)
+
+
+@here
+def test_canary_clients_pass_the_app_s_own_mechanism(level):
+    assert level.spent([1.0]) == pytest.approx(CLAIMED, abs=0.01)
+    assert 0.3 < proven_of(level) < CLAIMED
+
+
+@here
+@pytest.mark.parametrize("fault", ["none", "seeded", "reused"])
+def test_canary_clients_catch_the_app_with_other_noise(level, monkeypatch, fault):
+    fresh, kept = privacy.noise, []
+
+    def noise(shape, std):
+        if fault == "none":
+            return torch.zeros(shape)
+        if fault == "seeded":
+            generator = torch.Generator().manual_seed(0)
+            return std * torch.randn(shape, generator=generator, dtype=torch.float64)
+        kept.append(fresh(shape, std))
+        return kept[0]
+
+    monkeypatch.setattr(privacy, "noise", noise)
+    assert proven_of(level) > CLAIMED
+
+
+@here
+def test_canary_clients_catch_the_app_with_weights_by_examples(level, monkeypatch):
+    arrive = privacy.Summed.arrive
+    monkeypatch.setattr(
+        privacy.Summed,
+        "arrive",
+        lambda step, one: replace(arrive(step, one), weight=one.weight),
+    )
+    assert proven_of(level) > CLAIMED
+
+
 # --- scores ---------------------------------------------------------------------------------
 
 
@@ -436,9 +487,9 @@ def overfitted(tmp_path_factory, loopback_once) -> Path:
     lines = (PROJECT / "assets/tiny_qa/train.jsonl").read_text().splitlines()
     (folder / "some.jsonl").write_text("\n".join(lines[:160]))
     words = [
-        *("experiment=audit", "num_clients=2", "num_rounds=3", "strategy=fedavg"),
+        *("experiment=audit", "num_clients=2", "num_rounds=2"),
         *("strategy.fraction_fit=1", "strategy.fraction_evaluate=1"),
-        *("evaluate.exact_match=false", "evaluate.every_round=3"),
+        *("evaluate.exact_match=false", "evaluate.every_round=2"),
         *("evaluate.holdout=0.5", "audit.canaries=40"),
         f"dataset.path={folder / 'some.jsonl'}",
         "train.training_arguments.max_steps=40",
@@ -461,7 +512,8 @@ def test_an_audit_of_a_run_from_end_to_end(overfitted, monkeypatch, tmp_path, ca
     found = told["membership"]
     assert found["members"] == found["others"] == 80
     assert found["alike"]
-    assert found["scores"]["base minus tuned"]["auc"][1] > 0.6
+    assert found["by"] == "loss"
+    assert found["scores"]["loss"]["auc"][1] > 0.6
     assert {one["partition"] for one in found["clients"]} == {0, 1}
     assert all(
         one["auc"][1] <= one["auc"][0] <= one["auc"][2] for one in found["clients"]

@@ -42,9 +42,9 @@ MAY = {
     "records": {"utils"},
     "compute": {"utils"},
     "evaluation": {"model", "dataset", "records", "compute", "utils"},
-    # It draws what it finds, in the style of a run's other figures.
+    # It tries the run's own level of privacy, and draws what it finds as a run's figures are.
     "evaluation.audit": {
-        *("model", "dataset", "records", "compute", "reporting.figures"),
+        *("methods", "model", "dataset", "records", "compute", "reporting.figures"),
         "utils",
     },
     "reporting": {"server.runs", "utils"},
