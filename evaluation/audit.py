@@ -22,9 +22,8 @@ from utils import Settings, UserError, mix_seed, say
 
 DELTA = 1e-5  # where the run claims none
 
-REFERENCES = (
-    255  # other codes that a canary's is ranked among: 8 bits of exposure at most
-)
+# Other codes that a canary's is ranked among: 6 bits of exposure at most.
+REFERENCES = 63
 
 SIZE = 20_000  # numbers in the update of a canary client
 
@@ -82,14 +81,16 @@ def audit(options: argparse.Namespace) -> dict[str, Any]:
 
     run = Run(options.run)
     device = model.chosen_device(options.device)
-    members, others = run.split(options.limit)
+    members, others = run.split()
     if options.nonmembers:
-        asked = {question(one) for part in members.values() for one in part}
+        known = {question(one) for part in members.values() for one in part}
         given = run.read(options.nonmembers)
-        fresh = [one for one in given if question(one) not in asked]
-        if left := len(given) - len(fresh):
+        others = {None: [one for one in given if question(one) not in known]}
+        if left := len(given) - len(others[None]):
             say(f"{left} of {options.nonmembers} are trained on as well: left out.")
-        others = {None: some(fresh, options.limit, run.cfg.seed)}
+    members, others = (
+        some(part, options.limit, run.cfg.seed) for part in (members, others)
+    )
     made = run.canaries()
     if not made and not any(others.values()) and not of_clients(run.summary):
         raise UserError(
@@ -98,7 +99,7 @@ def audit(options: argparse.Namespace) -> dict[str, Any]:
             "--nonmembers=..., or plant canaries (audit.canaries=200 in the run)."
         )
     examiner = Examiner(run, device)
-    told: dict[str, Any] = {"adapter": str(run.adapter)}
+    told: dict[str, Any] = {"adapter": run.adapter.name}
     curves: dict[str, Any] = {}
     say(f"{run.adapter}: {len(run.trained)} clients trained.")
     if any(others.values()):
@@ -145,24 +146,21 @@ class Run:
         # Where it is secret who took part, anybody may have.
         self.trained = sorted(known or range(self.cfg.num_clients))
 
-    def split(self, limit: int) -> tuple[dict, dict]:
-        """The records that each client has trained on, and that it has held back for good.
+    def split(self) -> tuple[dict, dict]:
+        """The records that each client trains on, and that it has held back for good.
 
-        By partition; no more than `limit` of either kind, as many of each client.
+        By partition.
         """
         import dataset
 
         members, others = {}, {}
         pooled = dataset.is_pooled(self.cfg)
-        clients = range(self.cfg.num_clients) if pooled else self.trained
-        each = -(-limit // len(clients))
-        for partition in clients:
+        for partition in range(self.cfg.num_clients) if pooled else self.trained:
             rows, held = dataset.load_partition(self.cfg, partition), []
             if self.cfg.strategy.fraction_evaluate > 0:
                 rows, held = dataset.split(self.cfg, rows)
-            seed = mix_seed(self.cfg.seed, "audit", partition)
-            members[partition] = some(self._records(rows), each, seed)
-            others[partition] = some(self._records(held), each, seed)
+            members[partition] = self._records(rows)
+            others[partition] = self._records(held)
         return members, others
 
     def read(self, path: str) -> list[dict[str, str]]:
@@ -246,12 +244,14 @@ def asked(entry: dict[str, Any]) -> list[int]:
     return entry.get("asked") or [one["partition"] for one in entry["clients"]]
 
 
-def some(rows: Sequence[Any], most: int, seed: int) -> list[Any]:
-    """At most so many of them, drawn without order."""
-    if len(rows) <= most:
-        return list(rows)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return [rows[i] for i in order[:most]]
+def some(parts: dict[Any, list[Any]], most: int, seed: int) -> dict[Any, list[Any]]:
+    """At most so many of all records, as many of each part, drawn without order."""
+    each = -(-most // len(parts))
+    chosen = {}
+    for key, rows in parts.items():
+        order = np.random.default_rng(mix_seed(seed, "audit", str(key)))
+        chosen[key] = [rows[i] for i in order.permutation(len(rows))[:each]]
+    return chosen
 
 
 def question(record: dict[str, str]) -> tuple[str, str]:
