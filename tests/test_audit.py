@@ -389,9 +389,10 @@ def test_canaries_are_drawn_by_the_seed_and_planted_by_a_coin():
     assert one.record(7) == one.record() | {"output": "0007"}
 
 
-def test_canaries_are_planted_where_they_belong_and_nowhere_else(configure):
-    plain = configure("strategy.fraction_evaluate=1")
-    cfg = configure("strategy.fraction_evaluate=1", "audit.canaries=60")
+def test_canaries_are_planted_where_they_belong_and_nowhere_else():
+    words = "experiment=quickstart num_clients=4 strategy.fraction_evaluate=1"
+    plain = resolve(compose(words))
+    cfg = resolve(compose(f"{words} audit.canaries=60"))
     made = canaries.draw(60, 4, cfg.seed)
     for partition in range(4):
         before = dataset.training_rows(plain, partition)[:]
