@@ -165,11 +165,13 @@ class Run:
 
     def read(self, path: str) -> list[dict[str, str]]:
         """Records of a file with the columns of the run's."""
-        from records import files
+        import dataset
 
-        columns = self.cfg.dataset.columns
-        wanted = [column for column in columns.values() if column]
-        return self._records(files.load(path, "--nonmembers", wanted, columns.input))
+        own = {"partitioner": None, "dataset": self.cfg.dataset | {"path": path}}
+        try:
+            return self._records(dataset.load_partition(self.cfg | own, 0))
+        except UserError as error:
+            raise UserError(f"--nonmembers: {error}") from error
 
     def _records(self, rows: Any) -> list[dict[str, str]]:
         import dataset

@@ -73,7 +73,7 @@ def plant(
 ) -> Dataset:
     """A client's `rows` with those canaries behind them that are planted there."""
     records = [
-        {column: one.record()[name] for name, column in columns.items() if column}
+        {columns[name]: text for name, text in one.record().items() if columns[name]}
         for one in canaries
         if one.planted and one.partition == partition
         for _ in range(one.times)
