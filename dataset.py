@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Value, concatenate_datasets, load_data
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from records import files
+from records import canaries, files
 from utils import HUB_NAME, IGNORED, Refusal, Settings, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
@@ -222,15 +222,17 @@ def is_pooled(cfg: Settings) -> bool:
 def training_rows(cfg: Settings, partition: int) -> Dataset:
     """What a client trains on: its partition, or with `baseline.records=all` everybody's.
 
-    Without what is held back for evaluation, each client's own part.
+    Without what is held back for evaluation, each client's own part; with the canaries that
+    `audit.canaries` plants there.
     """
     pooled = is_pooled(cfg)
+    made = canaries.draw(cfg.audit.canaries, cfg.num_clients, cfg.seed)
     parts = []
     for part in range(cfg.num_clients) if pooled else [partition]:
         rows = load_partition(cfg, part)
         if cfg.strategy.fraction_evaluate > 0:
             rows, _ = split(cfg, rows)
-        parts.append(rows)
+        parts.append(canaries.plant(rows, made, part, cfg.dataset.columns))
     return concatenate_datasets(parts) if pooled else parts[0]
 
 

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import CompactHydraException, HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
@@ -339,6 +339,36 @@ def read_yaml(path: Path, kind: type) -> Any:
     if not isinstance(content, kind):
         raise UserError(f"{path} is broken (it holds something else).")
     return content
+
+
+CONFIG = ".hydra/config.yaml"  # of a run's folder
+
+
+def read_config(run: Path) -> DictConfig:
+    """A run's `.hydra/config.yaml`, of which only references inside of it are resolved.
+
+    What asks for more (`${oc.env:...}`) is read as text: the folder may be a stranger's. Raises
+    `UserError` where the file is missing or broken.
+    """
+    path = run / CONFIG
+    cfg = OmegaConf.create(_literal(read_yaml(path, dict)))
+    try:
+        OmegaConf.resolve(cfg)
+    except (OmegaConfBaseException, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is broken ({type(error).__name__}: {line}).") from None
+    return cfg
+
+
+def _literal(node: Any) -> Any:
+    """A configuration in which a string holds a reference to another key, or no `${`."""
+    if isinstance(node, dict):
+        return {key: _literal(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return list(map(_literal, node))
+    if isinstance(node, str) and "${" in node and not REFERENCE.fullmatch(node):
+        return node.replace("${", "$ {")  # not to be asked for
+    return node
 
 
 def read_text(path: Path, most: int = 2**30) -> str:

@@ -56,17 +56,9 @@ def answer_scores(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     The columns: cross entropy summed over the example's labelled tokens, in nats; how many
     of those the model finds likeliest; how many there are. Arguments as of `answer_loss`.
     """
-    inner, labels, inputs = _parts(net, batch)
-    head, way = _head(inner, inputs)
-    kept = labels != IGNORED
-    targets, rows = labels[kept], kept.nonzero()[:, 0]
-    logits = way(net, head, inputs, labels).split(CHUNK)
-    if way is _hidden:
-        logits = map(head, logits)
-    scores = torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device)
-    for some, wanted, row in zip(
-        logits, targets.split(CHUNK), rows.split(CHUNK), strict=True
-    ):
+    size = batch["labels"].shape[0]
+    scores = torch.zeros(size, 3, dtype=torch.float64, device=batch["labels"].device)
+    for some, wanted, row in _answers(net, batch):
         each = [
             cross_entropy(some.float(), wanted, reduction="none"),
             some.argmax(-1) == wanted,
@@ -74,6 +66,41 @@ def answer_scores(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         ]
         scores.index_add_(0, row, torch.stack([one.double() for one in each], dim=1))
     return scores
+
+
+@torch.no_grad()
+def answer_likelihoods(
+    net: Any, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each labelled token of a batch, in order: its example, (tokens,), and what follows.
+
+    (tokens, 3) in float64: its log-likelihood in nats, and the mean and the variance that the
+    model gives the log-likelihood of the token there. Arguments as of `answer_loss`.
+    """
+    rows, found = [], []
+    for some, wanted, row in _answers(net, batch):
+        likely = some.float().log_softmax(-1)
+        own = likely.gather(1, wanted[:, None])[:, 0]
+        shares = likely.exp()
+        mean = (shares * likely).sum(-1)
+        spread = (shares * (likely - mean[:, None]).square()).sum(-1)
+        rows.append(row)
+        found.append(torch.stack([own, mean, spread], dim=1).double())
+    return torch.cat(rows), torch.cat(found)
+
+
+def _answers(
+    net: Any, batch: dict[str, torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Logits, token and example of each labelled token, up to `CHUNK` of them at a time."""
+    inner, labels, inputs = _parts(net, batch)
+    head, way = _head(inner, inputs)
+    kept = labels != IGNORED
+    targets, rows = labels[kept], kept.nonzero()[:, 0]
+    logits = way(net, head, inputs, labels).split(CHUNK)
+    if way is _hidden:
+        logits = map(head, logits)
+    yield from zip(logits, targets.split(CHUNK), rows.split(CHUNK), strict=True)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,15 +49,25 @@ def score(
 ) -> torch.Tensor:
     """`loss.answer_scores` of tokenised examples, in their order: (examples, 3)."""
     scores = torch.zeros(len(examples), 3, dtype=torch.float64)
+    for chosen, tensors in batches(net, examples, collate, batch):
+        with torch.no_grad(), model.autocast(net):
+            scores[chosen] = answer_scores(net, tensors).cpu()
+    return scores
+
+
+def batches(
+    net: torch.nn.Module,
+    examples: list[templates.Example],
+    collate: dataset.Collator,
+    batch: int,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Places of up to `batch` examples of like length, and their tensors on the device."""
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i]["labels"]))
     for start in range(0, len(examples), batch):
         look_for_stop()
         chosen = by_length[start : start + batch]
         tensors = collate([examples[i] for i in chosen])
-        tensors = {name: tensor.to(net.device) for name, tensor in tensors.items()}
-        with torch.no_grad(), model.autocast(net):
-            scores[chosen] = answer_scores(net, tensors).cpu()
-    return scores
+        yield chosen, {name: tensor.to(net.device) for name, tensor in tensors.items()}
 
 
 def loss_and_accuracy(scores: torch.Tensor) -> tuple[float, float]:

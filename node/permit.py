@@ -128,6 +128,8 @@ def settle(
         # Pooled, the data would be read num_clients times.
         if cfg.baseline:
             raise Refusal("mode is a baseline's, which is for simulations")
+        if cfg.audit.canaries:
+            raise Refusal("audit.canaries would plant records among its own")
         partition = choose_partition(cfg, own)
         if not simulated:
             # A relative name means something of the bundle, and nothing of the node's.

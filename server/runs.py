@@ -14,12 +14,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TextIO
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from utils import FEW, REFERENCE, UserError, command, read_json, read_yaml, say, writing
+from utils import (
+    CONFIG,
+    FEW,
+    UserError,
+    command,
+    read_config,
+    read_json,
+    read_yaml,
+    say,
+    writing,
+)
 
 # --- what stands in its files ---------------------------------------------------------------
 
@@ -327,7 +336,7 @@ class Config(TypedDict):
     evaluate: dict
 
 
-CONFIG, OVERRIDES = ".hydra/config.yaml", ".hydra/overrides.yaml"
+OVERRIDES = ".hydra/overrides.yaml"
 
 FILES = {
     "history.json": History,
@@ -470,33 +479,6 @@ def own(folder: Path, without: Iterable[str] = LEFT) -> TextIO:
         lock.write(f"{os.getpid()} on {socket.gethostname()}")
         lock.flush()
     return lock
-
-
-def read_config(run: Path) -> DictConfig:
-    """A run's `.hydra/config.yaml`, of which only references inside of it are resolved.
-
-    What asks for more (`${oc.env:...}`) is read as text: the folder may be a stranger's. Raises
-    `UserError` where the file is missing or broken.
-    """
-    path = run / CONFIG
-    cfg = OmegaConf.create(_literal(read_yaml(path, dict)))
-    try:
-        OmegaConf.resolve(cfg)
-    except (OmegaConfBaseException, RecursionError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} is broken ({type(error).__name__}: {line}).") from None
-    return cfg
-
-
-def _literal(node: Any) -> Any:
-    """A configuration in which a string holds a reference to another key, or no `${`."""
-    if isinstance(node, dict):
-        return {key: _literal(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return list(map(_literal, node))
-    if isinstance(node, str) and "${" in node and not REFERENCE.fullmatch(node):
-        return node.replace("${", "$ {")  # not to be asked for
-    return node
 
 
 def read_overrides(run: Path) -> dict[str, str]:

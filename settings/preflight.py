@@ -57,6 +57,11 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             f"mode={cfg.mode} is a baseline for simulations: the data of a federation "
             "cannot be pooled, and its nodes need no server to train alone."
         )
+    if deployed and cfg.audit.canaries:
+        raise UserError(
+            f"audit.canaries={cfg.audit.canaries}: made-up records are planted in a "
+            "simulation; no node lets a server do that. Set audit.canaries=0."
+        )
     cfg = as_baseline(cfg)
     by_epochs = cfg.train.training_arguments.max_steps < 1
     import dataset
@@ -411,6 +416,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
     ids = templates.prompt(template, [{"instruction": "", "input": ""}], tokenizer)
     rows = frame.get_base_model().get_input_embeddings().weight.shape[0]
     check_tokenizer(name, tokenizer, rows, ids)
+    check_canaries(cfg, tokenizer)
     if dataset.test_wanted(cfg):
         kept, left_out = dataset.scorable(cfg, tokenizer)
         if left_out:
@@ -519,6 +525,30 @@ def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> 
                 "another model's: take the one that belongs to it, or save the base after "
                 "resize_token_embeddings(len(tokenizer))."
             )
+
+
+def check_canaries(cfg: Settings, tokenizer: Any) -> None:
+    """That the canaries, if there are any, fit the records' columns and are not cut."""
+    import dataset
+    from records import canaries, templates
+
+    template, length = cfg.dataset.template, cfg.train.seq_length
+    made = canaries.draw(cfg.audit.canaries, cfg.num_clients, cfg.seed)
+    key = f"audit.canaries={cfg.audit.canaries}"
+    for one in made:
+        example = templates.encode(one.record(), template, tokenizer, length)
+        if example is None or templates.is_cut(example, template, tokenizer):
+            raise UserError(
+                f"{key}: a canary is longer than train.seq_length={length} tokens. Raise it."
+            )
+    for one in [one for one in made if one.planted][:1]:
+        try:
+            dataset.training_rows(cfg, one.partition)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{key}: a canary is text, and the columns of the records take none "
+                f"({error}). Set audit.canaries=0."
+            ) from error
 
 
 def check_progress(cfg: Settings, folder: Path) -> None:

@@ -68,6 +68,10 @@ class Target(Open):
     target: Name = Field(alias="_target_", description="the class that is made")
 
 
+class Audit(Section):
+    canaries: int = setting("made-up records to look for later", ge=0, le=100_000)
+
+
 class ClientResources(Section):
     num_cpus: float = setting("cores of one client", ge=1)
     num_gpus: float = setting("GPUs of one client", ge=0)
@@ -306,6 +310,7 @@ class Run(Section):
     resume: Name | None = setting("the folder of a run to go on with", later=True)
     optimized_metric: Name = setting("of summary.json, for a sweeper", later=True)
     dry_run: bool = setting("print the plan, and stop", later=True)
+    audit: Audit
     client_resources: ClientResources = setting("of one client", later=True)
     comm: Comm
     dataset: Dataset

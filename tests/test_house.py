@@ -42,6 +42,11 @@ MAY = {
     "records": {"utils"},
     "compute": {"utils"},
     "evaluation": {"model", "dataset", "records", "compute", "utils"},
+    # It tries the run's own level of privacy, and draws what it finds as a run's figures are.
+    "evaluation.audit": {
+        *("methods", "model", "dataset", "records", "compute", "reporting.figures"),
+        "utils",
+    },
     "reporting": {"server.runs", "utils"},
     # They read, merge and describe an adapter, its tokenizer and its prompt.
     "reporting.export": {"server.runs", "model", "records", "utils"},

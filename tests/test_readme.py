@@ -13,7 +13,7 @@ from flwr.common.config import parse_config_args
 
 import test as ask
 import utils
-from evaluation import benchmarks
+from evaluation import audit, benchmarks
 from node import permit
 from reporting import export, report
 from settings.compose import compose
@@ -27,6 +27,7 @@ for _blank, _value in BLANKS.items():
 SCRIPTS = {
     *("python main.py", "python test.py", "python benchmarks/", "deploy/certs/make.sh"),
     *("python -m reporting.export", "python -m reporting.report"),
+    "python -m evaluation.audit",
     *("flwr run", "flower-supernode"),
 }
 OTHERS = {
@@ -72,6 +73,11 @@ def test_each_question_and_benchmark_is_parsed(command):
 @pytest.mark.parametrize("command", commands("python -m reporting.export"))
 def test_each_export_is_parsed(command):
     assert export.parse(words(command)[3:]).peft_path
+
+
+@pytest.mark.parametrize("command", commands(r"python -m evaluation\.audit"))
+def test_each_audit_is_parsed(command):
+    assert audit.parse(words(command)[3:]).run
 
 
 def test_each_report_is_parsed(monkeypatch, capsys):
