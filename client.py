@@ -497,9 +497,9 @@ def _tokenizer(cfg: Settings) -> Any:
 
 def _encode(cfg: Settings, row: dict[str, Any], tokenizer: Any) -> Any:
     record = dataset.to_record(row, cfg.dataset.columns)
-    return templates.encode(
-        record, cfg.dataset.template, tokenizer, cfg.train.seq_length
-    )
+    every = cfg.train.assistant_turns == "all"
+    template, seq_length = cfg.dataset.template, cfg.train.seq_length
+    return templates.encode(record, template, tokenizer, seq_length, every)
 
 
 def _truncated(cfg: Settings, examples: list[templates.Example], tokenizer: Any) -> int:

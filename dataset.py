@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Value, concatenate_datasets, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+)
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from records import canaries, files
+from records import canaries, conversations, files
+from records.conversations import TURNS
 from utils import HUB_NAME, IGNORED, Refusal, Settings, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
-from records.templates import TEMPLATES, Example, Record, encode, is_cut
+from records.templates import TEMPLATES, Example, Record, encode, fit, is_cut
 
 # Of tokens in a batch. On a CPU each new length leaves a kernel in a cache that grows for
 # hundreds of rounds; a GPU's tensor cores like it.
@@ -93,15 +101,17 @@ def load_test(cfg: Settings) -> tuple[list[Record], list[list[str]]]:
             "with dataset.test_path=/path/to/test.jsonl, or set evaluate.exact_match=false."
         )
     else:
+        test = dataset.split.replace("train", "test")  # train_sft's is test_sft
         try:
             name = dataset.name
-            rows = load_dataset(str(local_path(name) or name), split="test")
+            rows = load_dataset(str(local_path(name) or name), split=test)
         except ValueError as error:
             raise UserError(
-                f"dataset.name={dataset.name} has no test split: name questions of "
+                f"dataset.name={dataset.name} has no {test} split: name questions of "
                 "yours with dataset.test_path, or set evaluate.exact_match=false."
             ) from error
-        _check_columns(rows, [*dataset.columns.values()], dataset.name)
+        rows = as_records(rows, dataset)
+        _check_columns(rows, _texts(dataset.columns), dataset.name)
     records = [to_record(row, dataset.columns) for row in rows]
     if not column:
         return records, []
@@ -127,11 +137,62 @@ def _choices(row: dict[str, Any], column: str, record: Record) -> list[str]:
 
 
 def to_record(row: dict[str, Any], columns: dict[str, str | None]) -> Record:
-    """A dataset's row under the names instruction, input and output, as text."""
-    return {
+    """A dataset's row under the names instruction, input and output, as text.
+
+    And `messages` where it is a conversation of more turns than one.
+    """
+    record: Record = {
         name: files.text(row[column] if column else None)
         for name, column in columns.items()
+        if name != "messages"
     }
+    if turns := row.get(TURNS):
+        record["messages"] = json.loads(turns)
+    return record
+
+
+def as_records(rows: Dataset, dataset: dict[str, Any]) -> Dataset:
+    """The rows of a dataset of the hub; of conversations, as `conversations.row` has them.
+
+    Raises `UserError` with what is wrong in the first that is none.
+    """
+    columns = dataset.columns
+    sources = conversations.find(columns, rows.column_names)
+    if missing := [name for name in sources if name not in rows.column_names]:
+        raise UserError(f"{dataset.name}: {files.lacks(missing, rows.column_names)}")
+    if not sources:
+        return rows
+    others = [n for n in rows.column_names if n in (*sources, *_texts(columns))]
+    return rows.map(
+        _as_record,
+        remove_columns=others,
+        fn_kwargs={
+            "sources": sources,
+            "columns": dict(columns),
+            "name": dataset.name,
+            "code": files.CODE,  # by which the outcome is found on disk
+        },
+    )
+
+
+def _as_record(
+    row: dict[str, Any], sources: Any, columns: Any, name: str, code: str
+) -> dict[str, str]:
+    try:
+        return conversations.row(row, sources, columns)
+    except conversations.Unfit as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _texts(columns: dict[str, str | None]) -> list[str]:
+    """The columns of question and answer."""
+    named = (columns[name] for name in ("instruction", "input", "output"))
+    return [column for column in named if column]
+
+
+def _asked(columns: dict[str, str | None]) -> list[str | None]:
+    """The columns that are the question: of conversations, all that is said before."""
+    return [columns["instruction"], columns["input"], TURNS]
 
 
 def scorable(
@@ -152,6 +213,8 @@ def scorable(
     kept = []
     for place, record in enumerate(records):
         offered = choices[place] if choices else []
+        # Asked as it would be trained on: of a long conversation the last turns.
+        record = fit(record, template, tokenizer, seq_length)
         example = encode(record, template, tokenizer, seq_length)
         if example and all(fits(record, c) for c in offered if c.strip()):
             kept.append((record, offered, example))
@@ -173,9 +236,9 @@ def _load(
 ) -> Dataset:
     """The records of local files, in the columns that are asked for."""
     columns = dataset.columns
-    names = [*columns.values(), dataset.label if label else None, lists]
+    names = [*_texts(columns), dataset.label if label else None, lists]
     wanted = list(dict.fromkeys(str(name) for name in names if name is not None))
-    return files.load(path, key, wanted, columns["input"], lists)
+    return files.load(path, key, wanted, columns["input"], lists, dict(columns))
 
 
 def _partitioner(cfg: Settings) -> "Partitioner":
@@ -203,12 +266,20 @@ def _partitioner_once(key: str) -> "Partitioner":
         return partitioner
     from flwr_datasets import FederatedDataset
 
+    train = dataset.split
+
+    def prepared(parts: DatasetDict) -> DatasetDict:
+        if train in parts:
+            parts[train] = as_records(parts[train], dataset)
+        return parts
+
     federated = FederatedDataset(
         dataset=str(local_path(dataset.name) or dataset.name),
-        partitioners={"train": partitioner},
+        partitioners={train: partitioner},
+        preprocessor=prepared,
         seed=seed,
     )
-    return federated.partitioners["train"]
+    return federated.partitioners[train]
 
 
 # --- what a client trains on ---------------------------------------------------------------------
@@ -238,13 +309,12 @@ def training_rows(cfg: Settings, partition: int) -> Dataset:
 
 def split(cfg: Settings, rows: Dataset) -> tuple[Dataset, Dataset]:
     """A partition's records to train on, and those to evaluate on, as `cfg` divides them."""
-    columns = cfg.dataset.columns
-    asked = [columns[name] for name in ("instruction", "input") if columns[name]]
+    asked = _asked(cfg.dataset.columns)
     return hold_out(rows, cfg.evaluate.holdout, cfg.seed, asked)
 
 
 def hold_out(
-    rows: Dataset, share: float, seed: int, columns: Sequence[str] = ()
+    rows: Dataset, share: float, seed: int, columns: Sequence[str | None] = ()
 ) -> tuple[Dataset, Dataset]:
     """Split a partition into records to train on and records to evaluate on.
 
@@ -267,9 +337,14 @@ def hold_out(
     return rows.select([i for i in order if i not in back]), rows.select(held)
 
 
-def _questions(rows: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """What each record asks in `columns`, to be compared."""
-    texts = ([files.plain(files.text(value)) for value in rows[c][:]] for c in columns)
+def _questions(rows: Dataset, columns: Sequence[str | None]) -> list[tuple[str, ...]]:
+    """What each record asks in `columns`, to be compared; nothing in one that is not there."""
+    texts = (
+        [files.plain(files.text(value)) for value in rows[column][:]]
+        if column in rows.column_names
+        else [""] * len(rows)
+        for column in columns
+    )
     return list(zip(*texts, strict=True))
 
 
@@ -372,12 +447,18 @@ def check(cfg: Settings) -> list[str]:
     except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
         raise UserError(_unloadable(where, error)) from error
     _check_columns(
-        rows, [*dataset.columns.values(), settings.get("partition_by")], where
+        rows, [*_texts(dataset.columns), settings.get("partition_by")], where
     )
     answers = dataset.columns.output
     whole = [bool(files.text(answer).strip()) for answer in rows[answers][:]]
     if not any(whole):
-        raise UserError(f"{where}: no record has an answer in {answers!r}.")
+        talk = TURNS in rows.column_names
+        what = (
+            "conversation has an answer"
+            if talk
+            else f"record has an answer in {answers!r}"
+        )
+        raise UserError(f"{where}: no {what}.")
     if len(rows) < clients:
         raise UserError(
             f"num_clients={clients} is more than the {len(rows)} records of {where}. "
@@ -446,7 +527,8 @@ def _check_columns(rows: Dataset, columns: list[str | None], where: str) -> None
         if not isinstance(kind := rows.features[name], (Value, ClassLabel)):
             raise UserError(
                 f"{where}: {name!r} holds values of type {type(kind).__name__}; text or "
-                "numbers are needed. Conversations are not supported yet."
+                "numbers are needed. For conversations: dataset.columns.messages="
+                f"{name}"
             )
         numbers = rows[name][:] if "float" in str(kind.dtype) else []
         if np.isinf(np.array(numbers, dtype=float)).any():
@@ -485,14 +567,14 @@ def _check_apart(path: str, test_path: str) -> None:
 def _check_questions(cfg: Settings, rows: Dataset) -> list[str]:
     """That the test questions are not those of the training data, in case and spaces either."""
     columns = cfg.dataset.columns
-    names = [columns[name] for name in ("instruction", "input") if columns[name]]
-    known = set(_questions(rows, names))
+    known = set(_questions(rows, _asked(columns)))
     records, _ = load_test(cfg)
-    asked = ("instruction", "input") if columns["input"] else ("instruction",)
-    shared = sum(
-        tuple(files.plain(record[name]) for name in asked) in known
-        for record in records
-    )
+    shared = 0
+    for record in records:
+        turns = record.get("messages", [])
+        told = json.dumps(turns, ensure_ascii=False) if turns else ""
+        asked = (record["instruction"], record["input"] * bool(columns["input"]), told)
+        shared += tuple(map(files.plain, asked)) in known
     if shared == len(records):
         raise UserError(
             f"All {shared} test questions also stand in the training data, so they measure "

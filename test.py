@@ -32,12 +32,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--input", default="", help="the text that the questions are about, if any"
     )
     parser.add_argument(
+        "--system",
+        default="",
+        help="what a system message says before the conversation",
+    )
+    parser.add_argument(
         "--file", help="records to ask: json, jsonl, csv or parquet, a file or a folder"
     )
     parser.add_argument(
         "--columns",
-        help="of the file: instruction=question,input=context,output=answer (default: as "
-        "in training)",
+        help="of the file: instruction=question,input=context,output=answer, or messages=talk "
+        "(default: as in training)",
     )
     parser.add_argument("--choices", help="the file's column of answers to choose from")
     parser.add_argument(
@@ -53,6 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--input goes with --question")
     if options.file and (options.question or options.temperature):
         parser.error("--file takes neither --question nor --temperature")
+    if options.system and (options.file or options.input):
+        parser.error("--system goes with --question, or with a chat")
     if not options.file and (options.columns or options.choices or options.out):
         parser.error("--columns, --choices and --out go with --file")
     if not 0 <= options.temperature < float("inf"):
@@ -86,10 +93,19 @@ def main() -> None:
     options.max_new_tokens = options.max_new_tokens or 256
     for question in options.question:
         print(f"Q: {question}")
-        turn = {"instruction": question, "input": options.input}
+        turn = begun(question, options.system) | {"input": options.input}
         ask(net, tokenizer, about["template"], [turn], options)
     if not options.question:
         chat(net, tokenizer, about["template"], options)
+
+
+def begun(question: str, system: str) -> dict:
+    """A question as a turn, with what the system says before it."""
+    turn = {"instruction": question, "input": ""}
+    if not system:
+        return turn
+    said = {"system": system, "user": question}.items()
+    return turn | {"messages": [{"role": r, "content": words} for r, words in said]}
 
 
 def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
@@ -201,15 +217,18 @@ def examine_file(opened: tuple, cfg: utils.Settings, options) -> None:
 def columns_of(options, trained: dict) -> dict:
     """The file's columns by their names here; None for input or output that it lacks.
 
-    Those of `--columns`, of the run, or instruction, input and output.
+    Those of `--columns`, of the run, or instruction, input and output; these as well where
+    the file holds conversations, from which they are made.
     """
-    from records import files
+    from records import conversations, files
 
     here = files.names(options.file, "--file")
     if not here:
         raise utils.UserError(f"--file={options.file}: no records here.")
-    plain = {name: name for name in trained}
-    wanted = trained if trained["instruction"] in here else plain
+    trained = {"messages": None} | trained  # older adapters do not tell it
+    plain = {name: name for name in trained} | {"messages": None}
+    known = {trained["instruction"], trained["messages"]} & set(here)
+    wanted = trained if known else plain
     if options.columns:
         pairs = [pair.partition("=")[::2] for pair in options.columns.split(",")]
         pairs = [(name.strip(), column) for name, column in pairs]
@@ -224,6 +243,9 @@ def columns_of(options, trained: dict) -> dict:
                 f"{', '.join(here)}."
             )
     columns = {n: c if c in here else None for n, c in wanted.items()}
+    text = options.columns or columns["instruction"]
+    if columns["messages"] or (not text and conversations.find(plain, here)):
+        return plain | {"messages": columns["messages"]}
     if columns["instruction"] is None:
         raise utils.UserError(
             f"--file={options.file}: which column is the question? It has: "
@@ -244,7 +266,7 @@ def chat(net, tokenizer, template: str, options) -> None:
         if not sys.stdin.isatty():  # nobody has typed it here
             print(question)
         if question:
-            turns.append({"instruction": question, "input": ""})
+            turns.append(begun(question, "" if turns else options.system))
             turns[-1]["output"] = ask(net, tokenizer, template, turns, options)
 
 

@@ -4,6 +4,7 @@ Write the tiny question-answering data and pretrain the tiny base model, from sc
 
 From `facts.yaml` come
   tiny_qa/train.jsonl, tiny_qa/test.jsonl   instruction data, split by fact
+  tiny_chat/train.jsonl, tiny_chat/test.jsonl   the same as conversations, a few of them
   tiny_llama/                               a 2.2M parameter LLaMA and its tokenizer
 
 The base model reads plain statements of all facts, never a question or a prompt, so it
@@ -38,6 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent
 SEED = 7
 TEST_SHARE = 0.2
+CHATS = {"train": 6, "test": 3}  # conversations of a category
 
 VOCAB_SIZE = 2048
 STEPS, BATCH, LENGTH = 3200, 16, 128
@@ -160,6 +162,40 @@ def write_records(categories, folder):
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in records]
         (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{side}: {len(records)} records")
+
+
+def chat(asked, name, question, told):
+    """Return one conversation; only its first question says what is asked of the others."""
+    first = question["instruction"].replace("{an_a}", "{a}")
+    turns = [("system", "Answer in a word or two.")] if told else []
+    for place, (a, b) in enumerate(asked):
+        turns.append(("user", first.format(a=a) if place == 0 else f"And {a}?"))
+        turns.append(("assistant", b))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"messages": messages, "category": name}
+
+
+def write_chats(categories, folder):
+    """Write conversations of two or three questions, every other one with a system's message.
+
+    The last answer of one of test.jsonl is a fact that no conversation for training has.
+    """
+    rng = random.Random(SEED)
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, count in CHATS.items():
+        chats = []
+        for name, spec in categories.items():
+            train, test = split(name, spec)
+            last = rng.sample(train if side == "train" else test, count)
+            plain = [q for q in spec["questions"] if "input" not in q]
+            for i, fact in enumerate(last):
+                before = rng.sample([f for f in train if f != fact], 1 + i % 2)
+                asked = [*before, fact]
+                chats.append(chat(asked, name, plain[i % len(plain)], i % 2))
+        rng.shuffle(chats)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in chats]
+        (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{side}: {len(chats)} conversations")
 
 
 def sentences(categories, rng):
@@ -365,6 +401,7 @@ def main():
 
     categories = load_facts(HERE / "facts.yaml")
     write_records(categories, args.out / "tiny_qa")
+    write_chats(categories, args.out / "tiny_chat")
     if args.data_only:
         return
     tokenizer = train_tokenizer(categories)

@@ -43,6 +43,7 @@ SETTINGS: dict[str, type] = {
     "column-instruction": str,
     "column-input": str,  # "" where the records have none
     "column-output": str,
+    "column-messages": str,  # of conversations, in the place of the three
     "model-name": str,  # the only base, by the name that runs give it, to take part with
     "model-path": str,  # the folder where this node keeps the base
     "device": str,  # cpu, cuda, or cuda:1
@@ -356,7 +357,7 @@ def choose_data(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         columns = {
             name: own.get(f"column-{name}", name) or None
             for name in ("instruction", "input", "output")
-        }
+        } | {"messages": own.get("column-messages")}
         path = {"name": None, "path": own["data-path"]}
         mine = {**path, "test_path": None, "label": None}
         return wanted | mine | {"columns": Settings(columns)}

@@ -21,8 +21,9 @@ class ClusterPartitioner(Partitioner):
 
     The method is FedNLP's (arXiv 2104.08815, feature clustering), with TF-IDF in the place of
     a sentence encoder, which would have to be downloaded. `columns`: the text columns, by any
-    names; None stands for none. `alpha`, `min_partition_size`, `seed`: as in
-    `DirichletPartitioner`; `seed` decides the clusters as well.
+    names; None stands for none. Of conversations they are the last questions and answers.
+    `alpha`, `min_partition_size`, `seed`: as in `DirichletPartitioner`; `seed` decides the
+    clusters as well.
 
     A partition has one column more, `cluster`: the cluster's number and the words that are
     heavier in it than elsewhere.
@@ -38,7 +39,8 @@ class ClusterPartitioner(Partitioner):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.columns = [column for column in columns.values() if column]
+        texts = [column for name, column in columns.items() if name != "messages"]
+        self.columns = [column for column in texts if column]
         self.settings = {"num_clusters": num_clusters, "seed": seed}
         self.dealer = DirichletPartitioner(
             num_partitions, "cluster", alpha, min_partition_size, seed=seed

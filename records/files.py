@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import pyarrow.parquet
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
+from records import conversations
+from records.conversations import Unfit
 from utils import UserError, local_path
 
 Row = dict[str, str]
@@ -47,10 +50,10 @@ NOTES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 # Words in a file's name that tell which part of a dataset it is.
 HELD_BACK = {"test", "testing", "validation", "valid", "val", "dev", "eval"}
 
-CHAT = {"messages", "conversations", "conversation"}
-
 # As datasets keeps what it has read by its arguments, not by the code that read it.
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+CODE = hashlib.sha256(
+    b"".join(Path(file).read_bytes() for file in (__file__, conversations.__file__))
+).hexdigest()
 
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 
@@ -64,13 +67,15 @@ def load(
     columns: list[str],
     optional: str | None = None,
     lists: str | None = None,
+    talks: dict[str, str | None] | None = None,
 ) -> Dataset:
     """Read `columns` of a file, or of all files of a folder, as text.
 
     Kept in the cache of Hugging Face Datasets on disk: another process, or the next run,
     finds it there for as long as the files do not change. `key` is the setting that named
     the path, for messages; `optional` the one column that a record may lack (some record
-    has it), `lists` the one that may hold lists, which become JSON.
+    has it), `lists` the one that may hold lists, which become JSON. `talks`: `dataset.columns`,
+    if the records may be conversations (`conversations.row` says what becomes of them).
 
     Raises `UserError` for a path without data, a broken file (with the line), a missing
     column, or a cache that cannot be written.
@@ -78,12 +83,18 @@ def load(
     found = find(path, key)
     try:
         stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in found)
+        sources = conversations.find(talks, _begins_with(found[0])) if talks else ()
+        if sources:
+            made = (*talks.values(), conversations.TURNS)
+            columns = [name for name in columns if name not in made]
         # Tuples, because a list would be taken for shards to be read in parallel.
         arguments = {
             "files": tuple(found),
             "columns": tuple(columns),
-            "optional": optional,
+            "optional": None if sources else optional,
             "lists": lists,
+            "sources": sources,
+            "talks": talks if sources else None,
             "stamps": (*stamps, CODE),
         }
         return Dataset.from_generator(read, gen_kwargs=arguments)
@@ -213,24 +224,36 @@ def names(path: str, key: str) -> list[str]:
     return list(found)
 
 
+def _begins_with(file: Path) -> list[str]:
+    """The columns of a file's first record; none where it cannot be read."""
+    with suppress(UserError, OSError, UnicodeDecodeError):
+        for *_, names in READERS[file.suffix.lower()](file, ()):
+            return list(names)
+    return []
+
+
 def read(
     files: tuple[Path, ...],
     columns: tuple[str, ...],
     optional: str | None,
     lists: str | None,
+    sources: tuple[str, ...],
+    talks: dict[str, str | None] | None,
     stamps: Any,
 ) -> Iterator[Row]:
     """All rows of all files, reduced to `columns`, every value as text ("" for none).
 
+    Beside them the records that `conversations.row` makes of `sources`, if there are any.
     `stamps` is not used here; it tells the cache whether the files are still the same.
     """
     empty, seen = True, optional is None
     for file in files:
         where = str(file)
         try:
-            for line, row, names in READERS[file.suffix.lower()](file, columns):
+            asked = (*columns, *sources)
+            for line, row, names in READERS[file.suffix.lower()](file, asked):
                 where = f"{file}, {line}"
-                missing = [column for column in columns if column not in row]
+                missing = [column for column in asked if column not in row]
                 seen |= optional in row
                 if missing and missing != [optional]:
                     raise UserError(f"{where}: {lacks(missing, names, row)}")
@@ -238,11 +261,14 @@ def read(
                     # A decimal or a date as `text` has it, the right answer being one.
                     row[lists] = json.dumps(row[lists], ensure_ascii=False, default=str)
                 empty = False
-                yield {column: _checked(row.get(column), column) for column in columns}
+                kept = {column: row.get(column) for column in columns}
+                if sources:
+                    kept |= conversations.row(row, sources, talks)
+                yield {column: _checked(kept[column], column) for column in kept}
             where = str(file)
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 text ({error.reason}).") from error
-        except _Unfit as error:
+        except Unfit as error:
             raise UserError(f"{where}: {error}") from error
         except OSError as error:
             raise UserError(
@@ -261,7 +287,7 @@ def lacks(
     """That columns are not there, and what to do. `row`: a record, by which to tell."""
     names = [name.encode(errors="backslashreplace").decode() for name in names]
     talks = [name for name, value in (row or {}).items() if _is_chat(value)]
-    if talks := talks or [name for name in names if name in CHAT]:
+    if talks := talks or [name for name in names if name in conversations.FOUND]:
         return _chat_message(talks[0])
     wanted = " or ".join(map(repr, missing))
     return (
@@ -287,31 +313,26 @@ def _is_chat(value: Any) -> bool:
 
 def _chat_message(column: str) -> str:
     return (
-        f"{column!r} holds conversations, which are not supported yet: a record is a "
-        "question and its answer. Write each exchange as a record of its own, with columns "
-        "instruction, input (may be empty) and output."
+        f"{column!r} holds conversations: dataset.columns.messages={column} takes a record "
+        "from it."
     )
-
-
-class _Unfit(ValueError):
-    """A value or a text that no record can hold."""
 
 
 def _checked(value: Any, column: str) -> str:
     if _is_chat(value):
-        raise _Unfit(_chat_message(column))
+        raise Unfit(_chat_message(column))
     if isinstance(value, (dict, list, bytes)):
-        raise _Unfit(
+        raise Unfit(
             f"{column!r} holds a value of type {type(value).__name__}; text or a number "
             "is needed."
         )
     if isinstance(value, float) and math.isinf(value):
-        raise _Unfit(f"{column!r} holds {value}, which is no number of anything.")
+        raise Unfit(f"{column!r} holds {value}, which is no number of anything.")
     checked = text(value)
     try:
         checked.encode()
     except UnicodeEncodeError as error:
-        raise _Unfit(f"{column!r} holds half a character ({error.reason}).") from error
+        raise Unfit(f"{column!r} holds half a character ({error.reason}).") from error
     return checked
 
 

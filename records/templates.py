@@ -11,15 +11,23 @@ import json
 import logging
 import re
 import sys
+from bisect import bisect_left
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from records.conversations import Message, is_trained
 from utils import IGNORED, UserError
 
-Record = dict[str, str]  # instruction, input (may be empty), output
-Example = dict[str, list[int]]  # input_ids and labels, equally long
+# instruction, input (may be empty) and output; of a conversation also `messages`, all that is
+# said before the output, in the place of instruction and input.
+Record = dict[str, Any]
+# input_ids and labels, equally long; `lost`, how many messages at its beginning are not in it.
+Example = dict[str, list[int]]
+# The token ids before an answer, those that stand before them left out, and the answer's.
+Part = tuple[list[int], list[int]]
 
 # By name; None is the tokenizer's own.
 TEMPLATES: dict[str, str | None] = {
@@ -38,14 +46,19 @@ PROBE = {
 # --- templates ------------------------------------------------------------------------------
 
 
-def messages(template: str, turns: list[Record]) -> list[dict[str, str]]:
+def messages(template: str, turns: list[Record]) -> list[Message]:
     """Turns as the messages in which a server is asked; an answer is the assistant's.
 
     Where a record has an input, that is the user's message, and its instruction the system's
     before it; `chat` has both in one, as bases differ in what they make of the other roles.
     """
-    told = []
+    told: list[Message] = []
     for turn in turns:
+        if before := turn.get("messages"):
+            answer = [turn["output"]] if "output" in turn else []
+            told += before
+            told += [{"role": "assistant", "content": words} for words in answer]
+            continue
         said = {"system": turn["instruction"], "user": turn["input"]}
         if template == "chat" or not turn["input"]:
             said = {"user": "\n".join(filter(None, said.values()))}
@@ -61,7 +74,18 @@ def text(
     tokenizer: PreTrainedTokenizerBase,
     asking: bool = True,
 ) -> str:
-    """What the template makes of turns; `asking`: up to the next answer.
+    """What the template makes of turns; `asking`: up to the next answer."""
+    told = _fold(template, messages(template, turns), tokenizer)
+    return _render(template, told, tokenizer, asking)
+
+
+def _render(
+    template: str,
+    told: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    asking: bool = True,
+) -> str:
+    """What the template makes of messages.
 
     A tokenizer's own is a program of somebody else's, run in transformers' sandbox: whatever
     it raises becomes `UserError`.
@@ -70,7 +94,7 @@ def text(
         raise UserError("this model's tokenizer has no chat template.")
     try:
         return tokenizer.apply_chat_template(
-            messages(template, turns),
+            [{"role": one["role"], "content": one["content"]} for one in told],
             chat_template=TEMPLATES[template],
             tokenize=False,
             add_generation_prompt=asking,
@@ -78,6 +102,48 @@ def text(
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"this model's chat template fails ({cause}).") from error
+
+
+def _fold(
+    template: str, told: list[Message], tokenizer: PreTrainedTokenizerBase
+) -> list[Message]:
+    """The messages with what the template has no role for told by the user, nothing lost.
+
+    A system's is put before the user's own words; a tool's are the user's, in one message.
+    """
+    folded: list[Message] = []
+    joins = False  # whether the next message of the user's goes on with the last one
+    for one in told:
+        role = one["role"]
+        if role in ("system", "tool") and not _takes(template, role, tokenizer):
+            one, joined = one | {"role": "user"}, True
+        else:
+            joined = False
+        if joins and one["role"] == "user":
+            before = folded.pop()["content"]
+            one = one | {"content": f"{before}\n\n{one['content']}"}
+        folded.append(one)
+        joins = joined
+    return folded
+
+
+@lru_cache(maxsize=8)
+def _takes(template: str, role: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template says what a `system` or a `tool` says.
+
+    Those of `prompts/` have a place for a system's words, none for a tool's.
+    """
+    if template != "chat":
+        return role == "system"
+    roles = ["user", "assistant", "tool", "assistant"]
+    if role == "system":
+        roles = ["system", "user", "assistant"]
+    said = [*PROBE.values(), "So it is."][: len(roles)]
+    told = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+    try:
+        return _holds(_render(template, told, tokenizer, asking=False), said)
+    except UserError:
+        return False
 
 
 def chat_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -109,7 +175,7 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | No
 
 def _spaced(
     template: str,
-    asked: Record,
+    asked: list[Message],
     answer: str,
     before: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -120,7 +186,8 @@ def _spaced(
     """
     if template != "chat":
         return around(template, tokenizer)[0] + answer
-    whole = text(template, [asked | {"output": answer}], tokenizer, asking=False)
+    said = [*asked, {"role": "assistant", "content": answer}]
+    whole = _render(template, said, tokenizer, asking=False)
     if answer not in whole[len(before) :]:  # some templates trim a message
         answer = answer.strip()
     start = whole.find(answer, len(before))
@@ -192,34 +259,133 @@ def prompt(
     Every turn but the last carries its `output`. Begins with the tokenizer's
     beginning-of-sequence token, where it has one.
     """
-    spelt = [_spell(turn, tokenizer) for turn in turns]
     # A chat template writes its own beginning of sequence.
-    asked = text(template, spelt, tokenizer)
+    asked = _render(template, _told(template, turns, tokenizer), tokenizer)
     return _tokenise(asked, tokenizer, begin=template != "chat")
 
 
 def encode(
-    record: Record, template: str, tokenizer: PreTrainedTokenizerBase, seq_length: int
+    record: Record,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    every: bool = False,
 ) -> Example | None:
     """Tokenise one record; labels are the answer and the token that ends it only.
 
-    Longer than `seq_length` tokens, the answer loses its end (and with it that token).
-    None where the prompt leaves no room for an answer, or there is no answer.
+    `every`: and those of the assistant's earlier answers in a conversation. Longer than
+    `seq_length` tokens, a conversation loses its first turns (see `fit`), and then the answer
+    its end (and with it that token). None where the last question leaves no room for an
+    answer, or there is no answer.
     """
-    closing, last = end(template, tokenizer)
-    before, after = answered(record, template, tokenizer, closing)
-    if not record["output"].strip() or not after or len(before) >= seq_length:
+    if not record["output"].strip():
         return None
-    ids = (before + after + [last])[:seq_length]
-    return {
-        "input_ids": ids,
-        "labels": [IGNORED] * len(before) + ids[len(before) :],
-    }
+    kept, parts = record, _parts(record, template, tokenizer, every)
+    if _length(parts) > seq_length:
+        kept = fit(record, template, tokenizer, seq_length, every)
+        parts = _parts(kept, template, tokenizer, every)
+    ids = [token for part in parts for run in part for token in run]
+    last = parts[-1][1]
+    if len(last) < 2 or len(ids) - len(last) >= seq_length:  # its end alone, or no room
+        return None
+    labels = [
+        label for before, after in parts for label in ([IGNORED] * len(before) + after)
+    ]
+    made = {"input_ids": ids[:seq_length], "labels": labels[:seq_length]}
+    if kept is record:
+        return made
+    return made | {"lost": [len(record["messages"]) - len(kept["messages"])]}
 
 
 def is_cut(example: Example, template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `encode` had to leave out the answer's end."""
-    return example["labels"][-1] != end(template, tokenizer)[1]
+    """Whether `encode` had to leave out the answer's end, or a conversation's beginning."""
+    return "lost" in example or example["labels"][-1] != end(template, tokenizer)[1]
+
+
+def fit(
+    record: Record,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    every: bool = False,
+) -> Record:
+    """The record itself, or a conversation without its first turns if it is too long.
+
+    What the user says, with all up to where the user speaks again, stays or goes as a whole;
+    the last of them stays, and a system's message where it fits beside.
+    """
+    turns = record.get("messages")
+    if not turns:
+        return record
+    system = turns[:1] if turns[0]["role"] == "system" else []
+    starts = [place for place, one in enumerate(turns) if one["role"] == "user"]
+    shorter = [turns, *(system + turns[place:] for place in starts[1:])]
+    shorter += [turns[starts[-1] :]] if system else []
+
+    def fits(messages: list[Message], every: bool = False) -> bool:
+        parts = _parts(record | {"messages": messages}, template, tokenizer, every)
+        return _length(parts) <= seq_length
+
+    # By the last answer alone, which is one text to tokenise. Where turns are tokenised apart,
+    # it may be a few tokens more with every one.
+    first = bisect_left(shorter, True, key=fits)
+    while every and first < len(shorter) and not fits(shorter[first], every):
+        first += 1
+    kept = shorter[min(first, len(shorter) - 1)]
+    return record if kept is turns else record | {"messages": kept}
+
+
+def _parts(
+    record: Record, template: str, tokenizer: PreTrainedTokenizerBase, every: bool
+) -> list[Part]:
+    """A record's answers that are trained on, each with the token that ends it.
+
+    Put together they are a prefix of what the model reads in the next turn, token for token.
+    Where they are not, because the template writes an earlier answer otherwise than the last
+    (without its thinking, say), or the tokenizer merges over a border, what stands between
+    two answers is tokenised by itself, and the earlier answer stays as it was given.
+    """
+    closing, last = end(template, tokenizer)
+    told = _told(template, [record], tokenizer)
+    places = [len(told) - 1]
+    if every:
+        places = [i for i in range(places[0]) if is_trained(told[i])] + places
+    parts: list[Part] = []
+    ids: list[int] = []
+    for number, place in enumerate(places):
+        asked = _render(template, told[:place], tokenizer)
+        answer = told[place]["content"]
+        answer = _spaced(template, told[:place], answer, asked, tokenizer) + closing
+        before, after = _follow(asked, answer, tokenizer, template != "chat")
+        if before[: len(ids)] == ids:
+            before = before[len(ids) :]
+        else:
+            ending = closing + tokenizer.convert_ids_to_tokens(last)
+            asked = _between(template, told[:place], places[number - 1], tokenizer)
+            asked = asked.removeprefix(ending)
+            before, after = _follow(asked, answer, tokenizer, begin=False)
+        parts.append((before, [*after, last]))
+        ids += [*before, *after, last]
+    return parts
+
+
+def _length(parts: list[Part]) -> int:
+    return sum(len(run) for part in parts for run in part)
+
+
+def _between(
+    template: str,
+    told: list[Message],
+    place: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """What the template writes after the answer at `place`, up to the next one."""
+    stand_in = "\ufdd1"  # no character either, so that no text holds it but on purpose
+    while any(stand_in in one["content"] for one in told):
+        stand_in += "\ufdd1"
+    stood = [*told[:place], {"role": "assistant", "content": stand_in}]
+    text = _render(template, stood + told[place + 1 :], tokenizer)
+    return text.rpartition(stand_in)[2]
 
 
 def answered(
@@ -227,12 +393,18 @@ def answered(
     template: str,
     tokenizer: PreTrainedTokenizerBase,
     closing: str = "",
-) -> tuple[list[int], list[int]]:
+) -> Part:
     """Token ids of a record's prompt, and of its answer with the text `closing` behind it."""
-    spelt = _spell(record, tokenizer)
-    answer = spelt.pop("output")
-    asked, begin = text(template, [spelt], tokenizer), template != "chat"
-    answer = _spaced(template, spelt, answer, asked, tokenizer) + closing
+    *asked, said = _told(template, [record], tokenizer)
+    before = _render(template, asked, tokenizer)
+    answer = _spaced(template, asked, said["content"], before, tokenizer) + closing
+    return _follow(before, answer, tokenizer, template != "chat")
+
+
+def _follow(
+    asked: str, answer: str, tokenizer: PreTrainedTokenizerBase, begin: bool
+) -> Part:
+    """Token ids of a text, and of the answer to it."""
     before = _tokenise(asked, tokenizer, begin)
     whole = _tokenise(asked + answer, tokenizer, begin)
     # The prompt must have the same tokens as when the model is asked; where the answer's
@@ -248,8 +420,10 @@ def answered(
 MARK = "\ufdd0"
 
 
-def _spell(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
-    """The record with a mark inside whatever spells a special token."""
+def _told(
+    template: str, turns: list[Record], tokenizer: PreTrainedTokenizerBase
+) -> list[Message]:
+    """Turns as messages, with a mark inside whatever spells a special token."""
 
     def spell(text: str) -> str:
         text = text.replace(MARK, 2 * MARK)
@@ -257,7 +431,8 @@ def _spell(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
             text = text.replace(token, token[0] + MARK + token[1:])
         return text
 
-    return {name: spell(text) for name, text in record.items()}
+    told = _fold(template, messages(template, turns), tokenizer)
+    return [one | {"content": spell(one["content"])} for one in told]
 
 
 def _tokenise(text: str, tokenizer: PreTrainedTokenizerBase, begin: bool) -> list[int]:
@@ -300,4 +475,5 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def question(record: Record) -> Record:
     """What is asked: the record without its output."""
-    return {"instruction": record["instruction"], "input": record["input"]}
+    asked = ("instruction", "input", "messages")
+    return {name: record[name] for name in asked if name in record}

@@ -198,7 +198,8 @@ def report_lost(
     for name, what in (
         (
             "truncated",
-            f"were cut at train.seq_length={seq_length}: they lose their end",
+            f"were cut at train.seq_length={seq_length}: they lose their end, conversations "
+            "their beginning",
         ),
         ("dropped", "were left out: no answer, or none left by train.seq_length"),
     ):
@@ -294,7 +295,7 @@ def report(cfg: Settings, folder: Path) -> None:
         (folder / f"peft_{summary['rounds']}").rglob("adapter_config.json")
     )
     words = [f"--peft-path={adapter.parent}"]
-    if asked:
+    if asked := [record for record in asked if "messages" not in record]:
         # The first that fits a line or two; clients' own records are not for showing.
         record = min(asked, key=lambda r: max(200, len(r["instruction"] + r["input"])))
         words += [f"--question={record['instruction']}"]

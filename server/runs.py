@@ -274,11 +274,15 @@ class Summary(_Told, _Means):
 
 @typed
 class Answer(TypedDict):
-    """A test question, its wanted answer (`output`), and what base and adapter say."""
+    """A test question, its wanted answer (`output`), and what base and adapter say.
+
+    `messages`: of a conversation, all that is said before `output`.
+    """
 
     instruction: str
     input: str
     output: str
+    messages: NotRequired[list[Any]]
     base: str
     tuned: str
 

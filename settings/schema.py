@@ -87,10 +87,12 @@ class Columns(Section):
     instruction: Name
     input: Name | None
     output: Name
+    messages: Name | None = None  # of a conversation, in the place of the three
 
 
 class Dataset(Section):
     name: Name | None = setting("a dataset of the hub")
+    split: Name = setting("the hub dataset's part to train on")
     path: Name | None = setting("a file or folder of records, instead")
     test_path: Name | None = setting("a file or folder of test questions")
     columns: Columns
@@ -274,6 +276,9 @@ class Train(Section):
     )
     min_records: int = setting("records of a node that takes part", ge=1)
     seq_length: int = setting("tokens of an example", ge=2)
+    assistant_turns: choice("all", "last") = setting(
+        "answers of a conversation that are trained on"
+    )
     padding_side: choice("left", "right")
     learning_rate_max: float = setting("learning rate of the first round", ge=0)
     learning_rate_min: float = setting("learning rate that the last round nears", ge=0)

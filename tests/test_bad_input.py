@@ -400,24 +400,24 @@ DATA = [
     ),
     # chats
     (
-        "OpenAI's messages",
-        put("data.jsonl", json.dumps({"messages": TURNS})),
-        "line 1: 'messages' holds conversations, which are not supported yet",
+        "no conversations",
+        put("data.jsonl", json.dumps({"messages": "q"})),
+        "line 1: 'messages' holds a text that is no list of turns",
     ),
     (
-        "ShareGPT's conversations",
+        "ShareGPT's conversations under another name",
         put("data.json", json.dumps([{"talk": [{"from": "gpt", "value": "a"}]}])),
-        "record 1: 'talk' holds conversations, which are not supported yet",
+        "record 1: 'talk' holds conversations: dataset.columns.messages=talk",
     ),
     (
         "a conversation in a column that is named",
         put("data.jsonl", lines(output=TURNS)),
-        "line 13: 'output' holds conversations, which are not supported yet",
+        "line 13: 'output' holds conversations: dataset.columns.messages=output",
     ),
     (
-        "messages in parquet",
-        put("data.parquet", parquet(("messages", TURNS))),
-        "record 1: 'messages' holds conversations, which are not supported yet",
+        "messages of a stranger in parquet",
+        put("data.parquet", parquet(("messages", [TURNS[0] | {"role": "bot"}]))),
+        "record 1: 'messages', turn 1: the role 'bot' is unknown",
     ),
     # csv
     (

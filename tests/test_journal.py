@@ -317,7 +317,8 @@ def test_records_that_are_cut_are_told_once(capsys):
     for i, entry in enumerate(entries):
         journal.report_lost(entry, entries[:i], 128)
     assert capsys.readouterr().out == (
-        "round 2: 5 of 32 records were cut at train.seq_length=128: they lose their end\n"
+        "round 2: 5 of 32 records were cut at train.seq_length=128: they lose their end, "
+        "conversations their beginning\n"
     )
 
 
