@@ -441,13 +441,6 @@ def test_canaries_are_for_simulations(configure):
         configure("audit.canaries=5", "train.seq_length=40")
 
 
-def test_a_node_plants_none_whatever_a_server_says(tmp_path):
-    told = {"overrides": "experiment=quickstart audit.canaries=5", "run": "a"}
-    own = {"partition-id": 0, "num-partitions": 20, "cache-path": str(tmp_path)}
-    cfg, _ = permit.settle(told, own)
-    assert cfg.audit.canaries == 0
-
-
 # --- claims ---------------------------------------------------------------------------------
 
 
