@@ -281,7 +281,12 @@ def report(cfg: Settings, folder: Path) -> None:
         # In a federation they are the nodes'.
         if own := sorted((folder / PERSONAL).glob("client_*")):
             say(f"Ask one: {command('test.py', f'--peft-path={own[0]}')}")
-    if not asked and not clients:
+    if not asked and not clients and "epsilon" in summary:
+        say(
+            "\nNothing was measured. evaluate.exact_match=true lets the server measure on test "
+            "questions (dataset.test_path)."
+        )
+    elif not asked and not clients:
         say(
             "\nNothing but the training loss was measured. strategy.fraction_evaluate=1 lets "
             "clients measure on records that they hold back, evaluate.exact_match=true the "
