@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy import stats
 
+import app
 import client
 import dataset
 import model
@@ -243,6 +245,21 @@ def test_epsilon_of_whole_batches_is_above_the_gaussian_mechanisms_own():
         assert exact <= dpsgd.epsilon(((1.0, 1.0, steps),), 1e-5) < 1.2 * exact
 
 
+@pytest.mark.parametrize(("noise", "rate"), [(1.0, 0.075), (2.0, 0.01), (0.7, 0.5)])
+def test_epsilon_of_one_step_is_the_exact_one(noise, rate):
+    """The sum of one coordinate with the record's, (1 - q) N(0, z) + q N(1, z), is above e^eps
+    times as likely as without it, N(0, z), beyond a point; delta is by how much."""
+
+    def delta(epsilon: float) -> float:
+        point = noise**2 * math.log((math.exp(epsilon) - 1 + rate) / rate) + 1 / 2
+        without = stats.norm.sf(point / noise)
+        withit = (1 - rate) * without + rate * stats.norm.sf((point - 1) / noise)
+        return withit - math.exp(epsilon) * without
+
+    ours = dpsgd.epsilon(((noise, rate, 1),), 1e-5)
+    assert delta(ours) <= 1e-5 < delta(ours - 0.03)
+
+
 def test_little_noise_is_told_as_what_it_is():
     assert dpsgd.epsilon(((1e-3, 1.0, 10),), 1e-5) > 1e6
 
@@ -391,6 +408,28 @@ def test_each_data_set_has_its_own_ledger(node, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(Path(node["data-path"]).read_text())
     begin(node | {"data-path": str(other)}, NOISY)
+
+
+def test_the_app_of_a_node_answers_until_its_ceiling(node, capfd):
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    node |= {"epsilon": 1.01 * dpsgd.epsilon(((1.0, 4 / 30, 2),), 1e-5)}  # one round
+
+    def ask(kind: str, adapter: ArrayRecord) -> Message:
+        told = {"overrides": f"{RUN} {NOISY}", "run": "first", "server-round": 1}
+        content = RecordDict({"arrays": adapter, "config": ConfigRecord(told)})
+        message = Message(content, 5, kind)
+        message.metadata.__dict__["_message_id"] = "message"
+        return app.client(message, Context(1, 5, node, RecordDict(), {}))
+
+    first = ask("query", ArrayRecord()).content["arrays"]
+    reply = ask("train", first)
+    assert not reply.has_error(), reply.error
+    assert {*reply.content["metrics"]} == {"num-examples", "train_loss"}
+    assert "privacy: epsilon" in capfd.readouterr().out
+    again = ask("train", first)
+    assert again.error.code == Refusal.code
+    assert again.error.reason == "another round would pass its own epsilon"
+    assert ask("evaluate", first).error.code == Refusal.code
 
 
 @pytest.mark.parametrize(
