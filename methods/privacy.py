@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from methods.base import Step
+from methods.base import State, Step
 from utils import construct
 
 
@@ -20,3 +20,8 @@ class Privacy:
     def step(self) -> Step:
         """What is done to updates on their way, before `strategy` gathers them."""
         return Step()
+
+    def share(self, update: State, least: int) -> State:
+        """With secure aggregation, on a client: the update with this client's part of the
+        noise, where `least` clients' parts at least come together."""
+        return update

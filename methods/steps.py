@@ -15,11 +15,13 @@ def build(cfg: Settings, layers: Sequence[lora.Layer] = ()) -> Steps:
 
     `layers`: the adapter's, which the server knows.
     """
+    level = privacy.build(cfg.privacy)
     return Steps(
         Clip(cfg.strategy.clip_norm),
         ClipWeights(cfg.strategy.clip_weights, layers),
-        privacy.build(cfg.privacy).step(),
-        Wire(cfg.comm.dtype),
+        level.step(),
+        # In a sum updates travel in fixed point (`methods.secure`).
+        Step() if level.secure_aggregation else Wire(cfg.comm.dtype),
     )
 
 
