@@ -267,7 +267,7 @@ def train(
     if summed:
         packed = level.share(packed, secure.least(summed.members))
         weight = int(metrics[aggregate.WEIGHTS[cfg.strategy.weighted_by]])
-        masked = Array(summed.masked(packed, metrics, weight))
+        masked = Array(summed.masked(packed, metrics, level.counts(weight)))
         return RecordDict({"arrays": ArrayRecord({"masked": masked})})
     content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
     if change:

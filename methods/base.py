@@ -36,7 +36,14 @@ class Contribution:
     loss: float  # mean of the round, nats a token
     rest: State = field(default_factory=dict)  # what else of the adapter it was sent
     beside: State = field(default_factory=dict)  # what came beside the update
-    count: int = 1  # how many clients it is of; of several, `update` is the mean
+    members: tuple[
+        int, ...
+    ] = ()  # the partitions whose mean `update` is, if of several
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """The partitions that it is of."""
+        return self.members or (self.partition,)
 
     def value(self, name: str) -> torch.Tensor:
         """A tensor of the adapter that the client has trained, in float64."""

@@ -21,6 +21,10 @@ class Privacy:
         """What is done to updates on their way, before `strategy` gathers them."""
         return Step()
 
+    def counts(self, weight: int) -> int:
+        """With secure aggregation, what a client of this weight counts for."""
+        return weight
+
     def share(self, update: State, least: int) -> State:
         """With secure aggregation, on a client: the update with this client's part of the
         noise, where `least` clients' parts at least come together."""

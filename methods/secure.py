@@ -202,8 +202,9 @@ class Member:
     """A client's part of one sum. Every step is done once, in its turn.
 
     `kept`: where its secrets are from one message to the next: in the memory of the process,
-    and nowhere else. `fewest`: clients whose sum it takes part in. What comes is foreign: a method raises `Unusable` for what is not as it
-    has to be, `ValueError` for keys that are none.
+    and nowhere else. `fewest`: clients whose sum it takes part in. What comes is foreign: a
+    method raises `Unusable` for what is not as it has to be, `ValueError` for keys that are
+    none.
     """
 
     def __init__(self, kept: MutableMapping[str, Any], fewest: int = LEAST) -> None:

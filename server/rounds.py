@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import aggregate, lora, personal, secure, sharing, steps, wire
+from methods import aggregate, lora, personal, privacy, secure, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
@@ -317,12 +317,12 @@ class Server:
             seconds_aggregate = 0.0
             lengths: dict[int, float] = {}  # of those updates that are known one by one
             clients: list[dict[str, Any]] = []
-            replied = 0
+            replied: list[int] = []
             for one, client in self._replies(exchange, server_round):
                 received = time.monotonic()
-                if one.count == 1:
+                if not one.members:
                     lengths[one.partition] = steps.norm(one.update)
-                replied += one.count
+                replied += one.clients
                 self.aggregation.add(one)
                 exactness.add(one)
                 clients.append(client)
@@ -331,15 +331,15 @@ class Server:
             tried |= set(nodes)
             out |= exchange.out
             received = time.monotonic()
-            few = replied < settings.min_fit_replies
+            few = len(replied) < settings.min_fit_replies
             try:
                 if few:
                     raise Unusable(
                         exchange.fault
-                        or f"{replied} usable replies where "
+                        or f"{len(replied)} usable replies where "
                         f"strategy.min_fit_replies={settings.min_fit_replies}"
                     )
-                mean = self.steps.total(self.aggregation.gathered(), replied)
+                mean = self.steps.total(self.aggregation.gathered(), len(replied))
                 new_state = self.aggregation.apply(mean)
                 new_state = self.sharing.finish(new_state, server_round)
                 self._check(new_state, state)
@@ -382,7 +382,7 @@ class Server:
             **totals(clients, seconds),
             "asked": asked,
             "sampled": len(nodes),
-            "replied": replied,
+            "replied": len(replied),
             "retries": attempt,
             "failures": failures,
             "bytes_down": exchange.bytes_down,
@@ -409,12 +409,9 @@ class Server:
         goes = self.sharing.goes(state.keys(), server_round)
         shapes = {name: tuple(state[name].shape) for name in goes}
         weigh = aggregate.WEIGHTS[self.cfg.strategy.weighted_by]
-        most = largest(
-            self.cfg,
-            weigh,
-            [self.clients.partitions[node] for node in nodes],
-            bool(self.told),
-        )
+        asked = [self.clients.partitions[node] for node in nodes]
+        most = largest(self.cfg, weigh, asked, bool(self.told))
+        most = privacy.build(self.cfg.privacy).counts(most)
 
         def read(
             content: RecordDict, client: dict[str, Any], _: State
@@ -423,13 +420,13 @@ class Server:
             return vector, client | {"bytes_up": length}
 
         def finish(
-            vector: np.ndarray, count: int, members: int, length: int
+            vector: np.ndarray, who: list[int], members: int, length: int
         ) -> tuple[Contribution, dict[str, Any]]:
-            mean, sums = secure.decode(vector, shapes, count, members, most)
+            mean, sums = secure.decode(vector, shapes, len(who), members, most)
             before = {name: state[name] for name in shapes}
             rest = {name: state[name] for name in state.keys() - before.keys()}
             weight, loss = int(sums["weight"]), sums["train_loss"]
-            one = Contribution(-1, before, mean, weight, loss, rest, count=count)
+            one = Contribution(-1, before, mean, weight, loss, rest, members=tuple(who))
             return one, {
                 weigh: weight,
                 "train_loss": loss,

@@ -23,16 +23,16 @@ class Summed:
     """An `Exchange` of which the sum of all replies is known, and none of them.
 
     `train`: the exchange with those that are to train; it reads a reply as the masked vector
-    and what else is known of the client. `most`: the largest weight of a client. `finish` makes of the sum
-    of so many clients (vector, how many, of how many, bytes that came) what `replies` then
-    yields once. Where there is no sum, `fault` says why, and `out` holds the nodes at fault.
+    and what else is known of the client. `most`: the largest weight of a client. `finish`
+    makes of the sum (a vector, of whom, of how many that sent keys, bytes that came) what `replies` then yields once. Where there is no sum, `fault` says why, and `out`
+    holds the nodes at fault.
     """
 
     def __init__(
         self,
         train: Exchange,
         most: int,
-        finish: Callable[[np.ndarray, int, int, int], Found],
+        finish: Callable[[np.ndarray, list[int], int, int], Found],
     ) -> None:
         self.train, self.most, self.finish = train, most, finish
         self.nodes, self.singly = train.nodes, train.singly
@@ -75,7 +75,7 @@ class Summed:
             self.failures += [{"partition": i, "cause": why} for i in total.lost]
             self.out = {*self._of(total.lost)}
             raise
-        return self.finish(vector, len(who), len(total.keys), self.bytes_up)
+        return self.finish(vector, who, len(total.keys), self.bytes_up)
 
     def _of(self, numbers: list[int]) -> dict[int, int]:
         """The nodes of these numbers, each with its own."""

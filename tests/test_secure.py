@@ -17,8 +17,9 @@ from methods import secure
 from methods.base import Unusable
 from methods.secure import KEY, LIMIT, Member, OneSum, Total
 from methods.store import Kept
+from node import permit
 from server.rounds import RunFailed, Server, run
-from utils import UserError
+from utils import PROJECT, Refusal, UserError
 
 SECURE = (
     "privacy.secure_aggregation=true",
@@ -285,6 +286,22 @@ def test_a_client_looks_at_the_members_of_its_sum(members, cause):
         one.members[0].reveal(members, anyone)
     with pytest.raises(Unusable, match="out of turn"):  # not even what would be right
         one.members[0].reveal([0, 1, 2], anyone)
+
+
+def test_a_node_may_ask_for_larger_sums(monkeypatch, tmp_path):
+    monkeypatch.chdir(PROJECT)  # and back, because a node goes there
+    own = {"partition-id": 1, "num-partitions": 4, "cpus": 1, "least-sum": 4}
+    own |= {"cache-path": str(tmp_path)}
+    told = {"overrides": "experiment=quickstart num_clients=4", "run": "first"}
+    with pytest.raises(Refusal, match="its least-sum"):
+        permit.settle(told, own)
+    told["overrides"] += f" {' '.join(SECURE)}"
+    cfg, _ = permit.settle(told, own)
+    one = Sum([*range(5)])
+    one.members[0].fewest = cfg.least_sum
+    one.share()
+    with pytest.raises(Unusable, match="a sum of 3 clients is refused"):
+        one.members[0].begin([0, 1, 2], [b""] * 3)
 
 
 def test_of_a_round_one_sum_is_known(tmp_path):

@@ -13,7 +13,7 @@ from utils import PROJECT
 pytestmark = pytest.mark.slow
 
 RUN = (
-    "experiment=quickstart num_clients=4 strategy.fraction_fit=1 num_rounds=3 "
+    "experiment=quickstart num_clients=4 strategy.fraction_fit=1 num_rounds=1 "
     "evaluate.exact_match=false train.training_arguments.max_steps=2 "
     "train.save_every_round=1 train.round_timeout=120 privacy.secure_aggregation=true "
     "hydra.run.dir=results"
@@ -33,26 +33,22 @@ def test_a_node_is_killed_while_it_trains_and_its_masks_are_taken_away(tmp_path)
             for i in range(4)
         ]
         run = federation.submit(PROJECT, RUN)
-        run.wait_for(r"round 1/3 .* 4 of 4 clients")
-        nodes[3].wait_for(r"(?s)(Receiving: train\.masked message.*){2}")
+        nodes[3].wait_for(r"Receiving: train\.masked message")
         nodes[3].kill()
         status, output = federation.finish(run)
         assert status == "finished:completed", output
         folder = federation.superlink.folder / "results"
-        history = json.loads((folder / "history.json").read_text())["rounds"]
-        assert [entry["replied"] for entry in history] == [4, 3, 3]
-        assert [entry["retries"] for entry in history] == [0, 0, 0]
-        assert len(history[1]["failures"]) == 1
-        assert all(entry["clients"] == [] for entry in history)
-        losses = [entry["train_loss"] for entry in history]
-        assert losses[2] < losses[0]
+        [entry] = json.loads((folder / "history.json").read_text())["rounds"]
+        assert (entry["replied"], entry["retries"]) == (3, 0)
+        assert len(entry["failures"]) == 1
+        assert entry["clients"] == []
         # A mask that is left in makes values of the size of 2^63 steps.
-        state = load_file(folder / "peft_3/adapter_model.safetensors")
+        state = load_file(folder / "peft_1/adapter_model.safetensors")
         assert max(tensor.abs().max() for tensor in state.values()) < 10
         assert all(torch.isfinite(tensor).all() for tensor in state.values())
         # What a node's operator can read: no figure of its records has left it.
         said = re.findall(r"train\.masked, run .*sent (.*)", nodes[0].output)
-        assert len(said) == 3
+        assert len(said) == 1
         assert all(
             re.fullmatch(r"1 arrays of uint64, \d+ bytes in all", x) for x in said
         )
