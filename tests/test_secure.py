@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common import serde
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -469,6 +470,35 @@ def test_the_server_is_told_nothing_of_one_client(configure, loopback, tmp_path)
     kept = [path.name for path in (tmp_path / "residuals").iterdir()]
     assert kept
     assert all("-sum-" in name for name in kept)  # no secret is on disk
+
+
+def test_messages_and_secrets_are_the_same_after_flowers_wire(configure, loopback):
+    """As between processes, where a client's state is written down after each message."""
+
+    def there(record: RecordDict) -> RecordDict:
+        return serde.recorddict_from_proto(serde.recorddict_to_proto(record))
+
+    class Wire(loopback):
+        def push_messages(self, messages):
+            for message in messages:
+                message.content = there(message.content)
+            return super().push_messages(messages)
+
+        def pull_messages(self, ids):
+            for context in self.contexts.values():
+                context.state = there(context.state)
+            replies = super().pull_messages(ids)
+            for reply in replies:
+                assert not reply.has_error(), reply.error
+                reply.content = there(reply.content)
+            return replies
+
+    cfg = configure(*SECURE)
+    plain, wired = (Server(cfg, grid(cfg)) for grid in (loopback, Wire))
+    start = plain.initial_adapter()
+    wired.initial_adapter()
+    wanted, found = (each.train_round(1, start)[0] for each in (plain, wired))
+    assert all(torch.equal(found[name], wanted[name]) for name in start)
 
 
 def broken(step: str, partition: int, how):
