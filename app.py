@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import (
+    Array,
     ArrayRecord,
+    ConfigRecord,
     Context,
     Error,
     Message,
@@ -34,6 +36,7 @@ from node import permit
 
 if TYPE_CHECKING:
     from methods.base import State
+    from methods.secure import Member
     from methods.store import Kept
 
 # Seconds, unless train.round_timeout says otherwise. A SuperNode that is started again with
@@ -182,7 +185,9 @@ def client_app(settle: Settle, private: bool) -> ClientApp:
         return respond
 
     app.query()(answer(query))
+    app.query("agree")(answer(agree))
     app.train()(answer(train))
+    app.train("masked")(answer(train))
     app.evaluate()(answer(evaluate))
     app.evaluate("personal")(answer(personalise))
     return app
@@ -197,16 +202,51 @@ def query(
     return RecordDict({"arrays": ArrayRecord(processes.initial_adapter(cfg))})
 
 
+def agree(
+    cfg: utils.Settings, partition: int, message: Message, context: Context
+) -> RecordDict:
+    """What the others, or the server, need of this client for a sum of updates."""
+    from methods import secure, store
+
+    number = int(message.content["config"]["server-round"])
+    kept = store.Kept(Path(cfg.residuals), partition, number)
+    made = secure.answer(_member(cfg, context), dict(message.content["secure"]), kept)
+    return RecordDict({"secure": ConfigRecord({"answer": made})})
+
+
+def _member(cfg: utils.Settings, context: Context) -> "Member":
+    # Its secrets are in Flower's state of the client: no file, and gone with the process.
+    from methods import secure
+
+    if "secure" not in context.state:
+        context.state["secure"] = ConfigRecord()
+    return secure.Member(context.state["secure"], cfg.get("least_sum", secure.LEAST))
+
+
 def train(
     cfg: utils.Settings, partition: int, message: Message, context: Context
 ) -> RecordDict:
-    """One round's update to the adapter that came in, and its metrics."""
-    from methods import personal, privacy, scaffold, sharing, steps, store
+    """One round's update to the adapter that came in, and its metrics; or its masked part of
+    the sum that alone is to be known."""
+    from methods import (
+        aggregate,
+        personal,
+        privacy,
+        scaffold,
+        secure,
+        sharing,
+        steps,
+        store,
+    )
     from node import processes
 
     config = message.content["config"]
     number = int(config["server-round"])
     kept = store.Kept(Path(cfg.residuals), partition, number)
+    level = privacy.build(cfg.privacy)
+    summed: secure.Part | None = None
+    if level.secure_aggregation:
+        summed = secure.Part(_member(cfg, context), dict(message.content["secure"]))
     part = sharing.build(cfg.sharing)
     before = _joined(cfg, message, part, kept, kept)
     mu = config.get("proximal-mu", 0.0)
@@ -226,7 +266,14 @@ def train(
         return processes.train(cfg, start, partition, number, mu, None, anchor)[0]
 
     personal.build(cfg.personal).train(fit, before, kept)
+    metrics = level.tells(metrics)
     packed = steps.build(cfg, level=level).leave(part.leave(before, after, kept), kept)
+    if summed:
+        packed = level.share(packed, secure.least(summed.members))
+        weight = int(metrics[aggregate.WEIGHTS[cfg.strategy.weighted_by]])
+        figures = dict.fromkeys(secure.FIGURES, 0) | metrics  # not all levels tell all
+        masked = Array(summed.masked(packed, figures, level.counts(weight)))
+        return RecordDict({"arrays": ArrayRecord({"masked": masked})})
     content = {"arrays": ArrayRecord(packed), "metrics": MetricRecord(metrics)}
     if change:
         content["control"] = ArrayRecord(change)

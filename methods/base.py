@@ -28,7 +28,7 @@ class OutOfRange(Unusable):
 
 @dataclass
 class Contribution:
-    """What one client adds to a round."""
+    """What one client adds to a round, or several of which the sum alone is known."""
 
     partition: int
     before: State  # what it was sent of the tensors that it answers with
@@ -37,6 +37,14 @@ class Contribution:
     loss: float  # mean of the round, nats a token
     rest: State = field(default_factory=dict)  # what else of the adapter it was sent
     beside: State = field(default_factory=dict)  # what came beside the update
+    members: tuple[
+        int, ...
+    ] = ()  # the partitions whose mean `update` is, if of several
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """The partitions that it is of."""
+        return self.members or (self.partition,)
 
     def value(self, name: str) -> torch.Tensor:
         """A tensor of the adapter that the client has trained, in float64."""

@@ -110,6 +110,10 @@ class Privacy:
 
     # --- on a client -------------------------------------------------------------------------
 
+    def counts(self, weight: int) -> int:
+        """With secure aggregation, what a client of this weight counts for."""
+        return weight
+
     def share(self, update: State, least: int) -> State:
         """With secure aggregation, on a client: the update with this client's part of the
         noise, where `least` clients' parts at least come together."""
@@ -201,6 +205,9 @@ class Noisy(Privacy):
     def spent(self, noises: list[float], rate: float | None = None) -> float:
         each = [z / self.reach for z in noises]
         return accounting.spent(each, self.delta, rate)
+
+    def counts(self, weight: int) -> int:
+        return 1
 
     def silent(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What a reply must have, the same from everybody. A rank is a node's setting."""

@@ -25,7 +25,8 @@ def build(
         Clip(cfg.strategy.clip_norm),
         ClipWeights(cfg.strategy.clip_weights, layers),
         level.step(cohort),
-        Wire(cfg.comm.dtype),
+        # In a sum updates travel in fixed point (`methods.secure`).
+        Step() if level.secure_aggregation else Wire(cfg.comm.dtype),
     )
 
 

@@ -102,21 +102,23 @@ def decode(arrays: Any, expected: dict[str, Any], dtype: str) -> State:
         raise Unusable(
             f"{len(arrays) - len(wire)} unknown tensors beside the adapter's"
         )
-    starts = {
-        name: _look(name, arrays[name], np.dtype(kind), shape)
-        for name, (kind, shape) in wire.items()
-    }
+    for name, (kind, shape) in wire.items():
+        _look(name, arrays[name], np.dtype(kind), shape)
     packed: State = {}
     for name, (kind, shape) in wire.items():
-        start, order = starts[name]
-        values = np.frombuffer(arrays[name].data, kind, offset=start)
-        values = values.reshape(shape, order=order)
-        packed[name] = torch.from_numpy(np.array(values, order="C"))
+        found = values(name, arrays[name], np.dtype(kind), shape)
+        packed[name] = torch.from_numpy(np.array(found, order="C"))
     state = unpack(packed)
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise Unusable(f"{name} holds values that are not finite")
     return state
+
+
+def values(name: str, array: Any, kind: np.dtype, shape: tuple) -> np.ndarray:
+    """What a serialised array holds, where it lies. Raises `Unusable` as `decode` does."""
+    start, order = _look(name, array, kind, shape)
+    return np.frombuffer(array.data, kind, offset=start).reshape(shape, order=order)
 
 
 def _look(name: str, array: Any, kind: np.dtype, shape: tuple) -> tuple[int, str]:

@@ -52,6 +52,7 @@ SETTINGS: dict[str, type] = {
     "rank": int,  # the highest of its adapter, where a run takes others than its own
     "cache-path": str,  # where the quantised base is kept between messages
     "personal-path": str,  # the folder for the adapter of this node's own at a run's end
+    "least-sum": int,  # clients whose updates it lets be added, with nobody's known alone
     "partition-id": int,  # without data of its own: its share of the run's dataset
     "num-partitions": int,
     "epsilon": float,  # the most that all runs together may tell of each of its records
@@ -131,6 +132,10 @@ def settle(
             raise Refusal("mode is a baseline's, which is for simulations")
         if cfg.audit.canaries:
             raise Refusal("audit.canaries would plant records among its own")
+        if "least-sum" in own:
+            if not cfg.privacy.secure_aggregation:
+                raise Refusal("it takes part in sums only: its least-sum")
+            cfg["least_sum"] = own["least-sum"]
         partition = choose_partition(cfg, own)
         if not simulated:
             # A relative name means something of the bundle, and nothing of the node's.
@@ -290,7 +295,7 @@ def check_settings(node_config: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"--node-config: {key}={value} must be {KINDS[kind]}.")
         if value == "" and key != "column-input":
             raise UserError(f"--node-config: {key} is empty.")
-    for key in ("cpus", "processes", "rank", *CEILINGS):
+    for key in ("cpus", "processes", "rank", "least-sum", *CEILINGS):
         if node_config.get(key, 1) < 1:
             raise UserError(f"--node-config: {key} must be 1 or more.")
     own = {"cache-path": CACHE, "delta": 1e-5, **CEILINGS, **node_config}

@@ -48,6 +48,9 @@ COUNT = Figure(int)
 # The kind of message by which clients choose between the shared adapter and their own.
 PERSONAL = f"{MessageType.EVALUATE}.personal"
 
+# By which they answer with an update of which the sum of all alone will be known.
+MASKED = f"{MessageType.TRAIN}.masked"
+
 # By the kind of message that is answered. What is not listed here is not looked at.
 FIGURES: dict[str, dict[str, Figure]] = {
     MessageType.QUERY: {},
@@ -66,6 +69,7 @@ FIGURES: dict[str, dict[str, Figure]] = {
             for lap in ("load", "tokenise", "set", "train", "read")
         },
     },
+    MASKED: {},  # they are in the sum
     MessageType.EVALUATE: {
         "num-examples": Figure(int, low=1, needed=True),
         "eval_loss": LOSS,
@@ -139,6 +143,15 @@ def bound(cfg: Settings, client: dict[str, Any], kind: str, federated: bool) -> 
         if client[name] > known and not federated:
             raise Unusable(f"its {name} is above {known}, which is all that it has")
         client[name] = min(client[name], known, most)
+
+
+def largest(cfg: Settings, name: str, partitions: list[int], federated: bool) -> int:
+    """The most that any of these clients can count for, in `num-examples` or `records`."""
+    each = (
+        most_used(cfg, MessageType.TRAIN, name, partition, federated)
+        for partition in partitions
+    )
+    return int(min(max(each), cfg.strategy.max_weight or math.inf))
 
 
 # --- what is sent ----------------------------------------------------------------------------
@@ -220,8 +233,12 @@ class Exchange:
     the exchange begins to do itself where one cannot be fetched.
 
     Afterwards `failures` holds who failed and why, `refused` which nodes will not take part
-    in any other, and `bytes_down` is the size of all arrays that were sent.
+    in any other, and `bytes_down` is the size of all arrays that were sent. `fault`: why all
+    of it is of no use, where it is the whole that fails, and by `out`, its nodes.
     """
+
+    fault = ""
+    out: frozenset[int] = frozenset()
 
     def __init__(
         self,

@@ -19,22 +19,25 @@ from flwr.serverapp import Grid
 import dataset
 import model
 from evaluation.examine import Examination, Scores
-from methods import aggregate, lora, personal, privacy, sharing, steps, wire
+from methods import aggregate, lora, personal, privacy, secure, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters, norm
 from server import checkpoint, first
 from server.cohort import Clients, RunFailed
 from server.exchange import (
+    MASKED,
     PERSONAL,
     Downlink,
     Exchange,
     arrays_of,
     bound,
+    largest,
     num_bytes,
     read_figures,
 )
 from server.journal import Journal, report_failures, report_memory
 from server.ledger import Ledger, Spent
 from server.runs import PERSONAL_LOSSES, telling
+from server.secure import Summed, read_masked
 from utils import (
     Progress,
     Settings,
@@ -272,7 +275,7 @@ class Server:
         timeout = self.cfg.train.round_timeout
         return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
 
-    def _replies(self, exchange: Exchange, server_round: int) -> Iterator[Any]:
+    def _replies(self, exchange: Exchange | Summed, server_round: int) -> Iterator[Any]:
         """What is usable of them; at the end, who failed is told and who refused noted."""
         yield from exchange.replies()
         self.clients.refused |= exchange.refused
@@ -319,39 +322,40 @@ class Server:
             nodes = self.clients.sample(
                 "fraction_fit", server_round, attempt, tried, out
             )
-            told = self.aggregation.told(server_round)
-            beside = self._beside(state, server_round)
             asked = [self.clients.partitions[node] for node in nodes]
             self.ledger.enter("asked", server_round, asked)
-            exchange = self._exchange(
-                MessageType.TRAIN, nodes, self._read_update, state, told, beside
-            )
+            exchange = self._updates(nodes, state, server_round)
             self.aggregation.begin(state, server_round)
             memory = self.aggregation.memory()
             exactness = lora.Exactness(self._whole(server_round, state))
             seconds_aggregate = 0.0
-            lengths: dict[int, float] = {}
+            lengths: dict[int, float] = {}  # of those updates that are known one by one
             clients: list[dict[str, Any]] = []
+            replied: list[int] = []
             for one, client in self._replies(exchange, server_round):
                 received = time.monotonic()
-                lengths[one.partition] = norm(one.update)
+                if not one.members:
+                    lengths[one.partition] = norm(one.update)
+                replied += one.clients
                 self.aggregation.add(one)
                 exactness.add(one)
                 clients.append(client)
                 seconds_aggregate += time.monotonic() - received
             failures += exchange.failures
             tried |= set(nodes)
+            out |= exchange.out
             received = time.monotonic()
-            few = len(clients) < settings.min_fit_replies
+            few = len(replied) < settings.min_fit_replies
             try:
                 if few:
                     raise Unusable(
-                        f"{len(clients)} usable replies where "
+                        exchange.fault
+                        or f"{len(replied)} usable replies where "
                         f"strategy.min_fit_replies={settings.min_fit_replies}"
                     )
                 failed = {failure["partition"] for failure in exchange.failures}
                 self.ledger.enter("summed", server_round, {*asked} - failed)
-                mean = self.steps.total(self.aggregation.gathered(), len(clients))
+                mean = self.steps.total(self.aggregation.gathered(), len(replied))
                 new_state = self.aggregation.apply(mean)
                 new_state = self.sharing.finish(new_state, server_round)
                 self._check(new_state, state)
@@ -360,7 +364,7 @@ class Server:
                 self.aggregation.recall(memory)  # it may have taken up what is no use
                 lost = few and exchange.failures
                 cause = exchange.failures[-1]["cause"] if lost else str(error)
-                if isinstance(error, OutOfRange) and not self.level.hides:
+                if isinstance(error, OutOfRange) and lengths and not self.level.hides:
                     longest = max(lengths, key=lengths.__getitem__)
                     numbers = self.clients.partitions.items()
                     out |= {node for node, number in numbers if number == longest}
@@ -378,7 +382,7 @@ class Server:
         error = exactness.error(state, new_state)
         self.downlink.close_round()
         seconds_aggregate += time.monotonic() - received
-        clients.sort(key=lambda client: client["partition"])
+        clients.sort(key=lambda client: client.get("partition", -1))
         arguments = self.cfg.train.training_arguments
         told = [] if self.level.hides else clients
         report_memory(server_round, told, arguments["per_device_train_batch_size"])
@@ -393,7 +397,7 @@ class Server:
             **most_spent(self.level, told),
             "asked": asked,
             "sampled": len(nodes),
-            "replied": len(clients),
+            "replied": len(replied),
             "retries": attempt,
             "failures": failures,
             "bytes_down": exchange.bytes_down,
@@ -401,7 +405,7 @@ class Server:
             **most_memory(told),
             "peak_memory_server": peak_memory(),
             "aggregation_error": error,
-            "clients": told,
+            "clients": [client for client in told if "partition" in client],
             "seconds_aggregate": seconds_aggregate,
             "seconds": seconds,
             **self.ledger.told(),
@@ -417,10 +421,54 @@ class Server:
         losses = [client["train_loss"] for client in clients]
         return {"train_loss": float(np.average(losses, weights=weights))}
 
+    def _updates(
+        self, nodes: list[int], state: State, server_round: int
+    ) -> Exchange | Summed:
+        """The exchange in which these nodes train: with their updates one by one, or in one
+        sum."""
+        told = self.aggregation.told(server_round)
+        beside = self._beside(state, server_round)
+        if not self.level.secure_aggregation:
+            return self._exchange(
+                MessageType.TRAIN, nodes, self._read_update, state, told, beside
+            )
+        goes = self.sharing.goes(state.keys(), server_round)
+        shapes = {name: tuple(state[name].shape) for name in goes}
+        weigh = aggregate.WEIGHTS[self.cfg.strategy.weighted_by]
+        asked = [self.clients.partitions[node] for node in nodes]
+        most = largest(self.cfg, weigh, asked, bool(self.told))
+        most = self.level.counts(most)
+
+        def read(
+            content: RecordDict, client: dict[str, Any], _: State
+        ) -> tuple[np.ndarray, dict[str, Any]]:
+            vector, length = read_masked(content, secure.size(shapes))
+            return vector, client | {"bytes_up": length}
+
+        def finish(
+            vector: np.ndarray, who: list[int], members: int, length: int
+        ) -> tuple[Contribution, dict[str, Any]]:
+            mean, sums = secure.decode(vector, shapes, len(who), members, most)
+            before = {name: state[name] for name in shapes}
+            rest = {name: state[name] for name in state.keys() - before.keys()}
+            weight, loss = int(sums["weight"]), sums["train_loss"]
+            one = Contribution(-1, before, mean, weight, loss, rest, members=tuple(who))
+            return one, {
+                weigh: weight,
+                "train_loss": loss,
+                "tokens": int(sums["tokens"]),
+                "peak_memory": sums["peak_memory"],
+                "bytes_up": length,
+            }
+
+        masked = self._exchange(MASKED, nodes, read, state, told)
+        return Summed(masked, most, finish)
+
     def _whole(self, server_round: int, state: State) -> Sequence[lora.Layer]:
         """The adapter's LoRA layers, where a client's whole adapter is known here: what it
         does not answer with is as it was sent."""
-        if self.level.hides:  # how far single clients are from the mean
+        # How far single clients are from the mean is not told, or not known.
+        if self.level.hides or self.level.secure_aggregation:
             return ()
         names = state.keys()
         trained = {*self.sharing.trains(names, server_round)}

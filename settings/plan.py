@@ -267,8 +267,9 @@ def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
         for name in lasts
     )
     down = rounds * cohort * anew + once
+    sent = "uint64" if cfg.privacy.secure_aggregation else dtype
     up = cohort * sum(
-        wire_bytes(frame, dtype, part.goes(names, n)) for n in range(1, rounds + 1)
+        wire_bytes(frame, sent, part.goes(names, n)) for n in range(1, rounds + 1)
     )
     if cfg.strategy.get("ranks"):  # on average over the clients
         sizes = sum(n * wire_bytes(each, dtype) for _, n, each in _by_rank(cfg))

@@ -50,6 +50,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     check_launch(cfg)
     check_strategy(cfg, deployed)
     cfg = check_privacy(cfg)
+    check_secure(cfg)
     check_personal(cfg)
     check_training_arguments(cfg)
     if deployed and cfg.baseline:
@@ -315,6 +316,50 @@ def check_personal(cfg: Settings) -> None:
             f"{name}: a client chooses between the shared adapter and its own on records "
             "that it holds back, and strategy.fraction_evaluate=0 holds back none. Set "
             "strategy.fraction_evaluate=1."
+        )
+
+
+def check_secure(cfg: Settings) -> None:
+    """That a run whose server knows a sum of updates alone asks it for nothing more."""
+    from methods import aggregate, privacy, secure
+    from server.cohort import cohort_size
+
+    if not privacy.build(cfg.privacy).secure_aggregation:
+        return
+    key, node = "privacy.secure_aggregation=true", cfg.strategy
+    if cfg.baseline:
+        raise UserError(
+            f"{key} with mode={cfg.mode}: nobody's updates are added there. Set "
+            "privacy.secure_aggregation=false, or mode=federated."
+        )
+    made = aggregate.build(node)
+    if not made.linear or made.corrects:
+        raise UserError(
+            f"{key} with strategy._target_={node._target_}: it looks at each update, and "
+            "the server knows their sum alone. Take strategy=fedavg, fedprox, fedavgm, "
+            "fedadagrad, fedadam or fedyogi."
+        )
+    refused = {
+        "strategy.clip_norm": (node.clip_norm, "null: no single update is known"),
+        "strategy.clip_weights": (node.clip_weights, "null: no single update is known"),
+        "strategy.fraction_evaluate": (
+            node.fraction_evaluate,
+            "0: each client would tell the loss on its own records",
+        ),
+        "comm.dtype": (
+            cfg.comm.dtype == "int8" and "int8",
+            "float16: a sum comes up in fixed point, whose error nobody has to make up for",
+        ),
+    }
+    for name, (value, instead) in refused.items():
+        if value:
+            raise UserError(f"{name}={value} with {key}: set {name}={instead}.")
+    cohort = cohort_size(cfg.num_clients, node.fraction_fit)
+    if not secure.LEAST <= cohort <= secure.MOST:
+        raise UserError(
+            f"{key}: strategy.fraction_fit={node.fraction_fit} of num_clients="
+            f"{cfg.num_clients} are {cohort} clients a round, and a sum is of "
+            f"{secure.LEAST} to {secure.MOST}: of two, each knows the other's part."
         )
 
 
