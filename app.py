@@ -251,7 +251,6 @@ def train(
     before = _joined(cfg, message, part, kept, kept)
     mu = config.get("proximal-mu", 0.0)
     correction = {}
-    level = privacy.build(cfg.privacy)
     if "control" in message.content:
         level.answers("control variates")
         control = _received(message, "control")
@@ -266,7 +265,6 @@ def train(
         return processes.train(cfg, start, partition, number, mu, None, anchor)[0]
 
     personal.build(cfg.personal).train(fit, before, kept)
-    metrics = level.tells(metrics)
     packed = steps.build(cfg, level=level).leave(part.leave(before, after, kept), kept)
     if summed:
         packed = level.share(packed, secure.least(summed.members))
