@@ -507,8 +507,8 @@ def show_claims(rows: list[dict[str, Any]]) -> None:
         say(
             f"  {row['what']:28}{''.join(f'{cell:>17}' for cell in cells)}"
             f"  {row['verdict']}\n"
-            f"    claimed for {row['adjacency']}, delta {row['delta']:.2g}, releasing "
-            f"{row['released']}; proven by {row['how']}"
+            f"    for {row['adjacency']}, delta {row['delta']:.2g}, releasing "
+            f"{row['released']}; by {row['how']}"
         )
 
 
