@@ -12,6 +12,8 @@ from tokenizers import (
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+KINDS = ["byte-level", "metaspace", "unigram", "wordpiece"]
+
 
 def family(name: str) -> Tokenizer:
     """An untrained or little trained tokenizer of each of the families that bases have."""
@@ -125,9 +127,9 @@ ENDS = ["<|bos|>", "<|endoftext|>"]
 NAMES = [*TURNS, *ENDS, "<s>", "</s>", "<unk>"]
 
 
-def chatting(special: bool) -> PreTrainedTokenizerFast:
+def chatting(special: bool, kind: str = "byte-level") -> PreTrainedTokenizerFast:
     """A tokenizer whose end of sequence is not what ends a turn; `special`: the turns' are."""
-    raw = family("byte-level")
+    raw = family(kind)
     # As Llama 3's: line breaks by themselves, so that an answer's first word after them
     # changes no token of the prompt.
     breaks = pre_tokenizers.Split(Regex(r"[\r\n]+"), "isolated")
