@@ -186,8 +186,8 @@ def _as_record(
 
 def _texts(columns: dict[str, str | None]) -> list[str]:
     """The columns of question and answer."""
-    named = (columns[name] for name in ("instruction", "input", "output"))
-    return [column for column in named if column]
+    texts = (column for name, column in columns.items() if name != "messages")
+    return [column for column in texts if column]
 
 
 def _asked(columns: dict[str, str | None]) -> list[str | None]:

@@ -498,9 +498,7 @@ def test_what_is_tested_with_is_not_trained_on(way, tmp_path):
     check(f"{MINE} dataset.path={folder}/one.jsonl dataset.test_path={test}")
 
 
-@pytest.mark.parametrize(
-    "files", [{".jsonl": BROKEN}, {".jsonl": '{"messages": []}\n'}]
-)
+@pytest.mark.parametrize("files", [{".jsonl": BROKEN}, {".jsonl": '{"messages": 5}\n'}])
 def test_a_plan_is_refused_what_the_run_would_be(files, tmp_path):
     path = write(files, tmp_path)
     with pytest.raises(UserError, match=r"data\.jsonl, line 1: "):

@@ -113,6 +113,11 @@ def runs(example):
 # --- what is trained on, token by token -----------------------------------------------------
 
 
+# Where an answer begins with a space, which WordPiece drops, transformers' mask is empty.
+SPACED = {("mistral", "wordpiece"), ("llama 2", "wordpiece")}
+WAYS = sorted({(style, kind) for style in STYLES for kind in KINDS} - SPACED)
+
+
 def masked(tokenizer, messages):
     """transformers' token ids and labels up to the last answer's end."""
     theirs = tokenizer.apply_chat_template(
@@ -125,8 +130,7 @@ def masked(tokenizer, messages):
 
 
 @pytest.mark.parametrize("special", [True, False], ids=["special", "plain"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("style", "kind"), WAYS)
 @settings(QUICK, max_examples=10)
 @given(talk=talks())
 @example(talk=LONG)
