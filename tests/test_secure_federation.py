@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 RUN = (
     "experiment=quickstart num_clients=4 strategy.fraction_fit=1 num_rounds=1 "
     "evaluate.exact_match=false train.training_arguments.max_steps=2 "
-    "train.save_every_round=1 train.round_timeout=120 privacy.secure_aggregation=true "
+    "train.save_every_round=1 train.round_timeout=600 privacy.secure_aggregation=true "
     "hydra.run.dir=results"
 )
 
