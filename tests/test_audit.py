@@ -258,9 +258,6 @@ def test_cosines_of_directions_that_were_not_there_are_as_the_bound_takes_them()
     assert (canary_clients.cosines(ways, np.zeros(2000)) == 0).all()
 
 
-here = pytest.mark.skipif(not hasattr(privacy, "Client"), reason="privacy=client")
-
-
 @pytest.fixture
 def level():
     """The app's own mechanism at z = 1."""
@@ -272,13 +269,11 @@ def proven_of(level):
     return canary_clients.prove(audit.release_of(level), SIZE, CLIP, DELTA)
 
 
-@here
 def test_canary_clients_pass_the_app_s_own_mechanism(level):
     assert level.spent([1.0]) == pytest.approx(CLAIMED, abs=0.01)
     assert 0.3 < proven_of(level) < CLAIMED
 
 
-@here
 @pytest.mark.parametrize("fault", ["none", "seeded", "reused"])
 def test_canary_clients_catch_the_app_with_other_noise(level, monkeypatch, fault):
     fresh, kept = privacy.noise, []
@@ -296,7 +291,6 @@ def test_canary_clients_catch_the_app_with_other_noise(level, monkeypatch, fault
     assert proven_of(level) > CLAIMED
 
 
-@here
 def test_canary_clients_catch_the_app_with_weights_by_examples(level, monkeypatch):
     arrive = privacy.Summed.arrive
     monkeypatch.setattr(
