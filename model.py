@@ -380,7 +380,12 @@ def saved(model_cfg: Any, peft_cfg: Any) -> State:
     than the run trains: of another method, rank, scale, for other layers, or one that began
     by changing the base.
     """
-    folder = model_cfg["adapter"]
+    folder = str(local_path(model_cfg["adapter"]) or model_cfg["adapter"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(folder) / name).is_file():  # PEFT would look for it on the hub
+            raise UserError(
+                f"model.adapter={model_cfg['adapter']}: no {name} is there."
+            )
     frame = skeleton(model_cfg, peft_cfg)
     try:
         theirs, ours = _settings(folder), frame.peft_config["default"]
