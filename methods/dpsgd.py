@@ -9,7 +9,6 @@ decides anybody can take away again.
 
 import fcntl
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from methods.accounting import History, by_rdp, quiet
 from methods.noise import noise, uniform
 from utils import Refusal, UserError, read_json, write_json, writing
 
@@ -27,9 +27,6 @@ from utils import Refusal, UserError, read_json, write_json, writing
 # norm is its, and sqrt(1 - 0.2^2) = 98 % of it the gradient's.
 LOSS_SHARE = 0.2
 LARGEST_LOSS = 5.0  # nats a token; a record's that is higher counts as this
-
-# (noise multiplier, rate, steps): what opacus calls an accountant's history.
-History = tuple[tuple[float, float, int], ...]
 
 
 # --- a step -------------------------------------------------------------------------------
@@ -141,24 +138,6 @@ def epsilon(history: History, delta: float) -> float:
     except (ArithmeticError, ValueError, RuntimeError):
         return most
     return min(most, tighter) if math.isfinite(tighter) else most
-
-
-def by_rdp(history: History, delta: float) -> float:
-    """What is known of `epsilon` in milliseconds, and up to a fifth above it."""
-    from opacus.accountants import RDPAccountant
-
-    rdp = RDPAccountant()
-    rdp.history = [*history]
-    with quiet():
-        return float(rdp.get_epsilon(delta))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without opacus' warnings, of orders that might be tighter and logarithms of 0."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        yield
 
 
 @lru_cache(maxsize=256)

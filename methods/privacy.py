@@ -10,7 +10,7 @@ import torch
 from methods import accounting, dpsgd, personal
 from methods.base import Contribution, State, Step, clipped, norm
 from methods.noise import noise
-from utils import Refusal, Settings, cohort_size, construct, say
+from utils import Refusal, Settings, UserError, cohort_size, construct, say
 
 # Of the bound that adapts (arXiv 1905.03871): what it nears is the median of the updates'
 # norms, at this rate, from counts with noise of a twentieth of the cohort on them.
@@ -32,6 +32,17 @@ def settled(cfg: Settings) -> Settings:
     level = build(cfg.privacy)
     found = level.noise_found(planned(cfg), secret_rate(cfg))
     return cfg if found is None else cfg | {"privacy": {**cfg.privacy, **found}}
+
+
+def checked(cfg: Settings, made: Any) -> Settings:
+    """`settled`, where the level holds with the rest. Raises `UserError` where it does not.
+
+    `made`: the `Aggregation`.
+    """
+    cfg = settled(cfg)
+    if fault := build(cfg.privacy).fault(cfg, made):
+        raise UserError(fault)
+    return cfg
 
 
 def planned(cfg: Settings) -> int:
@@ -134,16 +145,8 @@ class Privacy:
         return metrics
 
 
-class Noisy(Privacy):
-    """What levels have in common that clip an update and put noise on it.
-
-    `noise_multiplier`: the noise's standard deviation over `clip_norm`; None: the least that
-    keeps a client within `epsilon` in as many rounds as are planned for it. With both, the run
-    stops where the next release would pass `epsilon`.
-    """
-
-    hides = True
-    reach = 1.0  # how far a client moves what is released at most, in `clip_norm`s
+class Budgeted(Privacy):
+    """What levels have in common that clip, add noise, and count what it comes to."""
 
     def __init__(
         self,
@@ -154,12 +157,27 @@ class Noisy(Privacy):
         delta: float,
     ) -> None:
         super().__init__(secure_aggregation)
+        if not (clip_norm and delta):
+            raise ValueError("privacy.clip_norm and privacy.delta are needed")
         if epsilon is None and noise_multiplier is None:
             raise ValueError(
+                "give one of privacy.epsilon and privacy.noise_multiplier: "
                 "privacy.noise_multiplier is needed, or privacy.epsilon, for which it is found"
             )
         self.clip_norm, self.noise_multiplier = clip_norm, noise_multiplier
         self.epsilon, self.delta = epsilon, delta
+
+
+class Noisy(Budgeted):
+    """What levels have in common that clip an update and put noise on it.
+
+    `noise_multiplier`: the noise's standard deviation over `clip_norm`; None: the least that
+    keeps a client within `epsilon` in as many rounds as are planned for it. With both, the run
+    stops where the next release would pass `epsilon`.
+    """
+
+    hides = True
+    reach = 1.0  # how far a client moves what is released at most, in `clip_norm`s
 
     def noise_found(self, times: int, rate: float | None) -> dict[str, float] | None:
         if self.noise_multiplier is not None:
@@ -191,6 +209,13 @@ class Noisy(Privacy):
             return (
                 f"{name} with strategy._target_={cfg.strategy._target_}: control variates come "
                 "without noise. Take strategy=fedavg."
+            )
+        least = self.spent([self.noise_multiplier], secret_rate(cfg))
+        if self.epsilon is not None and least > self.epsilon * (1 + 1e-6):
+            return (
+                f"privacy.epsilon={self.epsilon} with privacy.noise_multiplier="
+                f"{self.noise_multiplier}: one release is epsilon {least:.4g} already, so "
+                "nothing could be trained. Set privacy.noise_multiplier=null, which finds it."
             )
         if self.delta * cfg.num_clients >= 1:
             return (
@@ -378,7 +403,7 @@ class Leaving(Step):
         return replace(one, weight=1)
 
 
-class Record(Privacy):
+class Record(Budgeted):
     """DP-SGD on each client: what it sends tells little of any one of its records.
 
     To whoever sees it, the server among them. Either `noise_multiplier` is given, or the
@@ -388,23 +413,6 @@ class Record(Privacy):
 
     records = True
     adjacency = "one record added or removed"
-
-    def __init__(
-        self,
-        secure_aggregation: bool,
-        clip_norm: float,
-        noise_multiplier: float | None,
-        epsilon: float | None,
-        delta: float,
-    ) -> None:
-        super().__init__(secure_aggregation)
-        if not (clip_norm and delta and (noise_multiplier or epsilon)):
-            raise ValueError(
-                "privacy.clip_norm, privacy.delta and one of privacy.epsilon and "
-                "privacy.noise_multiplier are needed"
-            )
-        self.clip_norm, self.noise = clip_norm, noise_multiplier
-        self.epsilon, self.delta = epsilon, delta
 
     def fault(self, cfg: Settings, made: Any) -> str | None:
         arguments, strategy = cfg.train.training_arguments, cfg.strategy
@@ -452,7 +460,7 @@ class Record(Privacy):
             * arguments.gradient_accumulation_steps
         )
         rate, steps = min(1.0, batch / records), arguments.max_steps
-        noise = self.noise or dpsgd.noise_for(
+        z = self.noise_multiplier or dpsgd.noise_for(
             self.epsilon, self.delta, rate, planned(cfg) * steps
         )
         run = Path(cfg.residuals).name
@@ -465,16 +473,16 @@ class Record(Privacy):
             limits.append(dpsgd.Limit("its own epsilon", **ceiling))
         folder = Path(cfg.get("ledger", cfg.residuals))
         ledger = dpsgd.Ledger(folder / f"{partition}-privacy.json")
-        ledger.charge(dpsgd.Use(run, noise, rate, steps), limits)
+        ledger.charge(dpsgd.Use(run, z, rate, steps), limits)
         uses = ledger.uses()
         own = dpsgd.spent(uses, self.delta, run)
         whole = dpsgd.spent(uses, self.delta)
         say(
             f"privacy: epsilon {own:.3f} of each record in this run, {whole:.3f} in all, at "
-            f"delta {self.delta:g} ({self.adjacency}): noise {noise:.3f} x "
+            f"delta {self.delta:g} ({self.adjacency}): noise {z:.3f} x "
             f"{self.clip_norm:g}, rate {rate:.4g}, {steps} steps a round"
         )
         told = {"num-examples": batch * steps}  # expected, and the same for all
         if cfg.get("tell_epsilon", True):
             told["epsilon"] = own
-        return dpsgd.Mechanism(records, rate, steps, self.clip_norm, noise, told)
+        return dpsgd.Mechanism(records, rate, steps, self.clip_norm, z, told)

@@ -123,7 +123,7 @@ def settle(
     try:
         own = check_settings(node_config)
         choose_device(own.get("device"))
-        from methods import privacy
+        from methods import aggregate, privacy
 
         overrides = parse(str(told["overrides"]))
         cfg = schema.validated(resolve(compose(overrides)))
@@ -164,9 +164,10 @@ def settle(
         if not simulated:
             settle_rank(cfg, own)
             check_demands(cfg, own)
-        check_privacy(cfg)
+        # As on the server: nothing else of the run undoes what its level is to do here.
+        cfg = privacy.checked(cfg, aggregate.build(cfg.strategy))
         schema.check_training_arguments(cfg)
-        cfg = privacy.settled(decided(cfg))
+        cfg = decided(cfg)
         cfg["records"] = check_data(cfg, partition)
         if not simulated:
             check_demands(cfg, own, cfg.records)
@@ -411,15 +412,6 @@ def settle_privacy(
     if not privacy.build(cfg.privacy).records:
         raise Refusal("it has an epsilon of its own, and takes privacy=record only")
     cfg["ceiling"] = Settings(epsilon=float(own["epsilon"]), delta=own["delta"])
-
-
-def check_privacy(cfg: Settings) -> None:
-    """That nothing else of a run undoes what its `privacy` is to do here."""
-    from methods import aggregate, privacy
-
-    made = aggregate.build(cfg.strategy)
-    if fault := privacy.build(cfg.privacy).fault(cfg, made):
-        raise UserError(fault)
 
 
 def settle_resources(cfg: Settings, own: dict[str, Any], simulated: bool) -> None:

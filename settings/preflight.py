@@ -21,7 +21,7 @@ from settings.schema import (
     is_number,
     validated,
 )
-from utils import Settings, UserError, local_path, say
+from utils import Settings, UserError, local_path, read_json, say
 
 
 def check(config: DictConfig, deployed: bool = False) -> Settings:
@@ -233,10 +233,7 @@ def check_privacy(cfg: Settings) -> Settings:
         }
         for fault in filter(faults.get, faults):
             raise UserError(f"strategy.sampling=poisson: {fault}.")
-    cfg = privacy.settled(cfg)
-    if fault := privacy.build(cfg.privacy).fault(cfg, aggregate.build(node)):
-        raise UserError(fault)
-    return cfg
+    return privacy.checked(cfg, aggregate.build(node))
 
 
 def loud(cfg: Settings) -> str | None:
@@ -509,6 +506,11 @@ def check_adapter(cfg: Settings, deployed: bool) -> None:
     if not (folder := cfg.model.adapter):
         return
     names = model.saved(cfg.model, cfg.peft).keys()
+    about = read_json((local_path(folder) or Path()) / "adapter_config.json")
+    base, other = cfg.model.name, str(about.get("base_model_name_or_path") or "")
+    if other and model.portable_name(other) != model.portable_name(base):
+        # One of them may be a folder of the other, so it is no fault by itself.
+        say(f"Note: {folder} was trained on {other}; here it goes on with {base}.")
     part = sharing.build(cfg.sharing)
     if deployed and (part.own(names) or part.lasts(names)):
         raise UserError(

@@ -176,7 +176,7 @@ class Privacy(Target):
     secure_aggregation: bool = setting("the server sees the updates' sum alone")
     # Noise far below what float32 tells apart would hide nothing.
     clip_norm: float | None = Field(None, ge=1e-6)
-    noise_multiplier: float | None = Field(None, gt=0)
+    noise_multiplier: float | None = Field(None, ge=1e-12)
     epsilon: float | None = Field(None, gt=0)
     delta: float | None = Field(None, gt=0, le=0.1)
     adaptive: bool | None = None

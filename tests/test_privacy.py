@@ -633,6 +633,10 @@ def test_what_was_asked_of_a_client_counts_even_if_the_server_makes_nothing_of_i
             "that allows to publish one of them whole",
         ),
         ("privacy.clip_norm=0", "privacy.clip_norm=0"),
+        ("privacy.clip_norm=null", "privacy.clip_norm and privacy.delta are needed"),
+        ("privacy.delta=null", "privacy.clip_norm and privacy.delta are needed"),
+        ("privacy.noise_multiplier=0.1", "one release is epsilon 91.8"),
+        ("privacy.noise_multiplier=1e-300", "privacy.noise_multiplier=1e-300"),
         ("privacy.noise_multiplier=0", "privacy.noise_multiplier=0"),
         ("privacy.epsilon=-1", "privacy.epsilon=-1"),
         ("privacy.adaptive=true", "Take more than"),
@@ -731,3 +735,24 @@ def test_a_node_finds_the_same_noise(monkeypatch, tmp_path):
     mine = privacy.settled(resolve(compose(overrides)))
     assert cfg.privacy == mine.privacy
     assert cfg.privacy.noise_multiplier > 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "privacy=client",
+        "privacy=client privacy.adaptive=true strategy.fraction_fit=0.75",
+        "privacy=client privacy.secure_aggregation=true strategy.fraction_fit=1",
+        "privacy=local",
+        "privacy=record",
+    ],
+)
+def test_a_node_takes_the_noise_that_the_server_finds(overrides, tmp_path):
+    """Whatever is left to be found for an epsilon: both have it from the same settings."""
+    from node import permit
+
+    chosen = f"experiment=quickstart num_clients=40 {overrides}"
+    own = {"partition-id": 0, "num-partitions": 40, "cache-path": str(tmp_path)}
+    cfg, _ = permit.settle({"overrides": chosen, "run": "a"}, own | {"cpus": 1})
+    wanted = preflight.check_privacy(resolve(compose(chosen)))
+    assert cfg.privacy == wanted.privacy

@@ -152,3 +152,15 @@ def test_its_weights_are_no_pickle(configure, tmp_path):
     with pytest.raises(UserError, match=r"model.adapter=.*safetensors"):
         configure(f"model.adapter={tmp_path}")
     assert peft.PeftConfig.from_pretrained(tmp_path).peft_type == "LORA"
+
+
+def test_another_base_is_told(configure, tmp_path, capsys):
+    """No fault by itself: the same base may be a folder here and a name there."""
+    made(configure(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    about = json.loads(file.read_text())
+    configure(f"model.adapter={tmp_path}")
+    assert "was trained on" not in capsys.readouterr().out
+    file.write_text(json.dumps(about | {"base_model_name_or_path": "some/other"}))
+    configure(f"model.adapter={tmp_path}")
+    assert "was trained on some/other; here it goes on with" in capsys.readouterr().out
