@@ -15,14 +15,15 @@ bit without `personal=ditto`. With `--out`, runs that are done are not run again
 
 import argparse
 import itertools
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from assets.testbed.runs import run
+from utils import read_json
 
 SETTINGS = ["experiment=compare", "hydra.mode=RUN", "partitioner=natural"]
 
@@ -35,27 +36,18 @@ HEAD = [
 ]
 
 
-def run(folder: Path, *overrides: str) -> dict[str, Any]:
+def measured(folder: Path, *overrides: str) -> dict[str, Any]:
     """A run's summary and the last entry of its history."""
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, "main.py", *SETTINGS, *overrides]
-        done = subprocess.run(
-            [*command, f"hydra.run.dir={folder}"],
-            cwd=PROJECT,
-            stdout=subprocess.DEVNULL,
-        )
-        if done.returncode:
-            sys.exit(f"{' '.join(overrides)}: exit code {done.returncode}")
-    history = json.loads((folder / "history.json").read_text())
-    return json.loads((folder / "summary.json").read_text()) | history["rounds"][-1]
+    summary = run(folder, *SETTINGS, *overrides)
+    return summary | read_json(folder / "history.json")["rounds"][-1]
 
 
 def compare(out: Path, seed: int, mu: float, fraction: float) -> list[str]:
     """A row of the table."""
     # Each of its 16 adapters would be asked all test questions, which nobody reads here.
     unasked = ("evaluate.exact_match=false", "evaluate.every_round=14")
-    alone = run(out / f"local-{seed}", "mode=local", f"seed={seed}", *unasked)
-    ditto = run(
+    alone = measured(out / f"local-{seed}", "mode=local", f"seed={seed}", *unasked)
+    ditto = measured(
         out / f"ditto-{mu:g}-{fraction:g}-{seed}",
         *("personal=ditto", f"personal.mu={mu}", f"seed={seed}"),
         f"strategy.fraction_fit={fraction}",

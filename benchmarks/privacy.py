@@ -14,16 +14,14 @@ clients. With `--out`, runs that are done are not run again, and `privacy.png` i
 
 import argparse
 import itertools
-import json
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from assets.testbed.runs import run
 
 # By name: a bound of about two thirds of an update of two steps; what is trained, at which rate.
 SETTINGS = {
@@ -61,16 +59,6 @@ def level(epsilon: str, clip: float) -> list[str]:
     else:
         budget = [f"privacy.epsilon={epsilon}"]
     return ["privacy=client", f"privacy.clip_norm={clip}", *budget]
-
-
-def run(folder: Path, *overrides: str) -> dict[str, Any]:
-    """A run's summary."""
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, "main.py", *overrides, f"hydra.run.dir={folder}"]
-        done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            sys.exit(f"{' '.join(overrides)}: exit code {done.returncode}")
-    return json.loads((folder / "summary.json").read_text())
 
 
 def noise(overrides: list[str]) -> tuple[int, int, float]:

@@ -11,29 +11,15 @@ table; with `--out`, runs that are done are not run again. `--rounds 2` is for a
 
 import argparse
 import itertools
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from assets.testbed.runs import run
 
 HEAD = ["sharing", "epsilon", "clip norm", "rate", "seed", "told", "exact match, %"]
-
-
-def run(folder: Path, overrides: list[str]) -> dict:
-    """A run's summary."""
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, "main.py", "experiment=quickstart", *overrides]
-        done = subprocess.run(
-            [*command, f"hydra.run.dir={folder}"],
-            cwd=PROJECT,
-            stdout=subprocess.DEVNULL,
-        )
-        if done.returncode:
-            sys.exit(f"{' '.join(overrides)}: exit code {done.returncode}")
-    return json.loads((folder / "summary.json").read_text())
 
 
 def main() -> None:
@@ -71,7 +57,9 @@ def main() -> None:
             ]
             cell = [sharing, epsilon, f"{clip:g}", f"{rate:g}", f"{seed}"]
             shape = f"{options.rounds}-{options.steps}-{options.batch}"
-            summary = run(out / "-".join([*cell, shape]), settings)
+            summary = run(
+                out / "-".join([*cell, shape]), "experiment=quickstart", *settings
+            )
             told = f"{summary['epsilon']:.2f}" if "epsilon" in summary else "-"
             match = f"{100 * summary['exact_match_after']:.1f}"
             print(f"| {' | '.join([*cell, told, match])} |", flush=True)
