@@ -867,7 +867,7 @@ RUNS = [
     (
         "rounds that tell nothing",
         put("history.json", '{"rounds": [{"round": 1}, {"round": 2}]}'),
-        "rounds[0].train_loss: Field required",
+        "rounds[0].sampled: Field required",
     ),
     (
         "a word for a loss",

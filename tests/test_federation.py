@@ -124,8 +124,8 @@ def test_the_same_app_in_a_local_simulation(tmp_path):
 def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
     """Of three, one is killed and one's training stopped in round 2; both come back.
 
-    The stopped one's SuperNode is there all the time, so that only the timeout ends its
-    round: Flower misses a SuperNode 30 to 60 s after it stopped, whichever comes first.
+    Who misses the stopped one first differs with the machine's load: its SuperNode, which
+    hears nothing of its process, or the run's timeout (tests/test_exchange.py has that).
     """
     with Federation(tmp_path) as federation:
         nodes = [
@@ -152,9 +152,8 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         status, output = federation.finish(run)
         assert status == "finished:completed", output
         history = rounds(results(federation))
-        assert "no reply within train.round_timeout=100 s" in str(
-            history[1]["failures"]
-        )
+        lost = str(history[1]["failures"])
+        assert re.search("no reply within train.round_timeout=100 s|stopped resp", lost)
         # The stopped one is itself again; the killed one has come back under another id.
         [number] = re.findall(rf"Client (\d) is node {killed}\.", output)
         later = [{c["partition"] for c in entry["clients"]} for entry in history[2:]]
