@@ -24,12 +24,13 @@ from transformers import (
 
 import dataset
 import model
+import tasks
 from compute import patches
-from compute.loss import answer_loss
 from evaluation import examine
 from methods import dpsgd, lora, personal, privacy, scaffold, sharing
 from methods.base import State
-from records import templates
+from records.templates import Example
+from tasks.base import Task
 from utils import Settings, learning_rate, mix_seed
 
 Metrics = dict[str, float]
@@ -71,7 +72,7 @@ def train(
     """
     clock = Clock()
     net = _load(cfg, state)
-    tokenizer = _tokenizer(cfg)
+    tokenizer, task = _tokenizer(cfg), tasks.build(cfg)
     clock.lap("load")
     rows = dataset.training_rows(cfg, partition)
     seed = mix_seed(cfg.seed, "train", partition, server_round)
@@ -80,17 +81,18 @@ def train(
         cfg = one_by_one(cfg)
     arguments = training_arguments(cfg, server_round, seed)
     batch = arguments.train_batch_size * arguments.world_size  # of all processes
+    encode = partial(_encode, cfg, task, tokenizer)
     count = arguments.max_steps * arguments.gradient_accumulation_steps * batch
     if mechanism:
         steps = mechanism.draw()
         drawn = sorted({place for step in steps for place in step})
-        encoded = {place: _encode(cfg, rows[place], tokenizer) for place in drawn}
+        encoded = {place: encode(rows[place]) for place in drawn}
         # A record that cannot be trained on is one whose gradient is 0.
         examples = [[encoded[i] for i in step if encoded[i]] for step in steps]
     else:
         examples, dropped = dataset.draw(
             rows,
-            lambda row: _encode(cfg, row, tokenizer),
+            encode,
             seed,
             examples=count if count > 0 else None,
             passes=cfg.train.training_arguments.num_train_epochs,
@@ -109,10 +111,11 @@ def train(
             trainer = kind(
                 model=net,
                 args=arguments,
-                train_dataset=fill(examples, batch)
+                task=task,
+                train_dataset=fill(examples, batch, task.blank())
                 if arguments.world_size > 1
                 else examples,
-                data_collator=_collator(cfg, tokenizer),
+                data_collator=task.collator(tokenizer, cfg.train.padding_side),
                 proximal_mu=proximal_mu,
                 anchor=anchor,
             )
@@ -146,7 +149,7 @@ def train(
         "records": len(rows),
         "train_loss": loss,
         "tokens": sum(len(example["input_ids"]) for example in examples),
-        "truncated": _truncated(cfg, examples, tokenizer),
+        "truncated": sum(task.is_cut(example, tokenizer) for example in examples),
         "dropped": dropped,
         "micro_batch": arguments.train_batch_size,
         "peak_memory": peak_memory(),
@@ -180,12 +183,11 @@ def smaller(cfg: Settings) -> Settings:
     return cfg | {"train": cfg.train | {"training_arguments": settings}}
 
 
-def fill(examples: list[templates.Example], batch: int) -> list[templates.Example]:
-    """Pad with examples without labels to a multiple of `batch`.
+def fill(examples: list[Example], batch: int, blank: Example) -> list[Example]:
+    """Pad with `blank` examples to a multiple of `batch`.
 
     Otherwise accelerate fills the last batch with records from the first.
     """
-    blank = {"input_ids": [0], "labels": [dataset.IGNORED]}
     return examples + [blank] * (-len(examples) % batch)
 
 
@@ -226,25 +228,23 @@ def evaluate(
 ) -> Metrics:
     """How the adapter does on the records held back here; or, with `base`, the base alone.
 
-    The metrics: `num-examples`, `eval_loss` (nats per answer token), `eval_accuracy` (share
-    of answer tokens, in [0, 1]), `dropped` and `truncated` as in `train`, and `eval_loss_own`
-    of an adapter of the client's own, if one is given. Raises `ValueError` where no record
-    can be used.
+    The metrics: `num-examples`, and each of the task's (`Task.metrics`) as `eval_loss` (nats
+    per answer token), `eval_accuracy` (share of answer tokens, in [0, 1]) and so on, `dropped`
+    and `truncated` as in `train`, and `eval_loss_own` of an adapter of the client's own, if
+    one is given. Raises `ValueError` where no record can be used.
     """
-    tokenizer = _tokenizer(cfg)
-    examples, dropped = _held_back(cfg, partition, tokenizer)
-    scores = _scores(cfg, state, examples, tokenizer, base)
-    loss, accuracy = examine.loss_and_accuracy(scores)
+    tokenizer, task = _tokenizer(cfg), tasks.build(cfg)
+    examples, dropped = _held_back(cfg, task, partition, tokenizer)
+    scores = _scores(cfg, task, state, examples, tokenizer, base)
     told = {
         "num-examples": len(examples),
-        "eval_loss": loss,
-        "eval_accuracy": accuracy,
+        **{f"eval_{name}": value for name, value in task.metrics(scores).items()},
         "dropped": dropped,
-        "truncated": _truncated(cfg, examples, tokenizer),
+        "truncated": sum(task.is_cut(example, tokenizer) for example in examples),
     }
     if own:
-        scores = _scores(cfg, own, examples, tokenizer)
-        told["eval_loss_own"], _ = examine.loss_and_accuracy(scores)
+        scores = _scores(cfg, task, own, examples, tokenizer)
+        told["eval_loss_own"] = task.metrics(scores)["loss"]
     return told
 
 
@@ -255,19 +255,19 @@ def personalise(cfg: Settings, shared: State, own: State, partition: int) -> Met
     `personal.interpolate`), and in nats per answer token `eval_loss_global`, `eval_loss_own`
     and `eval_loss_personal` (see `methods.personal.choose`).
     """
-    tokenizer = _tokenizer(cfg)
-    examples, _ = _held_back(cfg, partition, tokenizer)
-    tried = {
-        weight: _scores(cfg, personal.between(shared, own, weight), examples, tokenizer)
-        for weight in sorted({0, 1, *cfg.personal.interpolate})
-    }
+    tokenizer, task = _tokenizer(cfg), tasks.build(cfg)
+    examples, _ = _held_back(cfg, task, partition, tokenizer)
+    tried = {}
+    for weight in sorted({0, 1, *cfg.personal.interpolate}):
+        mixed = personal.between(shared, own, weight)
+        tried[weight] = _scores(cfg, task, mixed, examples, tokenizer)
     weight, loss = personal.choose(
         {w: tried[w][:, [0, 2]] for w in sorted(cfg.personal.interpolate)}
     )
     return {
         "num-examples": len(examples),
-        "eval_loss_global": examine.loss_and_accuracy(tried[0])[0],
-        "eval_loss_own": examine.loss_and_accuracy(tried[1])[0],
+        "eval_loss_global": task.metrics(tried[0])["loss"],
+        "eval_loss_own": task.metrics(tried[1])["loss"],
         "eval_loss_personal": loss,
         "personal_weight": float(weight),
     }
@@ -281,18 +281,19 @@ def save(cfg: Settings, state: State, folder: Path, done: int) -> None:
 
 
 def _held_back(
-    cfg: Settings, partition: int, tokenizer: Any
-) -> tuple[list[templates.Example], int]:
+    cfg: Settings, task: Task, partition: int, tokenizer: Any
+) -> tuple[list[Example], int]:
     """The client's records to evaluate on, tokenised, and how many rows fell out."""
     rows = dataset.load_partition(cfg, partition)
     _, rows = dataset.split(cfg, rows)
-    return dataset.draw(rows, lambda row: _encode(cfg, row, tokenizer), cfg.seed)
+    return dataset.draw(rows, partial(_encode, cfg, task, tokenizer), cfg.seed)
 
 
 def _scores(
     cfg: Settings,
+    task: Task,
     state: State,
-    examples: list[templates.Example],
+    examples: list[Example],
     tokenizer: Any,
     base: bool = False,
 ) -> torch.Tensor:
@@ -302,7 +303,8 @@ def _scores(
     size = cfg.train.training_arguments.per_device_train_batch_size
     # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
     with net.disable_adapter() if base else nullcontext():
-        return examine.score(net, examples, _collator(cfg, tokenizer), size)
+        collate = task.collator(tokenizer, cfg.train.padding_side)
+        return examine.score(net, task, examples, collate, size)
 
 
 class Correct(TrainerCallback):
@@ -341,6 +343,7 @@ class LocalTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        task: Task,
         proximal_mu: float = 0.0,
         anchor: State | None = None,
         **kwargs: Any,
@@ -348,6 +351,7 @@ class LocalTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # So that Trainer passes `num_items_in_batch` to `compute_loss` for every model.
         self.model_accepts_loss_kwargs = True
+        self.task = task
         self.proximal_mu = proximal_mu
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.trained = [*named.values()]
@@ -359,9 +363,9 @@ class LocalTrainer(Trainer):
     def compute_loss(
         self, model_: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The loss on the answers, plus mu/2 ||w - anchor||^2 (FedProx, arXiv 1812.06127)."""
+        """The task's loss, plus mu/2 ||w - anchor||^2 (FedProx, arXiv 1812.06127)."""
         with model.autocast(model_):
-            loss = answer_loss(model_, inputs, num_items_in_batch)
+            loss = self.task.loss(model_, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # A share of the sum over all processes, whose gradients are then averaged.
             loss = loss * self.args.world_size
@@ -370,7 +374,7 @@ class LocalTrainer(Trainer):
                 (now - before).square().sum()
                 for now, before in zip(self.trained, self.anchor, strict=True)
             )
-            # The language-model loss is a share of the accumulated batch's; so is this.
+            # The task's loss is a share of the accumulated batch's; so is this.
             parts = self.args.gradient_accumulation_steps
             loss = loss + self.proximal_mu / 2 * distance / parts
         return loss
@@ -403,7 +407,7 @@ class NoisyTrainer(LocalTrainer):
         def losses() -> Iterator[torch.Tensor]:
             for example in inputs:
                 with model.autocast(model_):
-                    loss = answer_loss(model_, self._prepare_inputs(example))
+                    loss = self.task.loss(model_, self._prepare_inputs(example))
                 yield loss
 
         loss = self.mechanism.step(self.trained, losses())
@@ -495,17 +499,6 @@ def _tokenizer(cfg: Settings) -> Any:
     return model.load_tokenizer(cfg.model.name, cfg.model.use_fast_tokenizer)
 
 
-def _encode(cfg: Settings, row: dict[str, Any], tokenizer: Any) -> Any:
+def _encode(cfg: Settings, task: Task, tokenizer: Any, row: dict[str, Any]) -> Any:
     record = dataset.to_record(row, cfg.dataset.columns)
-    every = cfg.train.assistant_turns == "all"
-    template, seq_length = cfg.dataset.template, cfg.train.seq_length
-    return templates.encode(record, template, tokenizer, seq_length, every)
-
-
-def _truncated(cfg: Settings, examples: list[templates.Example], tokenizer: Any) -> int:
-    template = cfg.dataset.template
-    return sum(templates.is_cut(example, template, tokenizer) for example in examples)
-
-
-def _collator(cfg: Settings, tokenizer: Any) -> dataset.Collator:
-    return dataset.Collator(tokenizer.pad_token_id, cfg.train.padding_side)
+    return task.encode(record, tokenizer, training=True)

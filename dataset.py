@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import (
     ClassLabel,
     Dataset,
@@ -19,51 +18,14 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
+import tasks
 from records import canaries, conversations, files
 from records.conversations import TURNS
-from utils import HUB_NAME, IGNORED, Refusal, Settings, UserError, construct, local_path
+from utils import HUB_NAME, Refusal, Settings, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
-from records.templates import TEMPLATES, Example, Record, encode, fit, is_cut
-
-# Of tokens in a batch. On a CPU each new length leaves a kernel in a cache that grows for
-# hundreds of rounds; a GPU's tensor cores like it.
-MULTIPLE = 8
-
-
-class Collator:
-    """Pad a batch to its longest example, on the side that `padding_side` names.
-
-    Up to a multiple of `MULTIPLE` tokens.
-    """
-
-    def __init__(self, pad_token_id: int, padding_side: str) -> None:
-        self.pad_token_id = pad_token_id
-        self.padding_side = padding_side
-
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        """Input ids, attention mask and labels, each (batch, length) of int64."""
-        longest = max(len(example["input_ids"]) for example in examples)
-        longest += -longest % MULTIPLE
-        rows: dict[str, list[list[int]]] = {
-            "input_ids": [],
-            "attention_mask": [],
-            "labels": [],
-        }
-        for example in examples:
-            length = len(example["input_ids"])
-            self._add(
-                rows["input_ids"], example["input_ids"], self.pad_token_id, longest
-            )
-            self._add(rows["attention_mask"], [1] * length, 0, longest)
-            self._add(rows["labels"], example["labels"], IGNORED, longest)
-        return {name: torch.tensor(row) for name, row in rows.items()}
-
-    def _add(self, rows: list[list[int]], row: list[int], value: int, to: int) -> None:
-        padding = [value] * (to - len(row))
-        rows.append(padding + row if self.padding_side == "left" else row + padding)
-
+from records.templates import TEMPLATES, Example, Record
 
 # --- loading and dealing out ------------------------------------------------------------------
 
@@ -203,25 +165,25 @@ def scorable(
     Those that have no answer, whose prompt fills `train.seq_length`, or one of whose choices
     would be cut there. Raises `UserError` where none is left.
     """
-    template, seq_length = cfg.dataset.template, cfg.train.seq_length
+    task = tasks.build(cfg)
 
     def fits(record: Record, choice: str) -> bool:
-        made = encode(record | {"output": choice}, template, tokenizer, seq_length)
-        return made is not None and not is_cut(made, template, tokenizer)
+        made = task.encode(record | {"output": choice}, tokenizer)
+        return made is not None and not task.is_cut(made, tokenizer)
 
     records, choices = load_test(cfg)
     kept = []
     for place, record in enumerate(records):
         offered = choices[place] if choices else []
         # Asked as it would be trained on: of a long conversation the last turns.
-        record = fit(record, template, tokenizer, seq_length)
-        example = encode(record, template, tokenizer, seq_length)
+        record = task.fit(record, tokenizer)
+        example = task.encode(record, tokenizer)
         if example and all(fits(record, c) for c in offered if c.strip()):
             kept.append((record, offered, example))
     if not kept:
         raise UserError(
             f"None of the {len(records)} test questions can be scored: they have no answer, "
-            f"or are longer than train.seq_length={seq_length} tokens. Raise it, or name "
+            f"or are longer than train.seq_length={cfg.train.seq_length} tokens. Raise it, or name "
             "other questions with dataset.test_path=..."
         )
     return kept, len(records) - len(kept)

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     DistributedConfig,
@@ -71,12 +70,22 @@ ABOUT = "flowertune.json"  # what `test.py` needs beside PEFT's own files
 # Bytes of a settings file; a list of all of a base's layers is 100 kB.
 LARGEST_JSON = 2**20
 
+# The class of a base, by PEFT's name for what is made of it.
+CLASSES = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+}
+
 # How an adapter is examined, where its folder does not say (it is older than that).
 EXAMINED = {
     "columns": {"instruction": "instruction", "input": "input", "output": "output"},
     "seq_length": 512,
     "batch_size": 16,
     "max_new_tokens": 32,
+    "task": {"_target_": "tasks.generation.Generation", "model": "CAUSAL_LM"},
 }
 
 
@@ -177,10 +186,12 @@ def load_base(
     device: torch.device,
     cache: str | None = None,
     shards: int = 1,
+    kind: str = "CAUSAL_LM",
+    labels: Sequence[str] | None = None,
 ) -> torch.nn.Module:
-    """Load a causal LM with frozen weights, quantised, from safetensors only.
+    """Load a base of this `kind` with frozen weights, quantised, from safetensors only.
 
-    `shards`: this is one of as many processes, and each loads and holds its part of every
+    `labels`: what its head tells apart, if it is of a kind that does. `shards`: this is one of as many processes, and each loads and holds its part of every
     weight (FSDP2); more than 1 needs `quantization` None. `cache`: a folder that keeps it
     as quantised, for the next process. Raises `UserError` where neither a local folder nor
     the hub has such weights, or not all of them.
@@ -189,12 +200,14 @@ def load_base(
     config = quantization_config(quantization, compute_dtype(device))
     kept = None
     if cache and config:
-        kept = Path(cache) / _fingerprint(source, quantization, device)
+        made = kind, *(labels or ())
+        kept = Path(cache) / _fingerprint(source, quantization, device, made)
     stored = kept is not None and kept.exists()
     sharding = DistributedConfig(fsdp_size=shards) if shards > 1 else None
     try:
-        base, told = AutoModelForCausalLM.from_pretrained(
+        base, told = CLASSES[kind].from_pretrained(
             kept if stored else source,
+            config=None if stored else _config({"name": name, "labels": labels}),
             # A folder of ours says itself how it is quantised, and None would deny it.
             **({} if stored or not config else {"quantization_config": config}),
             dtype=compute_dtype(device),
@@ -229,13 +242,16 @@ def load_base(
     return base.requires_grad_(False)
 
 
-def _fingerprint(source: str, quantization: int, device: torch.device) -> str:
+def _fingerprint(
+    source: str, quantization: int, device: torch.device, kind: Sequence[str]
+) -> str:
     """A name for the quantised base that changes with all that it is made of."""
     folder = Path(cached_file(source, "config.json")).parent
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     made_with = [transformers.__version__, version("bitsandbytes")]
-    parts = [folder, stats, quantization, device.type, compute_dtype(device), made_with]
+    computes = device.type, compute_dtype(device)
+    parts = [folder, stats, quantization, *computes, made_with, kind]
     return f"{folder.name}-{mix_seed(*map(str, parts)):08x}"
 
 
@@ -257,6 +273,8 @@ def build(model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device) -> Pef
         device,
         model_cfg.get("cache"),
         model_cfg.get("shards", 1),
+        kind_of(peft_cfg),
+        model_cfg.get("labels"),
     )
     return _with_adapter(base, model_cfg, peft_cfg, seed)
 
@@ -336,15 +354,25 @@ def skeleton(model_cfg: Any, peft_cfg: Any) -> PeftModel:
 
 
 def _config(model_cfg: Any) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(
+    config = AutoConfig.from_pretrained(
         _source(model_cfg["name"]), trust_remote_code=False
     )
+    if labels := model_cfg.get("labels"):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    return config
+
+
+def kind_of(peft_cfg: Any) -> str:
+    """Of which of `CLASSES` the base is."""
+    return peft_cfg.get("task_type") or "CAUSAL_LM"
 
 
 def _frame(config: PreTrainedConfig, model_cfg: Any, peft_cfg: Any) -> PeftModel:
     """`skeleton` of a configuration."""
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        made = CLASSES[kind_of(peft_cfg)].from_config(config)
+        base = made.requires_grad_(False)
     with contextlib.suppress(Exception):  # what is wrong comes up again below
         frame = _with_adapter(base, model_cfg, peft_cfg, seed=0, frame=True)
         trained = {n: p for n, p in frame.named_parameters() if p.requires_grad}
@@ -354,7 +382,7 @@ def _frame(config: PreTrainedConfig, model_cfg: Any, peft_cfg: Any) -> PeftModel
         frame.load_state_dict(trained, strict=False, assign=True)
         if not any(tensor.is_meta for tensor in saved.values()):
             return frame
-    base = stand_in(config, seed=1)
+    base = stand_in(config, seed=1, kind=kind_of(peft_cfg))
     return _with_adapter(base, model_cfg, peft_cfg, seed=0, frame=True)
 
 
@@ -368,7 +396,7 @@ def seeded(model_cfg: Any, peft_cfg: Any, seed: int) -> State:
     if model_cfg.get("adapter"):
         return saved(model_cfg, peft_cfg)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(_config(model_cfg))
+        base = CLASSES[kind_of(peft_cfg)].from_config(_config(model_cfg))
     _refill(base, lambda weight: torch.full((), math.nan).expand(weight.shape))
     return adapter_state(_with_adapter(base, model_cfg, peft_cfg, seed))
 
@@ -470,7 +498,10 @@ def _with_adapter(
 
 
 def stand_in(
-    config: PreTrainedConfig, seed: int = 0, whole: bool = False
+    config: PreTrainedConfig,
+    seed: int = 0,
+    whole: bool = False,
+    kind: str = "CAUSAL_LM",
 ) -> transformers.PreTrainedModel:
     """The base of a configuration on the CPU, in its real shapes, with made-up weights.
 
@@ -480,7 +511,7 @@ def stand_in(
     memory for each value.
     """
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
+        base = CLASSES[kind].from_config(
             copy.deepcopy(config), dtype=torch.float32, experts_implementation="eager"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -543,14 +574,15 @@ def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
     or all where the adapter is for later ones. Raises `UserError` with what fails.
     """
     name, tried = model_cfg["name"], _config(model_cfg)
+    kind = kind_of(peft_cfg)
     try:
-        base = stand_in(_shortened(tried))
+        base = stand_in(_shortened(tried), kind=kind)
         before = [(p, _stored(p).clone()) for p in base.parameters()]
         net = _with_adapter(base, model_cfg, peft_cfg, seed)
         tried = _shortened(tried)
     except Exception:  # of what a configuration of that kind makes of fewer layers
         try:
-            base = stand_in(tried)
+            base = stand_in(tried, kind=kind)
         except Exception:  # which says nothing of the real one
             return
         before = [(p, _stored(p).clone()) for p in base.parameters()]
@@ -563,7 +595,7 @@ def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
             "model.quantization=null."
         )
     if changed:  # which needs a place for each
-        base = stand_in(tried, whole=True)
+        base = stand_in(tried, whole=True, kind=kind)
         net = _with_adapter(base, model_cfg, peft_cfg, seed)
     generator = torch.Generator().manual_seed(0)
     state = {
@@ -574,15 +606,15 @@ def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
     ids = torch.arange(16).view(2, 8) % 8 + 4
     ids[1, -1] = 3
     try:
-        hidden_states(net.train(), ids)
-        states = hidden_states(net.eval(), ids)
+        _read(kind, net.train(), ids)
+        states = _read(kind, net.eval(), ids)
     except Exception as error:
         raise UserError(
             f"model.name={name} with {peft_cfg['_target_']}: {type(net.get_base_model()).__name__} "
             f"does not run on text alone, or not with this adapter "
             f"({type(error).__name__}: {error})."
         ) from error
-    if not close(*states):
+    if kind == "CAUSAL_LM" and not close(*states):
         raise UserError(
             f"model.name={name}: {type(net.get_base_model()).__name__} with this config.json "
             "lets a token see what comes after it, so it cannot be trained to foretell "
@@ -592,7 +624,7 @@ def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
     virtual = getattr(net.active_peft_config, "num_virtual_tokens", 0) or 0
     if most is None or seq_length + virtual + 8 > most:  # some skip a few positions
         try:
-            hidden_states(net, torch.full((1, seq_length), 4))
+            _read(kind, net, torch.full((1, seq_length), 4))
         except Exception as error:
             has = f"it has {most} positions" if most else f"{error}"
             own = f" and peft.num_virtual_tokens={virtual}" if virtual else ""
@@ -604,9 +636,9 @@ def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
         frame = _frame(tried, model_cfg, peft_cfg)
         with tempfile.TemporaryDirectory() as folder:
             _write(frame, state, name, Path(folder))
-            base = stand_in(tried, whole=changed)
+            base = stand_in(tried, whole=changed, kind=kind)
             opened = _open(base, _settings(folder), folder)
-        found = hidden_states(opened.eval(), ids)
+        found = _read(kind, opened.eval(), ids)
     except Exception as error:
         raise UserError(
             f"{peft_cfg['_target_']}: what it trains could not be saved and opened again "
@@ -619,6 +651,18 @@ def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
             "made of the base's weights, which the server does not hold, or drawn at random. "
             "For the latter set a seed, +peft.random_seed=0, if it has one."
         )
+
+
+@torch.no_grad()
+def _read(kind: str, net: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    """What a model makes of token ids, (rows, length), before its loss."""
+    if kind == "CAUSAL_LM":
+        return hidden_states(net, ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind == "SEQ_2_SEQ_LM":
+        inputs["decoder_input_ids"] = ids
+    made = net(**inputs)
+    return torch.cat([made[name] for name in made if name.endswith("logits")], dim=-1)
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -723,6 +767,7 @@ def about(cfg: Any, done: int) -> dict[str, Any]:
         "seq_length": train.seq_length,
         "batch_size": train.training_arguments.per_device_train_batch_size,
         "max_new_tokens": cfg.evaluate.max_new_tokens,
+        "task": cfg.task,
     }
 
 
@@ -770,6 +815,8 @@ def read_about(folder: str) -> dict[str, Any]:
                 named = {"instruction", "input", "output"}
                 fits = isinstance(value, dict) and named <= value.keys()
                 fits = fits and all(isinstance(c, str | None) for c in value.values())
+            elif name == "task":
+                fits = isinstance(value, dict) and {"_target_", "model"} <= value.keys()
             else:
                 fits = type(value) is int and 1 <= value <= 2**20
             if not fits:
@@ -801,7 +848,13 @@ def open_adapter(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         templates.check_template(about["template"], tokenizer)
         part = "the base"
-        base = load_base(about["model"]["name"], about["model"]["quantization"], device)
+        base = load_base(
+            about["model"]["name"],
+            about["model"]["quantization"],
+            device,
+            kind=settings.task_type,
+            labels=about["model"].get("labels"),
+        )
         if unpacked:
             base = unpack(base)
             _untie(base)
@@ -818,7 +871,7 @@ def open_adapter(
 
 def _settings(folder: str) -> peft.PeftConfig:
     settings = peft.PeftConfig.from_pretrained(folder)
-    if settings.auto_mapping or settings.task_type != "CAUSAL_LM":
+    if settings.auto_mapping or settings.task_type not in CLASSES:
         raise ValueError("it is for a model of another kind, or names code to import")
     return settings
 
@@ -831,7 +884,7 @@ def _compare(settings: peft.PeftConfig, about: dict[str, Any], folder: str) -> N
     """
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(_config(about["model"]))
+            base = CLASSES[settings.task_type].from_config(_config(about["model"]))
             settings = copy.deepcopy(settings)
             settings.base_model_name_or_path = None  # it would warn of another one
             net = peft.get_peft_model(base, settings)
@@ -913,21 +966,23 @@ def merge(folder: str, about: dict[str, Any], device: torch.device, out: Path) -
     it does not, as `open_adapter` does, and, before anything is loaded, for a method that is
     not `mergeable`.
     """
-    method = peft.PeftConfig.from_pretrained(folder).peft_type
+    settings = peft.PeftConfig.from_pretrained(folder)
+    method, kind = settings.peft_type, settings.task_type
     if not mergeable(method):
         raise UserError(
             f"--merge: {method.value} puts vectors of its own before the prompt's, which no "
             "weight of the base can take up. Share the adapter as it is, without --merge."
         )
     net, _ = open_adapter(folder, about, device, unpacked=True)
-    wanted = _logits(net)
+    ids = torch.arange(4, 20).view(2, 8)
+    wanted = _read(kind, net, ids)
     try:
         merged = net.merge_and_unload()
         _tie(merged)
         merged.save_pretrained(out)
         del net, merged  # of a large base there is room for one
-        written = AutoModelForCausalLM.from_pretrained(out, use_safetensors=True)
-        fits = close(_logits(written.eval()), wanted)
+        written = CLASSES[kind].from_pretrained(out, use_safetensors=True)
+        fits = close(_read(kind, written.eval(), ids), wanted)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the libraries make of an unusual model
@@ -940,13 +995,6 @@ def merge(folder: str, about: dict[str, Any], device: torch.device, out: Path) -
             f"--merge: {method.value} on this base gives another model when it is merged. "
             "Share the adapter as it is, without --merge."
         )
-
-
-@torch.no_grad()
-def _logits(net: torch.nn.Module) -> torch.Tensor:
-    """For a comparison: those of a few tokens."""
-    ids = torch.arange(4, 20).view(2, 8)
-    return net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
 def _untie(base: transformers.PreTrainedModel) -> None:

@@ -116,8 +116,8 @@ def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
     from transformers import TextStreamer
 
     import model
-    from evaluation import examine
     from records import templates
+    from tasks import generation
 
     ids = torch.tensor(
         [templates.prompt(template, turns, tokenizer)], device=net.device
@@ -142,7 +142,7 @@ def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
                 ),
                 **sampling,
             )
-    added = examine.before_end(output[0, ids.shape[1] :].tolist(), ends)
+    added = generation.before_end(output[0, ids.shape[1] :].tolist(), ends)
     return tokenizer.decode(added, skip_special_tokens=True).strip()
 
 
@@ -158,6 +158,7 @@ def file_settings(about: dict, options) -> utils.Settings:
         print(f"Not in {model.ABOUT}, so taken from the defaults: {', '.join(missing)}")
     about = model.EXAMINED | about
     told = {
+        "task": about["task"],
         "dataset": {
             "template": about["template"],
             "test_path": options.file,

@@ -59,6 +59,7 @@ import model
 import utils
 from compute import patches
 from records import templates
+from records.batches import Collator
 from settings.compose import compose, resolve
 
 Batch = dict[str, torch.Tensor]
@@ -212,7 +213,7 @@ def batches(cfg: dict[str, Any], examples: list[Any], side: str) -> list[Batch]:
     """Consecutive examples, padded on one side to each batch's longest."""
     pad = model.load_tokenizer(cfg["model"]["name"]).pad_token_id
     size = cfg["train"]["training_arguments"]["per_device_train_batch_size"]
-    collate = dataset.Collator(pad, side)
+    collate = Collator(pad, side)
     return [
         collate(examples[start : start + size])
         for start in range(0, len(examples), size)

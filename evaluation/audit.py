@@ -201,15 +201,15 @@ class Examiner:
     """The run's model, which gives records their likelihoods with the adapter and without."""
 
     def __init__(self, run: Run, device: Any) -> None:
-        import dataset
         import model
+        from records.batches import Collator
 
         self.about = model.read_about(str(run.adapter))
         opened = model.open_adapter(str(run.adapter), self.about, device)
         self.net, self.tokenizer = opened
         self.seq_length = run.cfg.train.seq_length
         side = run.cfg.train.padding_side
-        self.collate = dataset.Collator(self.tokenizer.pad_token_id, side)
+        self.collate = Collator(self.tokenizer.pad_token_id, side)
 
     def encode(self, records: list[dict[str, str]]) -> list[Any]:
         """As they were trained on; None for one that was not."""

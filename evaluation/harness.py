@@ -21,9 +21,9 @@ from lm_eval.tasks._index import Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
-import dataset
 import model
 from records import templates
+from records.batches import Collator
 from utils import PROJECT, UserError, local_path
 
 TASKS = PROJECT / "evaluation/tasks"
@@ -99,7 +99,7 @@ class Adapter(HFLM):
                 left_truncate_len,
             )
             rows = [row[-left_truncate_len:] for row in rows]
-        collate = dataset.Collator(self.tokenizer.pad_token_id, padding_side)
+        collate = Collator(self.tokenizer.pad_token_id, padding_side)
         batch = collate([{"input_ids": row, "labels": row} for row in rows])
         return batch["input_ids"], batch["attention_mask"]
 

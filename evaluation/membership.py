@@ -9,11 +9,11 @@ import zlib
 import numpy as np
 import torch
 
-import dataset
 import model
 from compute.loss import answer_likelihoods
 from evaluation import examine
 from records import templates
+from records.batches import Collator
 
 LEAST = 0.2  # share of an answer's tokens that Min-K% looks at, one at least
 
@@ -33,7 +33,7 @@ CONTROL = "base alone"
 def likelihoods(
     net: torch.nn.Module,
     examples: list[templates.Example],
-    collate: dataset.Collator,
+    collate: Collator,
     batch: int,
 ) -> list[np.ndarray]:
     """`compute.loss.answer_likelihoods` example by example: each (answer's tokens, 3)."""

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 import dataset
 import model
+import tasks
 from evaluation.examine import Examination, Scores
 from methods import aggregate, lora, personal, privacy, secure, sharing, steps, wire
 from methods.base import Contribution, OutOfRange, State, Unusable, adapters, norm
@@ -217,6 +218,7 @@ class Server:
         self.layers = lora.layers(self.frame)
         self.aggregation = aggregate.build(cfg.strategy, self.layers)
         self.sharing = sharing.build(cfg.sharing)
+        self.task = tasks.build(cfg)
         self.personal = personal.build(cfg.personal)
         self.level = privacy.build(cfg.privacy)
         self.steps = steps.build(cfg, self.layers, self.level)
@@ -554,7 +556,8 @@ class Server:
         if clients:
             names = ("eval_loss", "eval_accuracy", "eval_loss_own")
             result |= self._means(clients, names)
-            result["eval_perplexity"] = float(np.exp(min(result["eval_loss"], 700)))
+            if self.task.perplexity:
+                result["eval_perplexity"] = float(np.exp(min(result["eval_loss"], 700)))
             if losses := [client["eval_loss"] for client in telling(clients)]:
                 result["eval_loss_worst"] = max(losses)
                 result["eval_loss_spread"] = float(np.std(losses))

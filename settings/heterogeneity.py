@@ -12,7 +12,7 @@ from datasets.naming import camelcase_to_snakecase
 
 import dataset
 import model
-from records import templates
+import tasks
 from reporting.figures import COLOURS, GREY, figure
 from utils import Settings, UserError, local_path
 
@@ -146,10 +146,11 @@ def _lengths(
     cfg: Settings, rows: datasets.Dataset, tokenizer: Any, count: int
 ) -> list[float] | None:
     """Percentiles of the lengths of `count` examples; None where none can be trained on."""
-    columns, template = cfg.dataset.columns, cfg.dataset.template
+    columns = cfg.dataset.columns
+    task = tasks.build(cfg | {"train": cfg.train | {"seq_length": UNCUT}})
     drawn = np.random.default_rng(cfg.seed).permutation(len(rows))[:count]
     examples = (
-        templates.encode(dataset.to_record(row, columns), template, tokenizer, UNCUT)
+        task.encode(dataset.to_record(row, columns), tokenizer)
         for row in rows.select(drawn)
     )
     lengths = [len(example["input_ids"]) for example in examples if example]

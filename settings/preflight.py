@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+import tasks
 from methods import privacy, sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
@@ -450,7 +451,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
         raise UserError(f"{cfg.peft._target_} with these settings trains nothing.")
     template = cfg.dataset.template
     try:
-        templates.check_template(template, tokenizer)
+        tasks.build(cfg).check_tokenizer(tokenizer)
     except UserError as error:
         raise UserError(
             f"dataset.template={template}: {error} Take dataset.template=alpaca or vicuna."

@@ -97,6 +97,7 @@ class Dataset(Section):
     test_path: Name | None = setting("a file or folder of test questions")
     columns: Columns
     label: Name | None = setting("the column that records are dealt out by")
+    labels: list[Name] | None = setting("what a task with labels tells apart, in order")
     template: Name = setting("how a question is put: alpaca, vicuna or chat")
 
 
@@ -127,6 +128,7 @@ class Lora(Section):
 class Model(Section):
     name: Name = setting("a model of the hub, or a folder")
     adapter: Name | None = setting("a folder with an adapter to begin with")
+    labels: list[Name] | None = setting("dataset.labels, which a head tells apart")
     quantization: choice(4, 8, None) = setting("bits of the base's weights")
     gradient_checkpointing: choice(True, False, "auto") = setting(
         "compute activations twice instead of keeping them"
@@ -269,6 +271,12 @@ class TrainingArguments(Open):
     save_total_limit: Any = None
 
 
+class Task(Target):
+    model: choice(
+        "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"
+    ) = setting("the base's class, by PEFT's name for the task")
+
+
 class Train(Section):
     save_every_round: int = setting("rounds between two adapters", later=True, ge=1)
     round_timeout: float | None = setting(
@@ -329,6 +337,7 @@ class Run(Section):
     privacy: Privacy = setting("what an adapter may tell of clients and records")
     simulation: Simulation = setting("where the clients run", later=True)
     strategy: Strategy
+    task: Task = setting("what is learnt of the records")
     tracking: Target = setting("what follows the run", later=True)
     train: Train
 

@@ -20,7 +20,7 @@ from compute.loss import answer_likelihoods
 from evaluation import audit, bounds, canary_clients, membership
 from methods import privacy
 from node import permit
-from records import canaries, templates
+from records import batches, canaries, templates
 from server import rounds
 from settings import preflight
 from settings.compose import compose, record, resolve
@@ -318,7 +318,7 @@ def test_likelihoods_are_those_of_the_whole_distribution(opened):
         for text in ("5", "five, of course", "it is five")
     ]
     examples = [templates.encode(r, "alpaca", tokenizer, 128) for r in records]
-    collate = dataset.Collator(tokenizer.pad_token_id, "left")
+    collate = batches.Collator(tokenizer.pad_token_id, "left")
     found = membership.likelihoods(net, examples, collate, 2)
     for example, tokens in zip(examples, found, strict=True):
         labels = torch.tensor(example["labels"])[1:]

@@ -11,7 +11,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 import client
 import dataset
 import model
-from records import templates
+import tasks
+from records import batches, templates
 from utils import Settings
 
 CONSTANT_RATE = "+train.training_arguments.learning_rate=1e-3"
@@ -98,9 +99,9 @@ def test_data_order_differs_by_client_and_round_and_repeats_by_seed(
     configure, monkeypatch
 ):
     seen = []
-    collate = dataset.Collator.__call__
+    collate = batches.Collator.__call__
     monkeypatch.setattr(
-        dataset.Collator,
+        batches.Collator,
         "__call__",
         lambda self, examples: seen.append(str(examples)) or collate(self, examples),
     )
@@ -157,10 +158,10 @@ def test_one_process_uses_one_gpu_however_many_there_are(configure, monkeypatch)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 19])
-def test_processes_are_dealt_each_record_once(count):
+def test_processes_are_dealt_each_record_once(count, configure):
     batch, processes = 4, 2
     examples = [{"input_ids": [i], "labels": [i]} for i in range(1, count + 1)]
-    filled = client.fill(examples, batch * processes)
+    filled = client.fill(examples, batch * processes, tasks.build(configure()).blank())
     sampler = BatchSampler(SequentialSampler(filled), batch, drop_last=False)
     dealt = [
         [*BatchSamplerShard(sampler, processes, rank)] for rank in range(processes)
@@ -182,9 +183,11 @@ def test_proximal_term_is_half_mu_times_the_squared_distance(accumulation, confi
     model.set_adapter_state(net, start)
     ids = torch.tensor([[5, 6, 7, 8]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    arguments = client.training_arguments(cfg, 1, 0)
-    plain = client.LocalTrainer(model=net, args=arguments)
-    proximal = client.LocalTrainer(model=net, args=arguments, proximal_mu=0.5)
+    arguments, task = client.training_arguments(cfg, 1, 0), tasks.build(cfg)
+    plain = client.LocalTrainer(model=net, args=arguments, task=task)
+    proximal = client.LocalTrainer(
+        model=net, args=arguments, task=task, proximal_mu=0.5
+    )
     with torch.no_grad():
         moved = {name: value + 0.01 for name, value in start.items()}
         model.set_adapter_state(net, moved)

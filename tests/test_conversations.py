@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import client
 import dataset
 import model
+import tasks
 import test as ask
 from assets.testbed.families import (
     FRAMES,
@@ -32,7 +33,7 @@ from assets.testbed.families import (
     framed,
 )
 from node import permit
-from records import conversations, files, templates
+from records import batches, conversations, files, templates
 from records.clusters import ClusterPartitioner
 from settings import heterogeneity
 from utils import IGNORED, PROJECT, Refusal, Settings, UserError
@@ -248,7 +249,7 @@ def test_an_end_that_is_also_the_padding_is_trained_on_and_padding_is_not():
     tokenizer = framed(family("byte-level"), "$A")
     tokenizer.pad_token = tokenizer.eos_token
     examples = [encoded(talk, "alpaca", tokenizer) for talk in (LONG, LONG[:3])]
-    collate = dataset.Collator(tokenizer.pad_token_id, "right")
+    collate = batches.Collator(tokenizer.pad_token_id, "right")
     labels = collate(examples)["labels"]
     assert (labels == tokenizer.eos_token_id).sum(1).tolist() == [3, 1]
 
@@ -381,12 +382,13 @@ def test_a_long_conversation_is_counted_as_truncated(configure, tmp_path):
     tokenizer = model.load_tokenizer("assets/tiny_llama")
     examples, dropped = dataset.draw(
         dataset.training_rows(cfg, 0),
-        lambda row: client._encode(cfg, row, tokenizer),
+        lambda row: client._encode(cfg, tasks.build(cfg), tokenizer, row),
         0,
         None,
     )
     assert (len(examples), dropped) == (8, 4)
-    assert client._truncated(cfg, examples, tokenizer) == 4
+    task = tasks.build(cfg)
+    assert sum(task.is_cut(example, tokenizer) for example in examples) == 4
     assert all(len(one["input_ids"]) <= 128 for one in examples)
 
 
@@ -783,7 +785,9 @@ def test_both_ways_of_training_on_turns_are_settings(configure):
             "dataset=tiny_chat dataset.template=chat train.seq_length=256",
             f"train.assistant_turns={turns}",
         )
-        assert len(runs(client._encode(cfg, rows, tokenizer))) == count
+        assert (
+            len(runs(client._encode(cfg, tasks.build(cfg), tokenizer, rows))) == count
+        )
     with pytest.raises(UserError, match="take all or last"):
         configure("train.assistant_turns=first")
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dataset
 import model
-from records import files, templates
+from records import batches, files, templates
 from utils import Refusal, UserError
 
 QUESTION = {"instruction": "Name the young of the animal.", "input": "cow"}
@@ -297,8 +297,8 @@ def test_collator_pads_on_either_side():
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
         {"input_ids": [8], "labels": [8]},
     ]
-    left = dataset.Collator(pad_token_id=3, padding_side="left")(examples)
-    right = dataset.Collator(pad_token_id=3, padding_side="right")(examples)
+    left = batches.Collator(pad_token_id=3, padding_side="left")(examples)
+    right = batches.Collator(pad_token_id=3, padding_side="right")(examples)
     pad, unseen, ignored = [3] * 5, [0] * 5, [-100] * 5  # up to eight
     expected_left = {
         "input_ids": [[*pad, 5, 6, 7], [*pad, 3, 3, 8]],

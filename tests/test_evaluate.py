@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-import dataset
 import model
-from evaluation import benchmarks, examine, harness
-from records import templates
+from evaluation import benchmarks, harness
+from records import batches, templates
 from settings.compose import compose, resolve
+from tasks import generation
 from utils import PROJECT, UserError
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_what_a_task_file_asks_is_trainings_prompt_and_the_answers_are_ours(
     ends = templates.ends(
         watched.template, watched.tokenizer, watched.model.generation_config
     )
-    answers = examine.answer(watched.model, watched.tokenizer, prompts, 32, ends)
+    answers = generation.generate(watched.model, watched.tokenizer, prompts, 32, ends)
     assert [answer.strip() for answer in watched.answers] == answers
     (row,) = harness.figures(titles, tasks, results)
     assert (row["task"], row["metric"], row["questions"]) == ("mine", "exact_match", 3)
@@ -154,7 +154,7 @@ def test_a_choice_is_scored_as_trainings_answer(watched, task):
     begins = [sum(x == -100 for x in example["labels"]) for example in encoded]
     assert [len(before) for before, _ in watched.scored] == begins
     # By likelihood, with our own arithmetic.
-    collate = dataset.Collator(watched.tokenizer.pad_token_id, "right")
+    collate = batches.Collator(watched.tokenizer.pad_token_id, "right")
     right = 0
     for place in range(3):
         batch = collate(encoded[3 * place : 3 * place + 3])

@@ -10,6 +10,7 @@ import dataset
 import model
 from evaluation import examine
 from records import templates
+from tasks import generation, words
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -29,9 +30,9 @@ CPU = torch.device("cpu")
     ],
 )
 def test_answers_are_scored_as_by_hand(given, wanted, exact, f1, rouge):
-    assert examine.exact_match(given, wanted) == exact
-    assert examine.f1(given, wanted) == pytest.approx(f1)
-    assert examine.rouge_l(given, wanted) == pytest.approx(rouge)
+    assert words.exact_match(given, wanted) == exact
+    assert words.f1(given, wanted) == pytest.approx(f1)
+    assert words.rouge_l(given, wanted) == pytest.approx(rouge)
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_an_answer_stops_where_the_base_itself_stops(exam):
     net.generation_config.eos_token_id = [whole[stop], 2]
     ends = templates.ends("alpaca", tokenizer, net.generation_config)
     assert set(ends) == {whole[stop], 2}
-    answers = examine.answer(net, tokenizer, prompts, 8, ends)
+    answers = generation.generate(net, tokenizer, prompts, 8, ends)
     # The token is no special one, and is no part of the answer all the same.
     assert answers == [tokenizer.decode(whole[:stop]).strip()]
 

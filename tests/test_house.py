@@ -15,18 +15,18 @@ DOORS = {"main", "app", "test"}
 PATH = {"client", "model", "dataset", "utils"}
 WINGS = {
     *("settings", "server", "methods", "node"),
-    *("records", "compute", "evaluation", "reporting"),
+    *("records", "compute", "tasks", "evaluation", "reporting"),
 }
 ROOMS = DOORS | PATH | WINGS
 # docs/design.md's table: what a room may import of ours beside itself, by the longest prefix.
 MAY = {
     "main": ROOMS - {"reporting", "test"},
     "app": ROOMS - {"reporting", "main", "test"},
-    "test": {"model", "dataset", "evaluation", "records", "utils"},
+    "test": {"model", "dataset", "evaluation", "records", "tasks", "utils"},
     "settings": ROOMS - DOORS,  # it looks before they run
     "server": {
         *("methods", "evaluation.examine", "model", "dataset", "reporting.figures"),
-        "utils",
+        *("tasks", "utils"),
     },
     "node": {
         *("settings.schema", "settings.compose", "client", "methods", "model"),
@@ -34,14 +34,15 @@ MAY = {
     },
     "client": {
         *("model", "dataset", "methods", "records", "compute", "evaluation.examine"),
-        "utils",
+        *("tasks", "utils"),
     },
     "model": {"methods.base", "methods.wire", "records", "compute", "utils"},
-    "dataset": {"records", "utils"},
+    "dataset": {"records", "tasks", "utils"},
     "methods": {"utils"},
     "records": {"utils"},
     "compute": {"utils"},
-    "evaluation": {"model", "dataset", "records", "compute", "utils"},
+    "tasks": {"records", "compute", "utils"},
+    "evaluation": {"model", "dataset", "records", "compute", "tasks", "utils"},
     # It tries the run's own level of privacy, and draws what it finds as a run's figures are.
     "evaluation.audit": {
         *("methods", "model", "dataset", "records", "compute", "reporting.figures"),

@@ -17,9 +17,10 @@ from typing_extensions import is_typeddict
 import client
 import dataset
 import model
+import tasks
 import utils
 from evaluation import examine
-from records import templates
+from records import batches, templates
 from server import journal, rounds, runs
 from utils import PROJECT, Progress, UserError
 
@@ -161,14 +162,15 @@ def test_before_training_the_base_is_measured_whatever_the_method(name, configur
     _, held = dataset.hold_out(rows, cfg["evaluate"]["holdout"], cfg["seed"])
     tokenizer = model.load_tokenizer(cfg["model"]["name"])
     examples, _ = dataset.draw(
-        held, lambda row: client._encode(cfg, row, tokenizer), cfg["seed"]
+        held,
+        lambda row: client._encode(cfg, tasks.build(cfg), tokenizer, row),
+        cfg["seed"],
     )
-    collate = dataset.Collator(tokenizer.pad_token_id, "left")
-    loss, accuracy = examine.loss_and_accuracy(
-        examine.score(base, examples, collate, 4)
-    )
-    assert found["eval_loss"] == pytest.approx(loss, rel=1e-3)
-    assert found["eval_accuracy"] == pytest.approx(accuracy, abs=0.02)
+    collate = batches.Collator(tokenizer.pad_token_id, "left")
+    task = tasks.build(cfg)
+    told = task.metrics(examine.score(base, task, examples, collate, 4))
+    assert found["eval_loss"] == pytest.approx(told["loss"], rel=1e-3)
+    assert found["eval_accuracy"] == pytest.approx(told["accuracy"], abs=0.02)
 
 
 def test_a_run_that_goes_on_keeps_what_was_before(finished, loopback_once, tmp_path):

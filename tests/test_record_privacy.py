@@ -19,10 +19,11 @@ import app
 import client
 import dataset
 import model
+import tasks
 from methods import dpsgd, privacy
 from methods.noise import noise
 from node import permit
-from records import templates
+from records import batches, templates
 from server import rounds
 from utils import PROJECT, Refusal, Settings, UserError, read_json
 
@@ -157,7 +158,8 @@ def test_proximal_term_has_no_noise_and_is_there_without_records(configure):
     trainer = client.NoisyTrainer(
         model=net,
         args=client.training_arguments(cfg, 1, 0),
-        data_collator=dataset.Collator(0, "left"),
+        task=tasks.build(cfg),
+        data_collator=batches.Collator(0, "left"),
         mechanism=mechanism(noise_multiplier=0.0),
         proximal_mu=0.5,
         anchor={name: value - 0.01 for name, value in start.items()},

@@ -38,6 +38,7 @@ from methods import aggregate, steps, wire
 from server import exchange, rounds
 from settings import preflight
 from settings.compose import compose, resolve
+from tasks import generation
 from utils import PROJECT, STOP, Refusal
 
 SHAPES = {"x.lora_A.weight": (4, 6), "x.lora_B.weight": (6, 3), "x.magnitude": (5,)}
@@ -1145,11 +1146,11 @@ def test_a_stop_is_heard_between_two_batches_and_two_tokens(stop, configure):
     hook = net.get_base_model().register_forward_pre_hook(forward)
     try:
         with pytest.raises(utils.Stopped):
-            examine.answer(net, tokenizer, [[5, 6, 7]], 20, [])
+            generation.generate(net, tokenizer, [[5, 6, 7]], 20, [])
         assert len(seen) == 2
         example = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
         with pytest.raises(utils.Stopped):
-            examine.score(net, [example] * 3, None, 1)
+            examine.score(net, None, [example] * 3, None, 1)
     finally:
         hook.remove()
 

@@ -17,6 +17,7 @@ from methods.wire import pack, unpack
 from records import templates
 from server import rounds as server_rounds
 from server.rounds import Server, forget_peak_memory, peak_memory, run
+from tasks import generation
 from utils import PROJECT
 
 STRATEGIES = sorted(path.stem for path in (PROJECT / "conf/strategy").glob("*.yaml"))
@@ -56,7 +57,7 @@ def test_each_peft_method_trains_saves_loads_and_answers(
     assert any(not torch.equal(first[name], second[name]) for name in first)
     prompt = templates.prompt(about["template"], [QUESTION], tokenizer)
     ends = templates.ends(about["template"], tokenizer, net.generation_config)
-    [answer] = examine.answer(net, tokenizer, [prompt], 3, ends)
+    [answer] = generation.generate(net, tokenizer, [prompt], 3, ends)
     assert isinstance(answer, str)
     ids = torch.tensor([prompt])
     with torch.no_grad(), model.autocast(net):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import client
 import dataset
 import model
+import tasks
 from compute.loss import answer_loss
 from methods import aggregate, scaffold
 from methods.base import Contribution
@@ -54,12 +55,12 @@ def batches(cfg: dict, partition: int, number: int) -> list:
     )
     examples, _ = dataset.draw(
         dataset.training_rows(cfg, partition),
-        lambda row: client._encode(cfg, row, tokenizer),
+        lambda row: client._encode(cfg, tasks.build(cfg), tokenizer, row),
         seed,
         examples=steps * size,
     )
     examples = dataset.group_by_length(examples, size, seed)
-    collate = client._collator(cfg, tokenizer)
+    collate = tasks.build(cfg).collator(tokenizer, cfg.train.padding_side)
     return [collate(examples[i : i + size]) for i in range(0, len(examples), size)]
 
 
