@@ -305,7 +305,7 @@ def fastest_loss(net: torch.nn.Module, batch: Batch) -> torch.Tensor:
     # Padded on the right, what counts never looks at padding: no mask is needed.
     hidden = net.model(input_ids=batch["input_ids"], use_cache=False)[0][:, :-1]
     labels = batch["labels"][:, 1:]
-    kept = labels != dataset.IGNORED
+    kept = labels != utils.IGNORED
     return functional.cross_entropy(net.lm_head(hidden[kept]).float(), labels[kept])
 
 

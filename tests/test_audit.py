@@ -24,7 +24,7 @@ from records import batches, canaries, templates
 from server import rounds
 from settings import preflight
 from settings.compose import compose, record, resolve
-from utils import PROJECT, Refusal, UserError
+from utils import IGNORED, PROJECT, Refusal, UserError
 
 DELTA = 1e-5
 CLAIMED = 4.377  # epsilon of one release at z = 1 and this delta
@@ -324,7 +324,7 @@ def test_likelihoods_are_those_of_the_whole_distribution(opened):
         labels = torch.tensor(example["labels"])[1:]
         with torch.no_grad(), model.autocast(net):
             logits = net(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1]
-        kept = labels != dataset.IGNORED
+        kept = labels != IGNORED
         foreseen = torch.distributions.Categorical(logits=logits[kept].double())
         likely = foreseen.logits
         own = foreseen.log_prob(labels[kept])

@@ -13,7 +13,7 @@ import dataset
 import model
 import tasks
 from records import batches, templates
-from utils import Settings
+from utils import IGNORED, Settings
 
 CONSTANT_RATE = "+train.training_arguments.learning_rate=1e-3"
 
@@ -168,7 +168,7 @@ def test_processes_are_dealt_each_record_once(count, configure):
     ]
     assert len({len(batches) for batches in dealt}) == 1  # they step together
     seen = [filled[i] for batches in dealt for indices in batches for i in indices]
-    real = [one for one in seen if one["labels"] != [dataset.IGNORED]]
+    real = [one for one in seen if one["labels"] != [IGNORED]]
     assert sorted(real, key=str) == sorted(examples, key=str)
     assert len(seen) - len(real) < batch * processes
 
@@ -222,7 +222,7 @@ def test_evaluation_is_the_mean_loss_over_answer_tokens(configure):
         ids, labels = (torch.tensor(example[k]) for k in ("input_ids", "labels"))
         with torch.no_grad(), model.autocast(net.eval()):
             logits = net(input_ids=ids[None]).logits[0, :-1].float()
-        kept = labels[1:] != dataset.IGNORED
+        kept = labels[1:] != IGNORED
         log_probabilities = logits.log_softmax(-1)[kept, labels[1:][kept]]
         losses += (-log_probabilities).tolist()
     assert metrics["num-examples"] == len(held)

@@ -11,7 +11,7 @@ import model
 from evaluation import examine
 from records import templates
 from tasks import generation, words
-from utils import UserError
+from utils import IGNORED, UserError
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,7 @@ def plain_nats(exam: examine.Examination, record: dict) -> tuple[float, int, int
     with torch.no_grad(), model.autocast(exam.net):
         logits = exam.net(input_ids=torch.tensor([example["input_ids"]])).logits[0]
     likely = logits[:-1].float().log_softmax(-1)
-    kept = labels[1:] != dataset.IGNORED
+    kept = labels[1:] != IGNORED
     nats = -likely[kept].gather(1, labels[1:][kept, None]).sum().item()
     right = (likely[kept].argmax(-1) == labels[1:][kept]).sum().item()
     return nats, right, int(kept.sum())
