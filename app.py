@@ -4,8 +4,8 @@
 below, which compose the same `conf/` from the run's one setting, `overrides`.
 """
 
-# A SuperNode starts a process for every message. What is imported up here is paid for by
-# each of them; torch and all that needs it is imported where it is used.
+# A node that keeps no trainer (`node/resident.py`) has a process for every message, which pays
+# for what is imported up here; torch and all that needs it is imported where it is used.
 import logging
 import shlex
 import sys

@@ -2,10 +2,10 @@
 
     python benchmarks/message.py                 about ten minutes on two cores
 
-Every message starts a process that imports the libraries and loads the base. The first table
-times rounds of a real federation with one node: as the app is, with everything imported at
-the start and the base quantised anew (what it would cost otherwise), and a Flower app that
-answers at once (the floor). The second loads bases of random weights, quantised for the
+Flower starts a process for every message. The first table times rounds of a real federation
+with one node: as the app is, with a trainer that stays, where each message's process imports
+the libraries and loads the base (`keep-alive=0`), and a Flower app that answers at once (the
+floor). The second loads bases of random weights, quantised for the
 first time and as kept on disk, each in a fresh process, with a forward over eight tokens so
 that the weights are really there.
 """
@@ -66,12 +66,6 @@ def main(grid, context):
 def train(message, context):
     return Message(RecordDict(), reply_to=message)
 """
-EAGER = """
-import flwr_datasets, client
-from evaluation import benchmarks
-from server import journal, rounds
-from settings import plan, preflight
-"""
 
 
 def make_base(folder: Path, size: str) -> str:
@@ -115,15 +109,16 @@ def rounds_of(app: Path, overrides: str, node_config: str) -> tuple[list[float],
         return [entry["seconds"] for entry in entries], statistics.median(own)
 
 
-def copy_of_the_app(folder: Path, eager: bool) -> Path:
-    """The app, or one that imports everything before it knows what it needs."""
+def floor_in(folder: Path) -> Path:
+    """The bundle with an app that does nothing in the place of ours."""
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "outputs", "multirun", "__pycache__"
     )
     shutil.copytree(PROJECT, folder, ignore=ignored)
-    if eager:
-        source = (folder / "app.py").read_text()
-        (folder / "app.py").write_text(EAGER + source)
+    (folder / "app.py").write_text(FLOOR)
+    about = (folder / "pyproject.toml").read_text()
+    about = about.replace("node.resident:client", "app:client")
+    (folder / "pyproject.toml").write_text(about)
     return folder
 
 
@@ -133,9 +128,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=list(SIZES))
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="message-"))
-    floor = copy_of_the_app(work / "floor", eager=False)
-    (floor / "app.py").write_text(FLOOR)
-    eager = copy_of_the_app(work / "eager", eager=True)
+    floor = floor_in(work / "floor")
     bases = {size: make_base(work, size) for size in arguments.sizes}
 
     print("| base | app | round, s | of it the client's work, s |")
@@ -147,9 +140,9 @@ def main() -> None:
     for name, base in {"2.2M": "assets/tiny_llama", **bases}.items():
         if name == "1.3B":
             continue  # a step of its training alone takes minutes here
-        for label, app, cache in (
-            ("all imported, quantised anew", eager, "/dev/null/none"),
-            ("as it is", PROJECT, str(work / "cache")),
+        for label, stays in (
+            ("a process for each message", "keep-alive=0"),
+            ("as it is", ""),
         ):
             overrides = (
                 f"experiment=quickstart model.name={base} num_clients=1 "
@@ -160,9 +153,9 @@ def main() -> None:
             path = PROJECT / base if name == "2.2M" else base
             node_config = (
                 f'data-path="{PROJECT}/assets/tiny_qa/train.jsonl" cpus=1 model-path="{path}" '
-                f'cache-path="{cache}"'
+                f'cache-path="{work / "cache"}" {stays}'
             )
-            times, own = rounds_of(app, overrides, node_config)
+            times, own = rounds_of(PROJECT, overrides, node_config)
             print(f"| {name} | {label} | {statistics.median(times):.1f} | {own:.1f} |")
 
     print("\n| base | bits | first load, s | kept on disk, s | ratio |")

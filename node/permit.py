@@ -49,6 +49,7 @@ SETTINGS: dict[str, type] = {
     "device": str,  # cpu, cuda, or cuda:1
     "cpus": int,  # threads for one client; all that there are unless given
     "processes": int,  # that train one client together, a GPU each (conf/launch)
+    "keep-alive": int,  # seconds that its trainer waits for a message; 0: one for each
     "rank": int,  # the highest of its adapter, where a run takes others than its own
     "cache-path": str,  # where the quantised base is kept between messages
     "personal-path": str,  # the folder for the adapter of this node's own at a run's end
@@ -299,6 +300,8 @@ def check_settings(node_config: dict[str, Any]) -> dict[str, Any]:
     for key in ("cpus", "processes", "rank", "least-sum", *CEILINGS):
         if node_config.get(key, 1) < 1:
             raise UserError(f"--node-config: {key} must be 1 or more.")
+    if node_config.get("keep-alive", 0) < 0:
+        raise UserError("--node-config: keep-alive must be 0 or more.")
     own = {"cache-path": CACHE, "delta": 1e-5, **CEILINGS, **node_config}
     if not (own.get("epsilon", 1) > 0 and 0 < own["delta"] < 1):
         raise UserError("--node-config: epsilon is above 0, and delta between 0 and 1.")

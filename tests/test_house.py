@@ -32,6 +32,7 @@ MAY = {
         *("settings.schema", "settings.compose", "client", "methods", "model"),
         *("dataset", "utils"),
     },
+    "node.resident": {"app"},  # which it imports in the trainer
     "client": {
         *("model", "dataset", "methods", "records", "compute", "evaluation.examine"),
         *("tasks", "utils"),
