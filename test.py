@@ -163,6 +163,7 @@ def file_settings(about: dict, options) -> utils.Settings:
             "template": about["template"],
             "test_path": options.file,
             "columns": columns_of(options, about["columns"]),
+            "labels": about["model"].get("labels"),
         },
         "evaluate": {
             "exact_match": True,

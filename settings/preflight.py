@@ -50,6 +50,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
+    tasks.build(cfg).check(cfg)
     cfg = check_privacy(cfg)
     check_secure(cfg)
     check_personal(cfg)

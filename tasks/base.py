@@ -24,6 +24,8 @@ class Task:
     the task's file in `conf/task` says.
     """
 
+    # Of a record's texts those that may be lists (words, tags, answers), and then are JSON.
+    lists: ClassVar[tuple[str, ...]] = ()
     # By which answers in words are judged, by name.
     judged_by: ClassVar[dict[str, Metric]] = {}
     # Whether exp(loss) means something.
@@ -39,6 +41,13 @@ class Task:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `UserError` where records cannot be put into this tokenizer's words."""
+
+    def fault(self, record: Record) -> str | None:
+        """Why a record is none of this task's, in words; None where it is one.
+
+        One that has no answer is one all the same, and nothing is learnt from it.
+        """
+        return None
 
     def encode(
         self, record: Record, tokenizer: PreTrainedTokenizerBase, training: bool = False
