@@ -158,7 +158,11 @@ def test_entities_are_counted_as_seqeval_counts_them():
     assert made.overall(given, [json.dumps(one) for one in wanted]) == {
         "entity_f1": pytest.approx(f1_score(wanted, named))
     }
-    pairs = [(a, b) for x, y in zip(wanted, named, strict=True) for a, b in zip(x, y, strict=True)]
+    pairs = [
+        (a, b)
+        for x, y in zip(wanted, named, strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
     right = sum(a == b for a, b in pairs)
     assert told["accuracy"] == pytest.approx(right / len(pairs))
     # A sentence by itself and one among others, padded, have the same tags.
