@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from utils import HUB_NAME, Refusal, Settings, UserError, construct, local_path
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
 from records.templates import TEMPLATES, Example, Record
-from tasks.base import Task
 
 # --- loading and dealing out ------------------------------------------------------------------
 
@@ -77,7 +76,8 @@ def load_test(cfg: Settings) -> tuple[list[Record], list[list[str]]]:
         rows = as_records(rows, dataset, _lists(cfg))
         _check_columns(rows, _texts(dataset.columns), dataset.name)
     records = [to_record(row, dataset.columns) for row in rows]
-    _check_records(cfg, records, dataset.test_path or f"{dataset.name}, {test}")
+    where = dataset.test_path or f"{dataset.name}, {test}"
+    tasks.build(cfg).check_records(records, where)
     if not column:
         return records, []
     return records, [
@@ -130,6 +130,13 @@ def as_records(
     if missing := [name for name in sources if name not in rows.column_names]:
         raise UserError(f"{dataset.name}: {files.lacks(missing, rows.column_names)}")
     if not sources:
+        kind = rows.features.get(columns.output)
+        if isinstance(kind, ClassLabel):  # the name, in the place of its number
+            rows = rows.map(
+                _as_name,
+                remove_columns=[columns.output],
+                fn_kwargs={"column": columns.output, "names": kind.names},
+            )
         kinds = {n: kind for n, kind in rows.features.items() if n in lists}
         # Names of labels, where it holds a list of them.
         known = {
@@ -151,6 +158,11 @@ def as_records(
             "code": files.CODE,  # by which the outcome is found on disk
         },
     )
+
+
+def _as_name(row: dict[str, Any], column: str, names: list[str]) -> dict[str, str]:
+    number = row[column]
+    return {column: "" if number is None or number < 0 else names[number]}
 
 
 def _as_json(row: dict[str, Any], known: dict[str, list[str] | None]) -> dict[str, str]:
@@ -183,18 +195,8 @@ def _lists(cfg: Settings) -> list[str]:
     return [columns[name] for name in names if columns[name]]
 
 
-def _check_records(cfg: Settings, records: Iterable[Record], where: str) -> None:
-    """Raise `UserError` for the first record that is none of the task's."""
-    task = tasks.build(cfg)
-    if type(task).fault is Task.fault:  # for which any text is one
-        return
-    for number, record in enumerate(records, start=1):
-        if fault := task.fault(record):
-            raise UserError(f"{where}, record {number}: {fault}.")
-
-
 def check_records(cfg: Settings) -> None:
-    """Raise `UserError` for the first of all records to train on that is none of the task's."""
+    """Raise `Unsuited` for records to train on that are none of the task's."""
     dataset = cfg.dataset
     if cfg.partitioner is not None and not dataset.path:
         rows = _partitioner(cfg).dataset
@@ -202,7 +204,7 @@ def check_records(cfg: Settings) -> None:
         label = cfg.partitioner is not None
         rows = _load(dataset, str(dataset.path), "dataset.path", label, _lists(cfg))
     records = (to_record(row, dataset.columns) for row in rows)
-    _check_records(cfg, records, dataset.path or dataset.name)
+    tasks.build(cfg).check_records(records, dataset.path or dataset.name)
 
 
 def _asked(columns: dict[str, str | None]) -> list[str | None]:

@@ -774,7 +774,8 @@ def save_adapter(
     of training. The folder appears under its name only when it is complete.
     """
     asking = copy.copy(tokenizer)
-    asking.chat_template = templates.chat_template(about["template"], tokenizer)
+    if frame.peft_config["default"].task_type == "CAUSAL_LM":  # others have no prompt
+        asking.chat_template = templates.chat_template(about["template"], tokenizer)
     with commit(folder) as temporary:
         _write(frame, state, about["model"]["name"], temporary)
         asking.save_pretrained(temporary)
@@ -877,7 +878,8 @@ def open_adapter(
         _compare(settings, about, folder)
         part = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        templates.check_template(about["template"], tokenizer)
+        if settings.task_type == "CAUSAL_LM":
+            templates.check_template(about["template"], tokenizer)
         part = "the base"
         base = load_base(
             about["model"]["name"],
