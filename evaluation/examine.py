@@ -84,6 +84,7 @@ SHOWN = {
     "accuracy": ("token accuracy", "{:.1%}"),
     "macro_f1": ("macro-F1", "{:.1%}"),
     "mcc": ("MCC", "{:.3f}"),
+    "entity_f1": ("F1 of entities", "{:.1%}"),
     "exact_match": ("exact match", "{:.1%}"),
     "f1": ("F1 of words", "{:.1%}"),
     "rouge_l": ("ROUGE-L", "{:.1%}"),

@@ -77,6 +77,7 @@ FIGURES: dict[str, dict[str, Figure]] = {
         "eval_loss_own": NATS,
         "eval_macro_f1": Figure(float, high=1),
         "eval_mcc": Figure(float, low=-1, high=1),
+        "eval_entity_f1": Figure(float, high=1),
         **dict.fromkeys(("truncated", "dropped"), COUNT),
     },
     PERSONAL: {

@@ -557,7 +557,7 @@ class Server:
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
             names = ("eval_loss", "eval_accuracy", "eval_loss_own")
-            names += ("eval_macro_f1", "eval_mcc")
+            names += ("eval_macro_f1", "eval_mcc", "eval_entity_f1")
             result |= self._means(clients, names)
             if self.task.perplexity:
                 result["eval_perplexity"] = float(np.exp(min(result["eval_loss"], 700)))

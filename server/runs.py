@@ -45,6 +45,7 @@ UNITS = {
     "test_accuracy": TOKENS,
     "test_macro_f1": "0 to 1, mean over labels of F1",
     "test_mcc": "-1 to 1, Matthews' correlation of given and wanted labels",
+    "test_entity_f1": "0 to 1, F1 of entities that are found whole",
     "exact_match": "share of answers that are the wanted one to the letter",
     "f1": "0 to 1, words in common with the wanted answer",
     "rouge_l": "0 to 1, longest common subsequence of words",
@@ -54,6 +55,7 @@ UNITS = {
     "eval_accuracy": TOKENS,
     "eval_macro_f1": "0 to 1, mean over a client's labels of F1, and over clients",
     "eval_mcc": "-1 to 1, Matthews' correlation, mean over clients",
+    "eval_entity_f1": "0 to 1, F1 of entities that are found whole, mean over clients",
     "eval_loss_worst": f"{NATS}, of the client with the highest",
     "eval_loss_spread": f"{NATS}, standard deviation over clients",
 }
@@ -72,6 +74,7 @@ OWN = (
     "eval_accuracy",
     "eval_macro_f1",
     "eval_mcc",
+    "eval_entity_f1",
 )  # in the summary, by clients
 
 _Examples = TypedDict("_Examples", {"num-examples": float})
@@ -124,6 +127,7 @@ class Evaluated(Reply):
     eval_accuracy: NotRequired[float]
     eval_macro_f1: NotRequired[float]
     eval_mcc: NotRequired[float]
+    eval_entity_f1: NotRequired[float]
     eval_loss_own: NotRequired[float]
 
 

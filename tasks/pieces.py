@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from records.batches import MULTIPLE
 from records.templates import Example
 from tasks.base import Batch, Collate
-from utils import UserError, look_for_stop
+from utils import Settings, UserError, look_for_stop
 
 # Examples that are answered side by side.
 BATCH, BATCH_ON_CPU = 64, 16
@@ -24,6 +24,20 @@ def check(tokenizer: PreTrainedTokenizerBase) -> None:
             f"{type(tokenizer).__name__} does not tell where in a text its tokens stand. Set "
             "model.use_fast_tokenizer=true, or take another base."
         )
+
+
+def check_settings(cfg: Settings) -> None:
+    """Raise `UserError` for what means nothing where an answer is no text that is written."""
+    refused = {
+        "evaluate.choices": (cfg.evaluate.choices, "null", "an answer is not chosen"),
+        "audit.canaries": (cfg.audit.canaries, "0", "made-up records have no answer"),
+    }
+    for key, (value, off, why) in refused.items():
+        if value:
+            raise UserError(
+                f"{key}={value} with task._target_={cfg.task._target_}: {why} there. Set "
+                f"{key}={off}."
+            )
 
 
 def owners(

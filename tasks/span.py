@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from records.templates import Example, Record
 from tasks import pieces as tokens
-from tasks.base import Batch, Collate, Metric, Task
+from tasks.base import Batch, Collate, Metric, Task, Unsuited
 from utils import IGNORED, Settings, UserError
 
 # Where an answer stands in a text: its first character, and the one after its last.
@@ -64,6 +64,7 @@ class Span(Task):
     judged_by: ClassVar[dict[str, Metric]] = {"exact_match": exact_match, "f1": f1}
 
     def check(self, cfg: Settings) -> None:
+        tokens.check_settings(cfg)
         if cfg.dataset.columns.input is None:
             raise UserError(
                 "dataset.columns.input=null: task=span looks for answers in a text. Name its "
@@ -89,12 +90,12 @@ class Span(Task):
 
         And with `lost`, how many other windows there are.
         """
-        if not record["output"].strip():
+        if not record["output"].strip():  # nobody has told it
             return None
         try:
             found = places(record)
-        except ValueError:
-            return None
+        except ValueError as error:
+            raise Unsuited(f"{error}.") from error
         windows = self._windows(record, tokenizer)
         if found:
             held = [(one, held_at(one["places"], *found[0])) for one in windows]
@@ -205,10 +206,20 @@ class Span(Task):
             for (likely, text), blank in zip(best, none, strict=True)
         ]
 
+    def told(
+        self,
+        net: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        records: list[Record],
+        limit: int,
+    ) -> list[str]:
+        given = self.answers(net, tokenizer, records, limit)
+        return [text or "(the text does not answer it)" for text in given]
+
     def judge(self, given: list[str], wanted: list[str]) -> dict[str, list[float]]:
         """By each measure the best over the answers that are accepted."""
         pairs = [
-            (one, told(text)[0] or [""])
+            (one, accepted(text)[0] or [""])
             for one, text in zip(given, wanted, strict=True)
         ]
         return {
@@ -220,7 +231,7 @@ class Span(Task):
 # --- answers and their places ---------------------------------------------------------------
 
 
-def told(output: str) -> tuple[list[str], list[int] | None]:
+def accepted(output: str) -> tuple[list[str], list[int] | None]:
     """The answers of a record's output, and where they begin, if it says so.
 
     Raises `ValueError` with what is wrong with them.
@@ -247,12 +258,13 @@ def places(record: Record) -> list[Place]:
     with the first that does not stand in the text, or not where it is said to.
     """
     text = record["input"]
-    answers, starts = told(record["output"])
+    answers, starts = accepted(record["output"])
     found = []
     for i, answer in enumerate(answers):
-        start = starts[i] if starts else text.find(answer.strip())
         bare = answer.strip()
-        start += len(answer) - len(answer.lstrip()) if starts else 0
+        start = text.find(bare)
+        if starts:
+            start = starts[i] + len(answer) - len(answer.lstrip())
         if not bare or start < 0 or not text.startswith(bare, start):
             at = f" at {starts[i]}" if starts else ""
             raise ValueError(

@@ -9,14 +9,13 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from seqeval.metrics import f1_score
 from seqeval.metrics.sequence_labeling import get_entities
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from records.templates import Example, Record
 from tasks import pieces as tokens
-from tasks.base import Batch, Collate, Task
+from tasks.base import Batch, Collate, Task, Unsuited
 from utils import IGNORED, Settings, UserError
 
 TAG = re.compile(r"O|[BI]-.+")
@@ -41,6 +40,7 @@ class Tagging(Task):
 
     def check(self, cfg: Settings) -> None:
         key = f"dataset.labels={cfg.dataset.labels}"
+        tokens.check_settings(cfg)
         if self.pieces not in ("first", "all"):
             raise UserError(f"task.pieces={self.pieces}: take first or all.")
         if not self.labels:
@@ -50,6 +50,12 @@ class Tagging(Task):
             )
         if len(self.numbers) < len(self.labels):
             raise UserError(f"{key}: a tag stands there twice.")
+        if "O" not in self.numbers:
+            raise UserError(f"{key}: O is missing, outside of all entities.")
+        if cfg.model.labels != cfg.dataset.labels:
+            raise UserError(
+                f"model.labels={cfg.model.labels}: they are dataset.labels. Set those alone."
+            )
         for label in self.labels:
             begins = label.replace("I-", "B-", 1) if label[:2] == "I-" else label
             if not TAG.fullmatch(label) or begins not in self.numbers:
@@ -62,19 +68,29 @@ class Tagging(Task):
         tokens.check(tokenizer)
 
     def fault(self, record: Record) -> str | None:
-        if (words := texts(record["instruction"])) is None:
-            return (
-                f"a list of words is needed, and {record['instruction'][:80]} is none"
-            )
-        if not record["output"].strip():  # nobody has tagged it
-            return None
-        if (tags := self._tags(record["output"])) is None:
-            return f"a list of tags is needed, and {record['output'][:80]} is none"
-        if odd := [tag for tag in tags if tag not in self.numbers]:
-            return f"its tag {odd[0]} is not in dataset.labels={self.labels}"
-        if len(words) != len(tags):
-            return f"it has {len(words)} words and {len(tags)} tags"
+        try:
+            self._read(record)
+        except ValueError as error:
+            return str(error)
         return None
+
+    def _read(self, record: Record) -> tuple[list[str], list[str]]:
+        """Words and the names of their tags, none where nobody has tagged them.
+
+        Raises `ValueError` with what is wrong.
+        """
+        asked, told = record["instruction"], record["output"]
+        if (words := texts(asked)) is None:
+            raise ValueError(f"a list of words is needed, and {asked[:80]} is none")
+        if not told.strip():
+            return words, []
+        if (tags := self._tags(told)) is None:
+            raise ValueError(f"a list of tags is needed, and {told[:80]} is none")
+        if odd := [tag for tag in tags if tag not in self.numbers]:
+            raise ValueError(f"its tag {odd[0]} is not in dataset.labels={self.labels}")
+        if len(words) != len(tags):
+            raise ValueError(f"it has {len(words)} words and {len(tags)} tags")
+        return words, tags
 
     def _tags(self, text: str) -> list[str] | None:
         """Tags by name of JSON that has them by name or by number; None for anything else."""
@@ -89,17 +105,20 @@ class Tagging(Task):
         self, record: Record, tokenizer: PreTrainedTokenizerBase, training: bool = False
     ) -> Example | None:
         """With `starts`, 1 at a word's first piece, and `lost`, how many words have none."""
-        words, tags = texts(record["instruction"]), self._tags(record["output"])
-        if not words or not tags:
+        try:
+            words, tags = self._read(record)
+        except ValueError as error:
+            raise Unsuited(f"{error}.") from error
+        if not tags:
             return None
         ids, owners = tokens.owners(words, tokenizer, self.seq_length)
         starts = firsts(owners)
+        if not (found := sum(starts)):
+            return None
         labels = [IGNORED] * len(ids)
         for place, word in enumerate(owners):
             if word >= 0 and (starts[place] or self.pieces == "all"):
                 labels[place] = self._number(tags[word], starts[place])
-        if not (found := sum(starts)):
-            return None
         made = {"input_ids": ids, "labels": labels, "starts": starts}
         return made | ({"lost": [lost]} if (lost := len(words) - found) else {})
 
@@ -147,6 +166,7 @@ class Tagging(Task):
         return torch.cat([torch.stack(sums, dim=1).double(), counts], dim=1)
 
     def metrics(self, scores: torch.Tensor) -> dict[str, float]:
+        """With `entity_f1`: micro F1 of entities, as seqeval has it, of the words that are read."""
         found, named, there = scores[:, 3:].sum(0).tolist()
         f1 = 2 * found / (named + there) if found else 0.0
         return super().metrics(scores) | {"entity_f1": f1}
@@ -159,8 +179,8 @@ class Tagging(Task):
         limit: int,
     ) -> list[str]:
         """The tags of each record's words, as JSON; O for a word that there is no room for."""
-        each = [texts(record["instruction"]) or [] for record in records]
-        tags = [["O" if "O" in self.numbers else self.labels[0]] * len(w) for w in each]
+        each = [words_of(record) for record in records]
+        tags = [["O"] * len(words) for words in each]
         placed = [tokens.owners(words, tokenizer, self.seq_length) for words in each]
         collate = tokens.collator(tokenizer)
         examples = [{"input_ids": ids} for ids, _ in placed]
@@ -173,11 +193,25 @@ class Tagging(Task):
                         tags[i][owners[place]] = self.labels[found[place]]
         return [json.dumps(one, ensure_ascii=False) for one in tags]
 
-    def overall(self, given: list[str], wanted: list[str]) -> dict[str, float]:
-        """`entity_f1`: micro F1 of entities, as seqeval has it."""
-        theirs = [self._tags(text) or [] for text in wanted]
-        ours = [self._tags(text) or [] for text in given]
-        return {"entity_f1": float(f1_score(theirs, ours, zero_division=0))}
+    def told(
+        self,
+        net: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        records: list[Record],
+        limit: int,
+    ) -> list[str]:
+        """Each word with its tag: Ada/B-PER lived/O."""
+        tags = map(json.loads, self.answers(net, tokenizer, records, limit))
+        pairs = [
+            zip(words_of(r), t, strict=True) for r, t in zip(records, tags, strict=True)
+        ]
+        return [" ".join(map("/".join, one)) for one in pairs]
+
+
+def words_of(record: Record) -> list[str]:
+    """A record's words; of a text that is no list, as a question of `test.py`, by spaces."""
+    asked = record["instruction"]
+    return asked.split() if (words := texts(asked)) is None else words
 
 
 def firsts(owners: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import model
 import tasks
 from assets.testbed import bases, families
 from tasks import span
+from tasks.base import Unsuited
 from tasks.span import Span
 from utils import IGNORED, Settings, UserError
 
@@ -229,6 +231,7 @@ def test_the_best_of_all_windows_is_the_answer_or_none_is():
     assert made.answers(net, tokenizer, [asked, short], 8) == ["paris", "paris"]
     fixed(net, {paris: 5.0, cls: 6.0})
     assert made.answers(net, tokenizer, [asked, short], 8) == ["", ""]
+    assert "does not answer" in made.told(net, tokenizer, [short], 8)[0]
 
 
 def test_that_there_is_no_answer_is_learnt_at_the_first_token():
@@ -281,6 +284,8 @@ def test_answers_are_judged_as_squad_judges_them(given, wanted, exact, f1):
 )
 def test_an_answer_that_is_not_there_is_refused(output, said):
     assert said in task().fault(record(output))
+    with pytest.raises(Unsuited, match=re.escape(said)):
+        task().encode(record(output), bases.tokenizer("bert"))
     for fine in ("Paris", squad("Paris", "France"), squad(), "", json.dumps(["Paris"])):
         assert task().fault(record(fine)) is None
 

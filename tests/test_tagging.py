@@ -12,6 +12,7 @@ import dataset
 import tasks
 from assets.testbed import bases, families
 from tasks import pieces
+from tasks.base import Unsuited
 from tasks.tagging import Tagging
 from utils import IGNORED, Settings, UserError
 
@@ -94,7 +95,6 @@ def test_first_pieces_or_all_are_labelled():
     # By number as by name, as the hub has them.
     assert task().encode(record(words, [3, 4, 0]), tokenizer) == first
     assert "lost" not in first
-    assert task().encode(record(words, []), tokenizer) is None
     assert task().encode(record(words, tags) | {"output": ""}, tokenizer) is None
 
 
@@ -152,9 +152,6 @@ def test_entities_are_counted_as_seqeval_counts_them():
     assert any(tag != "O" for tags in named for tag in tags)
     wanted = [TAGS[i:] for i in range(6)]
     assert told["entity_f1"] == pytest.approx(f1_score(wanted, named))
-    assert made.overall(given, [json.dumps(one) for one in wanted]) == {
-        "entity_f1": pytest.approx(f1_score(wanted, named))
-    }
     pairs = [
         (a, b)
         for x, y in zip(wanted, named, strict=True)
@@ -162,6 +159,10 @@ def test_entities_are_counted_as_seqeval_counts_them():
     ]
     right = sum(a == b for a, b in pairs)
     assert told["accuracy"] == pytest.approx(right / len(pairs))
+    first = " ".join(f"{w}/{t}" for w, t in zip(WORDS, named[0], strict=True))
+    assert made.told(net, tokenizer, records[:1], 1) == [first]
+    plain = record([], []) | {"instruction": " ".join(WORDS)}
+    assert made.told(net, tokenizer, [plain], 1) == [first]
     # A sentence by itself and one among others, padded, have the same tags.
     alone = [made.answers(net, tokenizer, [one], 1)[0] for one in records]
     assert alone == given
@@ -180,8 +181,34 @@ CASES = [
 
 @pytest.mark.parametrize(("wanted", "given", "f1"), CASES)
 def test_whole_entities_count(wanted, given, f1):
-    told = task().overall([json.dumps(given)], [json.dumps(wanted)])
-    assert told == {"entity_f1": pytest.approx(f1)}
+    """With a network that says what it is to say."""
+    made, tokenizer = task(), bases.tokenizer("bert")
+    words = ["paris"] * len(wanted)
+    batch = made.collator(tokenizer, "left")(
+        [made.encode(record(words, wanted), tokenizer)]
+    )
+    logits = torch.zeros(*batch["input_ids"].shape, len(LABELS))
+    for place, tag in enumerate(given, start=1):
+        logits[0, place, LABELS.index(tag)] = 9.0
+
+    def net(**_):
+        return type("Out", (), {"logits": logits})
+
+    told = made.metrics(made.score(net, batch))
+    assert told["entity_f1"] == pytest.approx(f1)
+    assert f1 == pytest.approx(f1_score([wanted], [given], zero_division=0))
+
+
+def settings(labels=LABELS) -> Settings:
+    return Settings.of(
+        {
+            "task": {"_target_": "tasks.tagging.Tagging"},
+            "dataset": {"labels": labels},
+            "model": {"labels": labels},
+            "evaluate": {"choices": None},
+            "audit": {"canaries": 0},
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,17 +216,23 @@ def test_whole_entities_count(wanted, given, f1):
     [
         (None, "needs all tags"),
         (["O", "O"], "stands there twice"),
+        (["B-PER", "I-PER"], "O is missing"),
         (["O", "PER"], "PER is no tag of IOB2"),
         (["O", "B-PER", "I-LOC"], "I-LOC is no tag of IOB2"),
     ],
 )
 def test_a_list_of_tags_that_is_none_is_refused(labels, said):
-    cfg = Settings.of({"dataset": {"labels": labels}})
+    cfg = settings(labels)
     with pytest.raises(UserError, match=said):
         task(labels=labels).check(cfg)
-    task().check(Settings.of({"dataset": {"labels": LABELS}}))
+    task().check(settings())
     with pytest.raises(UserError, match="first or all"):
-        task("last").check(cfg)
+        task("last").check(settings())
+    for bad in ({"evaluate": {"choices": "c"}}, {"audit": {"canaries": 3}}):
+        with pytest.raises(
+            UserError, match=r"tagging\.Tagging.*Set \w+\.\w+=(null|0)\."
+        ):
+            task().check(Settings.of(settings() | bad))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +248,8 @@ def test_a_list_of_tags_that_is_none_is_refused(labels, said):
 )  # fmt: skip
 def test_a_record_of_another_kind_is_refused(bad, said):
     assert said in task().fault(record(WORDS, TAGS) | bad)
+    with pytest.raises(Unsuited, match=said.replace("[", ".")):
+        task().encode(record(WORDS, TAGS) | bad, bases.tokenizer("bert"))
     assert task().fault(record(WORDS, TAGS)) is None
     assert task().fault(record(WORDS, TAGS) | {"output": " "}) is None
 
