@@ -37,7 +37,7 @@ def load_partition(cfg: Settings, partition: int) -> Dataset:
     a partitioner it is one node's own, all of it.
     """
     if cfg.partitioner is None:
-        return _load(cfg.dataset, cfg.dataset.path, "data-path")
+        return _load(cfg.dataset, cfg.dataset.path, "data-path", lists=_lists(cfg))
     return _partitioner(cfg).load_partition(partition)
 
 
@@ -56,7 +56,8 @@ def load_test(cfg: Settings) -> tuple[list[Record], list[list[str]]]:
     dataset, column = cfg.dataset, cfg.evaluate.choices
     if dataset.test_path:
         path = str(dataset.test_path)
-        rows = _load(dataset, path, "dataset.test_path", lists=column)
+        lists = [*_lists(cfg), *([column] if column else [])]
+        rows = _load(dataset, path, "dataset.test_path", lists=lists)
     elif dataset.path:
         raise UserError(
             "evaluate.exact_match, every_round and choices need test questions: name them "
@@ -72,9 +73,11 @@ def load_test(cfg: Settings) -> tuple[list[Record], list[list[str]]]:
                 f"dataset.name={dataset.name} has no {test} split: name questions of "
                 "yours with dataset.test_path, or set evaluate.exact_match=false."
             ) from error
-        rows = as_records(rows, dataset)
+        rows = as_records(rows, dataset, _lists(cfg))
         _check_columns(rows, _texts(dataset.columns), dataset.name)
     records = [to_record(row, dataset.columns) for row in rows]
+    where = dataset.test_path or f"{dataset.name}, {test}"
+    tasks.build(cfg).check_records(records, where)
     if not column:
         return records, []
     return records, [
@@ -113,8 +116,12 @@ def to_record(row: dict[str, Any], columns: dict[str, str | None]) -> Record:
     return record
 
 
-def as_records(rows: Dataset, dataset: dict[str, Any]) -> Dataset:
+def as_records(
+    rows: Dataset, dataset: dict[str, Any], lists: Sequence[str] = ()
+) -> Dataset:
     """The rows of a dataset of the hub; of conversations, as `conversations.row` has them.
+
+    What the columns `lists` hold that is no text becomes JSON, numbers of labels their names.
 
     Raises `UserError` with what is wrong in the first that is none.
     """
@@ -123,7 +130,23 @@ def as_records(rows: Dataset, dataset: dict[str, Any]) -> Dataset:
     if missing := [name for name in sources if name not in rows.column_names]:
         raise UserError(f"{dataset.name}: {files.lacks(missing, rows.column_names)}")
     if not sources:
-        return rows
+        kind = rows.features.get(columns.output)
+        if isinstance(kind, ClassLabel):  # the name, in the place of its number
+            rows = rows.map(
+                _as_name,
+                remove_columns=[columns.output],
+                fn_kwargs={"column": columns.output, "names": kind.names},
+            )
+        kinds = {n: kind for n, kind in rows.features.items() if n in lists}
+        # Names of labels, where it holds a list of them.
+        known = {
+            name: getattr(getattr(kind, "feature", None), "names", None)
+            for name, kind in kinds.items()
+            if not isinstance(kind, (Value, ClassLabel))
+        }
+        if not known:
+            return rows
+        return rows.map(_as_json, remove_columns=[*known], fn_kwargs={"known": known})
     others = [n for n in rows.column_names if n in (*sources, *_texts(columns))]
     return rows.map(
         _as_record,
@@ -135,6 +158,19 @@ def as_records(rows: Dataset, dataset: dict[str, Any]) -> Dataset:
             "code": files.CODE,  # by which the outcome is found on disk
         },
     )
+
+
+def _as_name(row: dict[str, Any], column: str, names: list[str]) -> dict[str, str]:
+    number = row[column]
+    return {column: "" if number is None or number < 0 else names[number]}
+
+
+def _as_json(row: dict[str, Any], known: dict[str, list[str] | None]) -> dict[str, str]:
+    values = {
+        column: [names[number] for number in row[column]] if names else row[column]
+        for column, names in known.items()
+    }
+    return {n: json.dumps(one, ensure_ascii=False) for n, one in values.items()}
 
 
 def _as_record(
@@ -150,6 +186,25 @@ def _texts(columns: dict[str, str | None]) -> list[str]:
     """The columns of question and answer."""
     texts = (column for name, column in columns.items() if name != "messages")
     return [column for column in texts if column]
+
+
+def _lists(cfg: Settings) -> list[str]:
+    """The columns that may hold lists, for the task."""
+    columns = cfg.dataset.columns
+    names = tasks.build(cfg).lists
+    return [columns[name] for name in names if columns[name]]
+
+
+def check_records(cfg: Settings) -> None:
+    """Raise `Unsuited` for records to train on that are none of the task's."""
+    dataset = cfg.dataset
+    if cfg.partitioner is not None and not dataset.path:
+        rows = _partitioner(cfg).dataset
+    else:  # in the order of the files
+        label = cfg.partitioner is not None
+        rows = _load(dataset, str(dataset.path), "dataset.path", label, _lists(cfg))
+    records = (to_record(row, dataset.columns) for row in rows)
+    tasks.build(cfg).check_records(records, dataset.path or dataset.name)
 
 
 def _asked(columns: dict[str, str | None]) -> list[str | None]:
@@ -194,18 +249,20 @@ def _load(
     path: str,
     key: str,
     label: bool = False,
-    lists: str | None = None,
+    lists: Sequence[str] = (),
 ) -> Dataset:
     """The records of local files, in the columns that are asked for."""
     columns = dataset.columns
-    names = [*_texts(columns), dataset.label if label else None, lists]
+    names = [*_texts(columns), dataset.label if label else None, *lists]
     wanted = list(dict.fromkeys(str(name) for name in names if name is not None))
     return files.load(path, key, wanted, columns["input"], lists, dict(columns))
 
 
 def _partitioner(cfg: Settings) -> "Partitioner":
     return _partitioner_once(
-        json.dumps([cfg.dataset, cfg.partitioner, cfg.seed], sort_keys=True)
+        json.dumps(
+            [cfg.dataset, cfg.partitioner, cfg.seed, _lists(cfg)], sort_keys=True
+        )
     )
 
 
@@ -216,14 +273,14 @@ def forget() -> None:
 
 @lru_cache(maxsize=1)
 def _partitioner_once(key: str) -> "Partitioner":
-    dataset, settings, seed = json.loads(key, object_hook=Settings)
+    dataset, settings, seed, lists = json.loads(key, object_hook=Settings)
     # This one of ours, or any of Flower's; no other class may be built here.
     ours = settings["_target_"] == "records.clusters.ClusterPartitioner"
     partitioner = construct(
         settings, "records.clusters" if ours else "flwr_datasets.partitioner"
     )
     if dataset.path:
-        rows = _load(dataset, str(dataset.path), "dataset.path", label=True)
+        rows = _load(dataset, str(dataset.path), "dataset.path", True, lists)
         partitioner.dataset = rows.shuffle(seed=seed)
         return partitioner
     from flwr_datasets import FederatedDataset
@@ -232,7 +289,7 @@ def _partitioner_once(key: str) -> "Partitioner":
 
     def prepared(parts: DatasetDict) -> DatasetDict:
         if train in parts:
-            parts[train] = as_records(parts[train], dataset)
+            parts[train] = as_records(parts[train], dataset, lists)
         return parts
 
     federated = FederatedDataset(
@@ -411,6 +468,7 @@ def check(cfg: Settings) -> list[str]:
     _check_columns(
         rows, [*_texts(dataset.columns), settings.get("partition_by")], where
     )
+    check_records(cfg)
     answers = dataset.columns.output
     whole = [bool(files.text(answer).strip()) for answer in rows[answers][:]]
     if not any(whole):

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from compute import patches
+from compute import heads, patches
 from compute.loss import hidden_states
 from methods.base import State
 from methods.wire import mismatch, misshapen
@@ -78,6 +78,9 @@ CLASSES = {
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
 }
+
+# Those with a head that is made from the seed, trained whole, and part of the adapter.
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 # How an adapter is examined, where its folder does not say (it is older than that).
 EXAMINED = {
@@ -191,13 +194,19 @@ def load_base(
 ) -> torch.nn.Module:
     """Load a base of this `kind` with frozen weights, quantised, from safetensors only.
 
-    `labels`: what its head tells apart, if it is of a kind that does. `shards`: this is one of as many processes, and each loads and holds its part of every
-    weight (FSDP2); more than 1 needs `quantization` None. `cache`: a folder that keeps it
-    as quantised, for the next process. Raises `UserError` where neither a local folder nor
-    the hub has such weights, or not all of them.
+    `labels`: what its head tells apart, if it is of a kind that does; a head's values are of
+    no account (`heads.begin` makes them), and are never quantised. `shards`: this is one of
+    as many processes, and each loads and holds its part of every weight (FSDP2); more than 1
+    needs `quantization` None. `cache`: a folder that keeps it as quantised, for the next
+    process. Raises `UserError` where neither a local folder nor the hub has such weights, or
+    not all of them.
     """
     source = _source(name)
     config = quantization_config(quantization, compute_dtype(device))
+    if config and kind in HEADED:
+        with torch.device("meta"):
+            blank = CLASSES[kind].from_config(_config({"name": name, "labels": labels}))
+        config.llm_int8_skip_modules = heads.parts(blank)
     kept = None
     if cache and config:
         made = kind, *(labels or ())
@@ -220,6 +229,8 @@ def load_base(
         )
         # Transformers would put random values in the place of weights that are not there.
         odd = told["missing_keys"] | {key for key, *_ in told["mismatched_keys"]}
+        if kind in HEADED:
+            odd -= {key for key, _ in heads.parameters(base)}
         if odd:
             raise ValueError(
                 f"{len(odd)} are missing or have another shape, {min(odd)} among them"
@@ -319,8 +330,10 @@ def set_rank(model: PeftModel, peft_cfg: Any, most: int) -> None:
 
     Whoever does that must set the adapter's state before use.
     """
-    settings = construct(capped(peft_cfg, most), "peft")
-    settings.task_type = settings.task_type or "CAUSAL_LM"
+    base = model.get_base_model()
+    settings = _peft_settings(capped(peft_cfg, most), base)
+    for part in heads.parts(base) if settings.task_type in HEADED else ():
+        base.set_submodule(part, base.get_submodule(part).original_module)
     model.delete_adapter("default")
     model.add_adapter("default", settings)
     model.set_adapter("default")
@@ -360,6 +373,11 @@ def _config(model_cfg: Any) -> PreTrainedConfig:
     if labels := model_cfg.get("labels"):
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
+        text = config.get_text_config()
+        if (
+            text.pad_token_id is None
+        ):  # by which transformers wants to find a text's end
+            text.pad_token_id = 0
     return config
 
 
@@ -454,6 +472,16 @@ def saved(model_cfg: Any, peft_cfg: Any) -> State:
         ) from error
 
 
+def _peft_settings(peft_cfg: Any, base: torch.nn.Module) -> peft.PeftConfig:
+    """PEFT's settings, with the base's whole head among what is trained and saved."""
+    settings = construct(peft_cfg, "peft")
+    settings.task_type = settings.task_type or "CAUSAL_LM"
+    if settings.task_type in HEADED:
+        more = settings.modules_to_save or []
+        settings.modules_to_save = [*dict.fromkeys([*more, *heads.parts(base)])]
+    return settings
+
+
 @patches.equal_masks_drawn_once()
 def _with_adapter(
     base: torch.nn.Module,
@@ -470,8 +498,9 @@ def _with_adapter(
                 "support it. Set model.gradient_checkpointing=false."
             )
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = construct(peft_cfg, "peft")
-    settings.task_type = settings.task_type or "CAUSAL_LM"
+    settings = _peft_settings(peft_cfg, base)
+    if settings.task_type in HEADED:
+        heads.begin(base, seed)
     start = getattr(settings, "init_lora_weights", None)
     if frame and isinstance(start, str):  # PiSSA, say, would decompose the weights
         settings.init_lora_weights = True
@@ -745,7 +774,8 @@ def save_adapter(
     of training. The folder appears under its name only when it is complete.
     """
     asking = copy.copy(tokenizer)
-    asking.chat_template = templates.chat_template(about["template"], tokenizer)
+    if frame.peft_config["default"].task_type == "CAUSAL_LM":  # others have no prompt
+        asking.chat_template = templates.chat_template(about["template"], tokenizer)
     with commit(folder) as temporary:
         _write(frame, state, about["model"]["name"], temporary)
         asking.save_pretrained(temporary)
@@ -760,6 +790,7 @@ def about(cfg: Any, done: int) -> dict[str, Any]:
     train = cfg.train
     return {
         "round": done,
+        "seed": cfg.seed,
         "template": cfg.dataset.template,
         "model": settings,
         # As it is examined, for `test.py --file`.
@@ -803,8 +834,9 @@ def read_about(folder: str) -> dict[str, Any]:
                 raise ValueError(f"{name} is larger than {LARGEST_JSON} bytes")
         about = json.loads((path / ABOUT).read_text())
         template, base = about["template"], about["model"]["name"]
-        if not isinstance(about["round"], int):
-            raise ValueError(f"its round is {about['round']!r}")
+        for name, number in ("round", about["round"]), ("seed", about.get("seed", 0)):
+            if not isinstance(number, int):
+                raise ValueError(f"its {name} is {number!r}")
         if template not in templates.TEMPLATES:
             raise ValueError(f"the template {template!r} is unknown")
         if about["model"]["quantization"] not in (4, 8, None):
@@ -846,7 +878,8 @@ def open_adapter(
         _compare(settings, about, folder)
         part = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        templates.check_template(about["template"], tokenizer)
+        if settings.task_type == "CAUSAL_LM":
+            templates.check_template(about["template"], tokenizer)
         part = "the base"
         base = load_base(
             about["model"]["name"],
@@ -855,6 +888,8 @@ def open_adapter(
             kind=settings.task_type,
             labels=about["model"].get("labels"),
         )
+        if settings.task_type in HEADED:  # which the base alone answers with
+            heads.begin(base, about.get("seed", 0))
         if unpacked:
             base = unpack(base)
             _untie(base)
@@ -973,7 +1008,9 @@ def merge(folder: str, about: dict[str, Any], device: torch.device, out: Path) -
             f"--merge: {method.value} puts vectors of its own before the prompt's, which no "
             "weight of the base can take up. Share the adapter as it is, without --merge."
         )
-    net, _ = open_adapter(folder, about, device, unpacked=True)
+    net, tokenizer = open_adapter(folder, about, device, unpacked=True)
+    if kind in HEADED:  # as transformers will find the end of a text
+        net.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     ids = torch.arange(4, 20).view(2, 8)
     wanted = _read(kind, net, ids)
     try:

@@ -5,6 +5,8 @@ Write the tiny question-answering data and pretrain the tiny base model, from sc
 From `facts.yaml` come
   tiny_qa/train.jsonl, tiny_qa/test.jsonl   instruction data, split by fact
   tiny_chat/train.jsonl, tiny_chat/test.jsonl   the same as conversations, a few of them
+  tiny_tags/train.jsonl, tiny_tags/test.jsonl   words of statements, and what is named there
+  tiny_spans/train.jsonl, tiny_spans/test.jsonl   questions, and texts that answer them
   tiny_llama/                               a 2.2M parameter LLaMA and its tokenizer
 
 The base model reads plain statements of all facts, never a question or a prompt, so it
@@ -40,6 +42,16 @@ HERE = Path(__file__).resolve().parent
 SEED = 7
 TEST_SHARE = 0.2
 CHATS = {"train": 6, "test": 3}  # conversations of a category
+SPANS = {"train": 48, "test": 12}  # questions of a category; every eighth has no answer
+
+# What a and b of a statement are.
+NAMED = {
+    "capital": ("COUNTRY", "CITY"),
+    "continent": ("COUNTRY", "CONTINENT"),
+    "nationality": ("COUNTRY", "PEOPLE"),
+    "symbol": ("ELEMENT", "SYMBOL"),
+    "animal": ("ANIMAL", "KIND"),
+}
 
 VOCAB_SIZE = 2048
 STEPS, BATCH, LENGTH = 3200, 16, 128
@@ -196,6 +208,88 @@ def write_chats(categories, folder):
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in chats]
         (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{side}: {len(chats)} conversations")
+
+
+def tagged(statement, a, b, names):
+    """Return a statement's words, and their tags in IOB2; an article is outside."""
+    words, tags = [], []
+    for part in re.split(r"(\{(?:an_)?[ab]\})", statement):
+        text = render(part, a, b)
+        name = names["ab".index(part[-2])] if part.startswith("{") else None
+        begun = False
+        for word in re.findall(r"\w+(?:[-']\w+)*|[^\w\s]", text):
+            outside = name is None or (not begun and word in ("the", "a", "an"))
+            tags.append("O" if outside else f"{'I' if begun else 'B'}-{name}")
+            begun |= not outside
+            words.append(word)
+    return [capitalised(words[0]), *words[1:]], tags
+
+
+def write_tags(categories, folder):
+    """Write the words of statements on facts; two statements on each that is trained on."""
+    rng = random.Random(SEED)
+    files = {"train": [], "test": []}
+    for name, names in NAMED.items():
+        spec = categories[name]
+        for side, facts in zip(files, split(name, spec), strict=True):
+            for a, b in facts:
+                chosen = rng.sample(spec["statements"], 2 if side == "train" else 1)
+                for statement in chosen:
+                    whole = rng.choice(SETTINGS).replace("{s}", statement)
+                    words, tags = tagged(whole, a, b, names)
+                    entry = {"words": words, "tags": tags, "category": name}
+                    files[side].append(entry)
+    write_lines(files, folder, rng)
+
+
+def write_spans(categories, folder):
+    """Write questions, each with a text of three statements of its category, in SQuAD's form.
+
+    No other statement has the same answer. Of every eighth the text does not answer it.
+    """
+    rng = random.Random(SEED)
+    files = {"train": [], "test": []}
+    for name, spec in categories.items():
+        plain = [q["instruction"] for q in spec["questions"] if "input" not in q]
+        for side, facts in zip(files, split(name, spec), strict=True):
+            some = rng.sample(facts, min(SPANS[side], len(facts)))
+            for number, (a, b) in enumerate(some):
+                others = [fact for fact in facts if not {a, b} & {*fact}]
+                asked = [] if number % 8 == 7 else [(a, b)]
+                told = asked + rng.sample(others, 3 - len(asked))
+                rng.shuffle(told)
+                text, starts = "", []
+                for fact in told:
+                    statement = capitalised(
+                        render(rng.choice(spec["statements"]), *fact)
+                    )
+                    if fact in asked:
+                        starts.append(len(text) + place(statement, *fact))
+                    text += f"{statement}. "
+                entry = {"question": render(rng.choice(plain), a, b)}
+                entry |= {"context": text.strip()}
+                held = [text[start : start + len(b)] for start in starts]
+                entry |= {"answers": {"text": held, "answer_start": starts}}
+                files[side].append(entry | {"category": name})
+    write_lines(files, folder, rng)
+
+
+def place(statement, a, b):
+    """Return where b begins in a statement, as a word of its own, and not in a."""
+    found = re.finditer(rf"(?<![\w-]){re.escape(b)}(?![\w-])", statement, re.IGNORECASE)
+    within = statement.lower().find(a.lower())
+    inside = range(within, within + len(a)) if b.lower() in a.lower() else ()
+    return next(one.start() for one in found if one.start() not in inside)
+
+
+def write_lines(files, folder, rng):
+    """Write each side's records in an order of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, records in files.items():
+        rng.shuffle(records)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in records]
+        (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{folder.name}, {side}: {len(records)} records")
 
 
 def sentences(categories, rng):
@@ -394,7 +488,7 @@ def save(model, tokenizer, folder):
 
 def main():
     """Make everything."""
-    parser = argparse.ArgumentParser(description="Make tiny_qa and tiny_llama.")
+    parser = argparse.ArgumentParser(description="Make the data and tiny_llama.")
     parser.add_argument("--out", type=Path, default=HERE, help="where to write")
     parser.add_argument("--data-only", action="store_true", help="no model")
     args = parser.parse_args()
@@ -402,6 +496,8 @@ def main():
     categories = load_facts(HERE / "facts.yaml")
     write_records(categories, args.out / "tiny_qa")
     write_chats(categories, args.out / "tiny_chat")
+    write_tags(categories, args.out / "tiny_tags")
+    write_spans(categories, args.out / "tiny_spans")
     if args.data_only:
         return
     tokenizer = train_tokenizer(categories)

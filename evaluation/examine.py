@@ -24,12 +24,18 @@ class Scores(dict[str, float]):
 
     `questions`: what they are made of, a value for each question, by name. `nats`, `right` and
     `tokens` of the answer (sums over its tokens; too long ones are not there), the other
-    scores under their own names.
+    scores under their own names. `labels`: of each label, where a task tells them apart.
     """
 
-    def __init__(self, *known: Any, questions: dict[str, list[float]]) -> None:
+    def __init__(
+        self,
+        *known: Any,
+        questions: dict[str, list[float]],
+        labels: list[dict[str, Any]],
+    ) -> None:
         super().__init__(*known)
         self.questions = questions
+        self.labels = labels
 
 
 # --- known answers ----------------------------------------------------------------------------
@@ -76,6 +82,9 @@ SHOWN = {
     "loss": ("loss, nats a token", "{:.3f}"),
     "perplexity": ("perplexity", "{:.4g}"),
     "accuracy": ("token accuracy", "{:.1%}"),
+    "macro_f1": ("macro-F1", "{:.1%}"),
+    "mcc": ("MCC", "{:.3f}"),
+    "entity_f1": ("F1 of entities", "{:.1%}"),
     "exact_match": ("exact match", "{:.1%}"),
     "f1": ("F1 of words", "{:.1%}"),
     "rouge_l": ("ROUGE-L", "{:.1%}"),
@@ -190,7 +199,8 @@ class Examination:
             told["perplexity"] = math.exp(min(told["loss"], 700))  # what a float holds
         columns = zip(("nats", "right", "tokens"), scores.T.tolist(), strict=False)
         named = {f"test_{name}": value for name, value in told.items()}
-        return Scores(named, questions=dict(columns))
+        labels = self.task.by_label(scores)
+        return Scores(named, questions=dict(columns), labels=labels)
 
     def _answers(self) -> list[str]:
         limit = self.settings["max_new_tokens"]

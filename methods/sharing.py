@@ -208,13 +208,15 @@ class RoLoRA(Halves):
 
     The other half stands still, so each round's mean is exactly that of the updates B A. B
     comes first: while it is 0, A has no gradient. What a client has had does not come again.
+    A head is trained in all rounds.
     """
 
     def lasts(self, names: Names) -> list[str]:
         return self.comes(names)
 
     def trains(self, names: Names, server_round: int) -> Names:
-        return [name for name in names if lora.is_a(name) == (server_round % 2 == 0)]
+        still = "B" if server_round % 2 == 0 else "A"
+        return [name for name in names if f".lora_{still}." not in name]
 
 
 def refactored(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,7 @@ def load(
     key: str,
     columns: list[str],
     optional: str | None = None,
-    lists: str | None = None,
+    lists: Sequence[str] = (),
     talks: dict[str, str | None] | None = None,
 ) -> Dataset:
     """Read `columns` of a file, or of all files of a folder, as text.
@@ -74,7 +74,7 @@ def load(
     Kept in the cache of Hugging Face Datasets on disk: another process, or the next run,
     finds it there for as long as the files do not change. `key` is the setting that named
     the path, for messages; `optional` the one column that a record may lack (some record
-    has it), `lists` the one that may hold lists, which become JSON. `talks`: `dataset.columns`,
+    has it), `lists` those that may hold lists or objects, which become JSON. `talks`: `dataset.columns`,
     if the records may be conversations (`conversations.row` says what becomes of them).
 
     Raises `UserError` for a path without data, a broken file (with the line), a missing
@@ -92,7 +92,7 @@ def load(
             "files": tuple(found),
             "columns": tuple(columns),
             "optional": None if sources else optional,
-            "lists": lists,
+            "lists": tuple(lists),
             "sources": sources,
             "talks": talks if sources else None,
             "stamps": (*stamps, CODE),
@@ -236,7 +236,7 @@ def read(
     files: tuple[Path, ...],
     columns: tuple[str, ...],
     optional: str | None,
-    lists: str | None,
+    lists: tuple[str, ...],
     sources: tuple[str, ...],
     talks: dict[str, str | None] | None,
     stamps: Any,
@@ -257,9 +257,12 @@ def read(
                 seen |= optional in row
                 if missing and missing != [optional]:
                     raise UserError(f"{where}: {lacks(missing, names, row)}")
-                if lists and not isinstance(row[lists], str):
-                    # A decimal or a date as `text` has it, the right answer being one.
-                    row[lists] = json.dumps(row[lists], ensure_ascii=False, default=str)
+                for name in lists:
+                    if isinstance(row.get(name), (list, dict)):
+                        # A decimal or a date as `text` has it, the right answer being one.
+                        row[name] = json.dumps(
+                            row[name], ensure_ascii=False, default=str
+                        )
                 empty = False
                 kept = {column: row.get(column) for column in columns}
                 if sources:

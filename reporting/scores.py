@@ -9,13 +9,19 @@ from reporting.figures import LOSS
 
 # The answer is about the first that was measured.
 SCORES = {
+    "test_entity_f1": "entity F1, %",
     "exact_match": "exact match, %",
+    "test_macro_f1": "macro-F1, %",
     "choice_accuracy": "choice accuracy, %",
     "f1": "F1, %",
     "rouge_l": "ROUGE-L, %",
+    "test_mcc": "MCC",
     "test_accuracy": "token accuracy, %",
     "test_loss": LOSS,
     "test_perplexity": "perplexity",
+    "eval_macro_f1": "macro-F1 on own records, %",
+    "eval_entity_f1": "entity F1 on own records, %",
+    "eval_mcc": "MCC on own records",
     "eval_accuracy": "token accuracy on own records, %",
     "eval_loss": f"{LOSS}, on own records",
 }

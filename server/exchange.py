@@ -75,6 +75,9 @@ FIGURES: dict[str, dict[str, Figure]] = {
         "eval_loss": LOSS,
         "eval_accuracy": Figure(float, high=1, needed=True),
         "eval_loss_own": NATS,
+        "eval_macro_f1": Figure(float, high=1),
+        "eval_mcc": Figure(float, low=-1, high=1),
+        "eval_entity_f1": Figure(float, high=1),
         **dict.fromkeys(("truncated", "dropped"), COUNT),
     },
     PERSONAL: {

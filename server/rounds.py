@@ -175,6 +175,8 @@ def conclude(
         "tuned": mean([scores.questions for scores in each]),
     }
     write_json(folder / "test_scores.json", questions)
+    if labels := each[0].labels if "" in final else []:
+        told["test_labels"] = labels
     if "" not in final:
         clients = [{"partition": i, **scores} for i, scores in enumerate(each)]
         told["clients"] = clients
@@ -555,6 +557,7 @@ class Server:
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
             names = ("eval_loss", "eval_accuracy", "eval_loss_own")
+            names += ("eval_macro_f1", "eval_mcc", "eval_entity_f1")
             result |= self._means(clients, names)
             if self.task.perplexity:
                 result["eval_perplexity"] = float(np.exp(min(result["eval_loss"], 700)))

@@ -37,12 +37,15 @@ scored = with_config(ConfigDict(strict=True))  # where an adapter may have score
 
 NATS, TOKENS = "nats per answer token", "share of answer tokens found likeliest"
 
-# Every score there is, and its unit. `eval_`: on records that clients hold back, the others on
+# Every score there is, and its unit; a label that is to be told counts as a token. `eval_`: on records that clients hold back, the others on
 # the test questions.
 UNITS = {
     "test_loss": NATS,
     "test_perplexity": "exp(loss)",
     "test_accuracy": TOKENS,
+    "test_macro_f1": "0 to 1, mean over labels of F1",
+    "test_mcc": "-1 to 1, Matthews' correlation of given and wanted labels",
+    "test_entity_f1": "0 to 1, F1 of entities that are found whole",
     "exact_match": "share of answers that are the wanted one to the letter",
     "f1": "0 to 1, words in common with the wanted answer",
     "rouge_l": "0 to 1, longest common subsequence of words",
@@ -50,6 +53,9 @@ UNITS = {
     "eval_loss": NATS,
     "eval_perplexity": "exp(loss)",
     "eval_accuracy": TOKENS,
+    "eval_macro_f1": "0 to 1, mean over a client's labels of F1, and over clients",
+    "eval_mcc": "-1 to 1, Matthews' correlation, mean over clients",
+    "eval_entity_f1": "0 to 1, F1 of entities that are found whole, mean over clients",
     "eval_loss_worst": f"{NATS}, of the client with the highest",
     "eval_loss_spread": f"{NATS}, standard deviation over clients",
 }
@@ -62,7 +68,14 @@ PERSONAL_LOSSES = ("eval_loss_global", "eval_loss_own", "eval_loss_personal")
 
 BEST = ("test_loss", "eval_loss")  # by which the best round is found, if it is
 
-OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")  # in the summary, by clients
+OWN = (
+    "eval_loss",
+    "eval_perplexity",
+    "eval_accuracy",
+    "eval_macro_f1",
+    "eval_mcc",
+    "eval_entity_f1",
+)  # in the summary, by clients
 
 _Examples = TypedDict("_Examples", {"num-examples": float})
 
@@ -112,6 +125,9 @@ class Evaluated(Reply):
 
     eval_loss: float
     eval_accuracy: NotRequired[float]
+    eval_macro_f1: NotRequired[float]
+    eval_mcc: NotRequired[float]
+    eval_entity_f1: NotRequired[float]
     eval_loss_own: NotRequired[float]
 
 
@@ -222,6 +238,20 @@ class History(TypedDict):
     rounds: list[Round]
 
 
+@typed
+class Label(TypedDict):
+    """What the last adapter makes of one label, on the test questions; `support` have it.
+
+    `precision` of those that were given it, `recall` of those that have it, `f1` of both.
+    """
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
 @scored
 class Own(Scores):
     """With `mode=local`: what a client's own adapter scores on the test questions."""
@@ -264,6 +294,7 @@ class Summary(_Told, _Means):
     best_round: NotRequired[int]
     test_questions: NotRequired[int]
     test_left_out: NotRequired[int]
+    test_labels: NotRequired[list[Label]]
     clients: NotRequired[list[Own]]
     personal_clients: NotRequired[list[Personal]]
     epsilon: NotRequired[float]

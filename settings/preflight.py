@@ -50,6 +50,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
+    tasks.build(cfg).check(cfg)
     cfg = check_privacy(cfg)
     check_secure(cfg)
     check_personal(cfg)
@@ -73,6 +74,8 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     if not deployed and (by_epochs or not cfg.dry_run or cfg.dataset.path):
         for note in dataset.check(cfg):
             say(note)
+    else:  # what needs no data to be wrong
+        tasks.build(cfg).check_records([], "")
     with naming(cfg.model.name):
         cfg = decided(cfg)
     check_model(cfg, weights=not (cfg.dry_run or deployed))
@@ -159,6 +162,11 @@ def check_launch(cfg: Settings) -> None:
             f"launch=fsdp with model.quantization={bits}: a quantised base cannot be "
             "sharded. Set model.quantization=null, or launch=ddp, which holds it whole on "
             "every GPU."
+        )
+    if (kind := cfg.task.model) in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        raise UserError(
+            f"launch=fsdp with task.model={kind}: a head is trained whole, and no process has "
+            "it whole. Take launch=ddp."
         )
     kind = cfg.peft._target_.removeprefix("peft.")
     whole = "DoRA" if cfg.peft.get("use_dora") else kind
@@ -449,14 +457,11 @@ def check_model(cfg: Settings, weights: bool) -> None:
         tokenizer = model.load_tokenizer(name, cfg.model.use_fast_tokenizer)
     if not any(p.numel() for p in frame.parameters() if p.requires_grad):
         raise UserError(f"{cfg.peft._target_} with these settings trains nothing.")
-    template = cfg.dataset.template
-    try:
-        tasks.build(cfg).check_tokenizer(tokenizer)
-    except UserError as error:
-        raise UserError(
-            f"dataset.template={template}: {error} Take dataset.template=alpaca or vicuna."
-        ) from error
-    ids = templates.prompt(template, [{"instruction": "", "input": ""}], tokenizer)
+    tasks.build(cfg).check_tokenizer(tokenizer)
+    ids = []
+    if cfg.task.model == "CAUSAL_LM":  # others have no prompt
+        asked = [{"instruction": "", "input": ""}]
+        ids = templates.prompt(cfg.dataset.template, asked, tokenizer)
     rows = frame.get_base_model().get_input_embeddings().weight.shape[0]
     check_tokenizer(name, tokenizer, rows, ids)
     check_canaries(cfg, tokenizer)
@@ -550,17 +555,17 @@ def check_ranks(cfg: Settings, deployed: bool) -> None:
 def check_tokenizer(name: str, tokenizer: Any, rows: int, prompt: list[int]) -> None:
     """That the base has an embedding for what its tokenizer writes.
 
-    `rows`: of the embedding; `prompt`: the token ids of an empty question. Tokens that were
+    `rows`: of the embedding; `prompt`: the token ids of an empty question, if one is asked. Tokens that were
     added to the vocabulary may lie beyond, as Gemma 3's for images: only a text that spells
     one out would have it.
     """
-    if tokenizer.eos_token_id is None:
+    if prompt and tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name={name}: its tokenizer has no eos_token, with which an answer is to "
             "end. Set one in its tokenizer_config.json."
         )
     highest = {
-        "eos_token": tokenizer.eos_token_id,
+        "eos_token": tokenizer.eos_token_id or 0,
         "bos_token": tokenizer.bos_token_id or 0,
         "vocabulary": tokenizer.vocab_size - 1,
         "template": max(prompt, default=0),

@@ -54,6 +54,11 @@ def choice(*values: Any) -> Any:
 Name = Annotated[str, Field(min_length=1)]
 
 
+# A head has a row for each.
+Label = Annotated[str, Field(min_length=1, max_length=500)]
+Labels = Annotated[list[Label], Field(min_length=1, max_length=10_000)] | None
+
+
 class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -97,7 +102,7 @@ class Dataset(Section):
     test_path: Name | None = setting("a file or folder of test questions")
     columns: Columns
     label: Name | None = setting("the column that records are dealt out by")
-    labels: list[Name] | None = setting("what a task with labels tells apart, in order")
+    labels: Labels = setting("what a task with labels tells apart, in order")
     template: Name = setting("how a question is put: alpaca, vicuna or chat")
 
 
@@ -128,7 +133,7 @@ class Lora(Section):
 class Model(Section):
     name: Name = setting("a model of the hub, or a folder")
     adapter: Name | None = setting("a folder with an adapter to begin with")
-    labels: list[Name] | None = setting("dataset.labels, which a head tells apart")
+    labels: Labels = setting("dataset.labels, which a head tells apart")
     quantization: choice(4, 8, None) = setting("bits of the base's weights")
     gradient_checkpointing: choice(True, False, "auto") = setting(
         "compute activations twice instead of keeping them"
@@ -275,6 +280,7 @@ class Task(Target):
     model: choice(
         "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"
     ) = setting("the base's class, by PEFT's name for the task")
+    class_weights: list[Annotated[float, Field(gt=0)]] | None = None
 
 
 class Train(Section):

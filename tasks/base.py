@@ -1,19 +1,29 @@
 """The slot: what a record's examples are, the loss on a batch of them, and how good answers are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from records.templates import Example, Record
-from utils import Settings
+from utils import Settings, UserError
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[Example]], Batch]
 
 # Of an answer that was given, and of the wanted one: how well it fits, in [0, 1].
 Metric = Callable[[str, str], float]
+
+
+class Unsuited(UserError):
+    """Records that are none of a task's. `told`: what others than their owner may know of it."""
+
+    def __init__(
+        self, text: str, told: str = "a record of its own does not fit the task"
+    ) -> None:
+        super().__init__(text)
+        self.told = told
 
 
 class Task:
@@ -24,6 +34,8 @@ class Task:
     the task's file in `conf/task` says.
     """
 
+    # Of a record's texts those that may be lists (words, tags, answers), and then are JSON.
+    lists: ClassVar[tuple[str, ...]] = ()
     # By which answers in words are judged, by name.
     judged_by: ClassVar[dict[str, Metric]] = {}
     # Whether exp(loss) means something.
@@ -39,6 +51,21 @@ class Task:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `UserError` where records cannot be put into this tokenizer's words."""
+
+    def fault(self, record: Record) -> str | None:
+        """Why a record is none of this task's, in words; None where it is one.
+
+        One that has no answer is one all the same, and nothing is learnt from it.
+        """
+        return None
+
+    def check_records(self, records: Iterable[Record], where: str) -> None:
+        """Raise `Unsuited` where one of all `records`, those of `where`, has a `fault`."""
+        if type(self).fault is Task.fault:  # for which any text is one
+            return
+        for number, record in enumerate(records, start=1):
+            if fault := self.fault(record):
+                raise Unsuited(f"{where}, record {number}: {fault}.")
 
     def encode(
         self, record: Record, tokenizer: PreTrainedTokenizerBase, training: bool = False
@@ -99,6 +126,20 @@ class Task:
     ) -> list[str]:
         """What the model answers to each record, of at most `limit` tokens, as text."""
         raise NotImplementedError
+
+    def told(
+        self,
+        net: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        records: list[Record],
+        limit: int,
+    ) -> list[str]:
+        """The answers as people are shown them, with how sure the model is, if it tells."""
+        return self.answers(net, tokenizer, records, limit)
+
+    def by_label(self, scores: torch.Tensor) -> list[dict[str, Any]]:
+        """Of each label `server.runs.Label`'s figures, where a task tells labels apart."""
+        return []
 
     def judge(self, given: list[str], wanted: list[str]) -> dict[str, list[float]]:
         """By each of `judged_by`, a value for every answer."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -26,11 +27,10 @@ def make_tiny():
 def test_the_shipped_questions_are_what_the_script_writes(tmp_path):
     command = [sys.executable, "assets/make_tiny.py", "--data-only", "--out", tmp_path]
     subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
-    made = sorted(tmp_path.glob("*/*.jsonl"))
-    assert len(made) == 4
+    made = {file.relative_to(tmp_path) for file in tmp_path.glob("*/*.jsonl")}
+    assert made == {file.relative_to(ASSETS) for file in ASSETS.glob("*/*.jsonl")}
     for file in made:
-        shipped = ASSETS / file.relative_to(tmp_path)
-        assert file.read_bytes() == shipped.read_bytes()
+        assert (tmp_path / file).read_bytes() == (ASSETS / file).read_bytes()
 
 
 def test_no_tested_fact_is_trained_on_in_any_wording(make_tiny):
@@ -68,3 +68,31 @@ def test_the_base_knows_what_it_was_told_and_is_small():
         json.loads((ASSETS / "tiny_llama/config.json").read_text())["hidden_size"]
         == 192
     )
+
+
+def test_what_is_tagged_or_asked_in_training_is_no_tested_fact(make_tiny):
+    facts = make_tiny.load_facts(ASSETS / "facts.yaml")
+    for name in ("tiny_tags", "tiny_spans"):
+        file = ASSETS / name / "train.jsonl"
+        assert file.stat().st_size < 200_000
+        for row in map(json.loads, file.read_text().splitlines()):
+            text = row.get("question") or " ".join(row["words"])
+            for a, b in make_tiny.split(row["category"], facts[row["category"]])[1]:
+                both = [rf"(?<![\w-]){re.escape(one)}(?![\w-])" for one in (a, b)]
+                held = [re.search(one, text, re.IGNORECASE) for one in both]
+                if "question" in row:
+                    held[1] = b in row["answers"]["text"]
+                assert not all(held), row
+
+
+def test_spans_stand_where_they_are_said_to():
+    for side in ("train", "test"):
+        text = (ASSETS / "tiny_spans" / f"{side}.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        none = 0
+        for row in rows:
+            held = row["answers"]
+            none += not held["text"]
+            for answer, start in zip(held["text"], held["answer_start"], strict=True):
+                assert row["context"][start:].startswith(answer)
+        assert 0.08 < none / len(rows) < 0.15

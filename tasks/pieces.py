@@ -1,0 +1,145 @@
+"""Texts in a model's tokens with their places in the text, and batches of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase
+
+from records.batches import MULTIPLE
+from records.templates import Example
+from tasks.base import Batch, Collate
+from utils import Settings, UserError, look_for_stop
+
+# Examples that are answered side by side.
+BATCH, BATCH_ON_CPU = 64, 16
+
+
+def check(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` for a tokenizer that does not tell where in a text a token stands."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} does not tell where in a text its tokens stand. Set "
+            "model.use_fast_tokenizer=true, or take another base."
+        )
+
+
+def check_settings(cfg: Settings) -> None:
+    """Raise `UserError` for what means nothing where an answer is no text that is written."""
+    refused = {
+        "evaluate.choices": (cfg.evaluate.choices, "null", "an answer is not chosen"),
+        "audit.canaries": (cfg.audit.canaries, "0", "made-up records have no answer"),
+    }
+    for key, (value, off, why) in refused.items():
+        if value:
+            raise UserError(
+                f"{key}={value} with task._target_={cfg.task._target_}: {why} there. Set "
+                f"{key}={off}."
+            )
+
+
+def owners(
+    words: list[str], tokenizer: PreTrainedTokenizerBase, most: int
+) -> tuple[list[int], list[int]]:
+    """The words, a space between two, in up to `most` tokens; and of each token its word.
+
+    -1: no word's. A token over two words is the first one's. A word may have none: those at the
+    end that there is no room for, and those that the tokenizer leaves out.
+    """
+    made = tokenizer(
+        " ".join(words),
+        truncation=True,
+        max_length=most,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    owner = [i for i, word in enumerate(words) for _ in f"{word} "]
+    blank = [letter.isspace() for word in words for letter in f"{word} "]
+
+    def of(start: int, end: int) -> int:
+        # A token may begin with the space before its word.
+        return next((owner[i] for i in range(start, end) if not blank[i]), -1)
+
+    found = zip(made["offset_mapping"], made["special_tokens_mask"], strict=True)
+    return made["input_ids"], [
+        -1 if special else of(*place) for place, special in found
+    ]
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, **fill: int) -> Collate:
+    """Pads on the right up to a multiple of `MULTIPLE` tokens, whatever train.padding_side.
+
+    Encoders count positions from the first token, padding among them. `fill`: what stands in
+    the other columns of an example where there is nothing; `attention_mask` is made.
+    """
+
+    def collate(examples: list[Example]) -> Batch:
+        filled = {"input_ids": tokenizer.pad_token_id} | fill
+        made = {
+            name: _padded([one[name] for one in examples], value)
+            for name, value in filled.items()
+        }
+        mask = [[1] * len(one["input_ids"]) for one in examples]
+        return made | {"attention_mask": _padded(mask, 0)}
+
+    return collate
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    longest += -longest % MULTIPLE
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def at_tokens(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The logits of a batch's own tokens; prompt tuning puts others before them. In float32."""
+    return logits[:, -batch["input_ids"].shape[1] :].float()
+
+
+@contextmanager
+def segments(net: Any, types: torch.Tensor) -> Iterator[None]:
+    """Tell a base that knows segments which of two texts a token is of: `types`, (rows, length).
+
+    By a hook, because PEFT's PeftModelForQuestionAnswering takes token_type_ids and loses
+    them (0.21.2). Bases without segments, or with one (RoBERTa's), are not told.
+    """
+    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if (getattr(base.config, "type_vocab_size", None) or 0) < 2:
+        yield
+        return
+
+    def tell(_: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        vectors = named.get("inputs_embeds")
+        more = (
+            0 if vectors is None else vectors.shape[1] - types.shape[1]
+        )  # of a prompt
+        told = torch.nn.functional.pad(types, (more, 0))
+        return given, named | {"token_type_ids": told}
+
+    handle = base.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def batches(
+    net: Any, examples: list[Example], collate: Collate
+) -> Iterator[tuple[list[int], Batch]]:
+    """The places of examples of like length, and their tensors on the model's device."""
+    by_length = sorted(
+        range(len(examples)), key=lambda i: len(examples[i]["input_ids"])
+    )
+    size = BATCH_ON_CPU if net.device.type == "cpu" else BATCH
+    for start in range(0, len(examples), size):
+        look_for_stop()
+        chosen = by_length[start : start + size]
+        tensors = collate([examples[i] for i in chosen])
+        yield chosen, {name: tensor.to(net.device) for name, tensor in tensors.items()}
