@@ -20,12 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 import tasks
 from records import canaries, conversations, files
-from records.conversations import TURNS
+from records.conversations import JUDGED, TURNS
 from utils import HUB_NAME, Refusal, Settings, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
 from records.templates import TEMPLATES, Example, Record
+
+# Of `dataset.columns`, those that `records.conversations` makes a record of.
+ELSEWHERE = {"messages", *JUDGED}
 
 # --- loading and dealing out ------------------------------------------------------------------
 
@@ -75,6 +78,8 @@ def load_test(cfg: Settings) -> tuple[list[Record], list[list[str]]]:
         rows = as_records(rows, dataset)
         _check_columns(rows, _texts(dataset.columns), dataset.name)
     records = [to_record(row, dataset.columns) for row in rows]
+    if dataset.columns.output:
+        tasks.build(cfg).check_record(records[0])
     if not column:
         return records, []
     return records, [
@@ -101,13 +106,15 @@ def _choices(row: dict[str, Any], column: str, record: Record) -> list[str]:
 def to_record(row: dict[str, Any], columns: dict[str, str | None]) -> Record:
     """A dataset's row under the names instruction, input and output, as text.
 
-    And `messages` where it is a conversation of more turns than one.
+    And `messages` where it is a conversation of more turns than one, and what somebody has
+    judged (`conversations.JUDGED`).
     """
     record: Record = {
         name: files.text(row[column] if column else None)
         for name, column in columns.items()
-        if name != "messages"
+        if name not in ELSEWHERE
     }
+    record |= {name: row[own] for name, own in JUDGED.items() if own in row}
     if turns := row.get(TURNS):
         record["messages"] = json.loads(turns)
     return record
@@ -118,13 +125,14 @@ def as_records(rows: Dataset, dataset: dict[str, Any]) -> Dataset:
 
     Raises `UserError` with what is wrong in the first that is none.
     """
-    columns = dataset.columns
+    columns, label = dataset.columns, dataset.get("label")
     sources = conversations.find(columns, rows.column_names)
     if missing := [name for name in sources if name not in rows.column_names]:
         raise UserError(f"{dataset.name}: {files.lacks(missing, rows.column_names)}")
     if not sources:
         return rows
-    others = [n for n in rows.column_names if n in (*sources, *_texts(columns))]
+    others = {*sources, *_texts(columns)} - {label}
+    others = [name for name in rows.column_names if name in others]
     return rows.map(
         _as_record,
         remove_columns=others,
@@ -148,7 +156,7 @@ def _as_record(
 
 def _texts(columns: dict[str, str | None]) -> list[str]:
     """The columns of question and answer."""
-    texts = (column for name, column in columns.items() if name != "messages")
+    texts = (column for name, column in columns.items() if name not in ELSEWHERE)
     return [column for column in texts if column]
 
 
@@ -411,6 +419,7 @@ def check(cfg: Settings) -> list[str]:
     _check_columns(
         rows, [*_texts(dataset.columns), settings.get("partition_by")], where
     )
+    check_record(cfg, rows)
     answers = dataset.columns.output
     whole = [bool(files.text(answer).strip()) for answer in rows[answers][:]]
     if not any(whole):
@@ -463,6 +472,12 @@ def check(cfg: Settings) -> list[str]:
             "of their own."
         )
     return notes
+
+
+def check_record(cfg: Settings, rows: Dataset) -> None:
+    """Raise `UserError` for rows that are no records of the run's task."""
+    for row in rows.select(range(min(1, len(rows)))):
+        tasks.build(cfg).check_record(to_record(row, cfg.dataset.columns))
 
 
 def _unloadable(where: str, error: Exception) -> str:

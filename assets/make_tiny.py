@@ -5,6 +5,7 @@ Write the tiny question-answering data and pretrain the tiny base model, from sc
 From `facts.yaml` come
   tiny_qa/train.jsonl, tiny_qa/test.jsonl   instruction data, split by fact
   tiny_chat/train.jsonl, tiny_chat/test.jsonl   the same as conversations, a few of them
+  tiny_preferences/train.jsonl, tiny_preferences/test.jsonl   with a wrong answer beside
   tiny_llama/                               a 2.2M parameter LLaMA and its tokenizer
 
 The base model reads plain statements of all facts, never a question or a prompt, so it
@@ -196,6 +197,37 @@ def write_chats(categories, folder):
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in chats]
         (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{side}: {len(chats)} conversations")
+
+
+def write_preferences(categories, folder):
+    """Write the right answer to a question and a wrong one, which is right for another fact.
+
+    Two phrasings of each fact for training and one for the test; wrong answers are of the
+    fact's category and side.
+    """
+    rng = random.Random(SEED)
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, phrasings in {"train": 2, "test": 1}.items():
+        pairs = []
+        for name, spec in categories.items():
+            facts = split(name, spec)[side == "test"]
+            plain = [q["instruction"] for q in spec["questions"] if "input" not in q]
+            for i, (a, b) in enumerate(facts):
+                for j in range(min(phrasings, len(plain))):
+                    wrong = [w for _, w in facts if w != b] or [
+                        w for _, w in spec["facts"] if w != b
+                    ]
+                    pair = {
+                        "prompt": render(plain[(i + j) % len(plain)], a, b),
+                        "chosen": b,
+                        "rejected": rng.choice(wrong),
+                        "category": name,
+                    }
+                    pairs.append(pair)
+        rng.shuffle(pairs)
+        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+        (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{side}: {len(pairs)} preferences")
 
 
 def sentences(categories, rng):
@@ -402,6 +434,7 @@ def main():
     categories = load_facts(HERE / "facts.yaml")
     write_records(categories, args.out / "tiny_qa")
     write_chats(categories, args.out / "tiny_chat")
+    write_preferences(categories, args.out / "tiny_preferences")
     if args.data_only:
         return
     tokenizer = train_tokenizer(categories)

@@ -44,6 +44,8 @@ SETTINGS: dict[str, type] = {
     "column-input": str,  # "" where the records have none
     "column-output": str,
     "column-messages": str,  # of conversations, in the place of the three
+    "column-rejected": str,  # of answers that are worse than the output
+    "column-desirable": str,  # whether the output is a good answer
     "model-name": str,  # the only base, by the name that runs give it, to take part with
     "model-path": str,  # the folder where this node keeps the base
     "device": str,  # cpu, cuda, or cuda:1
@@ -363,7 +365,10 @@ def choose_data(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         columns = {
             name: own.get(f"column-{name}", name) or None
             for name in ("instruction", "input", "output")
-        } | {"messages": own.get("column-messages")}
+        } | {
+            name: own.get(f"column-{name}")
+            for name in ("messages", "rejected", "desirable")
+        }
         path = {"name": None, "path": own["data-path"]}
         mine = {**path, "test_path": None, "label": None}
         return wanted | mine | {"columns": Settings(columns)}
@@ -476,10 +481,11 @@ def check_data(cfg: Settings, partition: int) -> int:
     """How many records the node has: as many as the run asks of everyone, or more."""
     import dataset
 
-    rows = len(dataset.load_partition(cfg, partition))
-    if rows < cfg.train.min_records:
+    rows = dataset.load_partition(cfg, partition)
+    dataset.check_record(cfg, rows)
+    if len(rows) < cfg.train.min_records:
         raise Refusal("it has fewer records than train.min_records")
-    return rows
+    return len(rows)
 
 
 def account(message: Message, cfg: Settings, content: RecordDict) -> str:

@@ -14,9 +14,11 @@ SCORES = {
     "f1": "F1, %",
     "rouge_l": "ROUGE-L, %",
     "test_accuracy": "token accuracy, %",
+    "test_margin": "reward margin",
     "test_loss": LOSS,
     "test_perplexity": "perplexity",
     "eval_accuracy": "token accuracy on own records, %",
+    "eval_margin": "reward margin on own records",
     "eval_loss": f"{LOSS}, on own records",
 }
 

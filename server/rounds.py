@@ -554,7 +554,7 @@ class Server:
         self.downlink.close_round()
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
-            names = ("eval_loss", "eval_accuracy", "eval_loss_own")
+            names = ("eval_loss", "eval_accuracy", "eval_margin", "eval_loss_own")
             result |= self._means(clients, names)
             if self.task.perplexity:
                 result["eval_perplexity"] = float(np.exp(min(result["eval_loss"], 700)))

@@ -36,6 +36,7 @@ typed = with_config(ConfigDict(strict=True, allow_inf_nan=False))
 scored = with_config(ConfigDict(strict=True))  # where an adapter may have scored NaN
 
 NATS, TOKENS = "nats per answer token", "share of answer tokens found likeliest"
+MARGIN = "reward of better answers above worse ones', mean"
 
 # Every score there is, and its unit. `eval_`: on records that clients hold back, the others on
 # the test questions.
@@ -43,6 +44,7 @@ UNITS = {
     "test_loss": NATS,
     "test_perplexity": "exp(loss)",
     "test_accuracy": TOKENS,
+    "test_margin": MARGIN,
     "exact_match": "share of answers that are the wanted one to the letter",
     "f1": "0 to 1, words in common with the wanted answer",
     "rouge_l": "0 to 1, longest common subsequence of words",
@@ -50,6 +52,7 @@ UNITS = {
     "eval_loss": NATS,
     "eval_perplexity": "exp(loss)",
     "eval_accuracy": TOKENS,
+    "eval_margin": MARGIN,
     "eval_loss_worst": f"{NATS}, of the client with the highest",
     "eval_loss_spread": f"{NATS}, standard deviation over clients",
 }
@@ -62,7 +65,8 @@ PERSONAL_LOSSES = ("eval_loss_global", "eval_loss_own", "eval_loss_personal")
 
 BEST = ("test_loss", "eval_loss")  # by which the best round is found, if it is
 
-OWN = ("eval_loss", "eval_perplexity", "eval_accuracy")  # in the summary, by clients
+# In the summary, by clients.
+OWN = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_margin")
 
 _Examples = TypedDict("_Examples", {"num-examples": float})
 
@@ -112,6 +116,7 @@ class Evaluated(Reply):
 
     eval_loss: float
     eval_accuracy: NotRequired[float]
+    eval_margin: NotRequired[float]
     eval_loss_own: NotRequired[float]
 
 
@@ -276,13 +281,16 @@ class Summary(_Told, _Means):
 class Answer(TypedDict):
     """A test question, its wanted answer (`output`), and what base and adapter say.
 
-    `messages`: of a conversation, all that is said before `output`.
+    `messages`: of a conversation, all that is said before `output`; `rejected`: a worse answer;
+    `desirable`: whether `output` is a good one.
     """
 
     instruction: str
     input: str
     output: str
     messages: NotRequired[list[Any]]
+    rejected: NotRequired[str]
+    desirable: NotRequired[str]
     base: str
     tuned: str
 

@@ -1,11 +1,12 @@
 """The slot: what a record's examples are, the loss on a batch of them, and how good answers are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from records.batches import Collator
 from records.templates import Example, Record
 from utils import Settings
 
@@ -28,6 +29,8 @@ class Task:
     judged_by: ClassVar[dict[str, Metric]] = {}
     # Whether exp(loss) means something.
     perplexity = False
+    # Whether examples are compared with what a reference makes of them.
+    refers = False
 
     def __init__(self, cfg: Settings, model: str) -> None:
         self.model = model
@@ -39,6 +42,9 @@ class Task:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `UserError` where records cannot be put into this tokenizer's words."""
+
+    def check_record(self, record: Record) -> None:
+        """Raise `UserError` for one that lacks what records of this task have."""
 
     def encode(
         self, record: Record, tokenizer: PreTrainedTokenizerBase, training: bool = False
@@ -65,6 +71,14 @@ class Task:
     def collator(self, tokenizer: PreTrainedTokenizerBase, side: str) -> Collate:
         """What makes a batch's tensors of examples, padded on the left or right `side`."""
         raise NotImplementedError
+
+    def refer(
+        self, net: Any, examples: Sequence[Example], pad: Collator, batch: int
+    ) -> None:
+        """Note in examples what `net`, now the reference, makes of them, `batch` at a time.
+
+        Of a task that `refers`; before it trains on them, in this order, or scores them.
+        """
 
     def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
         """The loss of a batch, a scalar with gradient: a sum over `count`, or over its own.
