@@ -29,6 +29,7 @@ from compute import patches
 from evaluation import examine
 from methods import dpsgd, lora, personal, privacy, scaffold, sharing
 from methods.base import State
+from records.batches import Collator
 from records.templates import Example
 from tasks.base import Task
 from utils import Settings, learning_rate, mix_seed
@@ -98,6 +99,8 @@ def train(
             passes=cfg.train.training_arguments.num_train_epochs,
         )
         examples = dataset.group_by_length(examples, batch, seed)
+    drawn = [one for one in encoded.values() if one] if mechanism else examples
+    _refer(cfg, net, task, drawn, tokenizer)
     clock.lap("tokenise")
     trains = sharing.build(cfg.sharing).trains(state.keys(), server_round)
     kind = partial(NoisyTrainer, mechanism=mechanism) if mechanism else LocalTrainer
@@ -299,12 +302,22 @@ def _scores(
 ) -> torch.Tensor:
     """`examine.score` with this adapter, or with none."""
     net = _load(cfg, state).eval()
+    _refer(cfg, net, task, examples, tokenizer)
     model.set_adapter_state(net, state)
     size = cfg.train.training_arguments.per_device_train_batch_size
     # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
     with net.disable_adapter() if base else nullcontext():
         collate = task.collator(tokenizer, cfg.train.padding_side)
         return examine.score(net, task, examples, collate, size)
+
+
+def _refer(
+    cfg: Settings, net: Any, task: Task, examples: list[Example], tokenizer: Any
+) -> None:
+    """`examine.refer`, in batches of a step's examples."""
+    size = cfg.train.training_arguments.per_device_train_batch_size
+    pad = Collator(tokenizer.pad_token_id, cfg.train.padding_side)
+    examine.refer(cfg, net, task, examples, pad, size)
 
 
 class Correct(TrainerCallback):

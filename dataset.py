@@ -20,12 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 import tasks
 from records import canaries, conversations, files
-from records.conversations import TURNS
+from records.conversations import JUDGED, TURNS
 from utils import HUB_NAME, Refusal, Settings, UserError, construct, local_path
 
 if TYPE_CHECKING:  # half a second, which a node with data of its own need not spend
     from flwr_datasets.partitioner import Partitioner
 from records.templates import TEMPLATES, Example, Record
+
+# Of `dataset.columns`, those that `records.conversations` makes a record of.
+ELSEWHERE = {"messages", *JUDGED}
 
 # --- loading and dealing out ------------------------------------------------------------------
 
@@ -104,13 +107,15 @@ def _choices(row: dict[str, Any], column: str, record: Record) -> list[str]:
 def to_record(row: dict[str, Any], columns: dict[str, str | None]) -> Record:
     """A dataset's row under the names instruction, input and output, as text.
 
-    And `messages` where it is a conversation of more turns than one.
+    And `messages` where it is a conversation of more turns than one, and what somebody has
+    judged (`conversations.JUDGED`).
     """
     record: Record = {
         name: files.text(row[column] if column else None)
         for name, column in columns.items()
-        if name != "messages"
+        if name not in ELSEWHERE
     }
+    record |= {name: row[own] for name, own in JUDGED.items() if own in row}
     if turns := row.get(TURNS):
         record["messages"] = json.loads(turns)
     return record
@@ -125,7 +130,7 @@ def as_records(
 
     Raises `UserError` with what is wrong in the first that is none.
     """
-    columns = dataset.columns
+    columns, label = dataset.columns, dataset.get("label")
     sources = conversations.find(columns, rows.column_names)
     if missing := [name for name in sources if name not in rows.column_names]:
         raise UserError(f"{dataset.name}: {files.lacks(missing, rows.column_names)}")
@@ -147,7 +152,8 @@ def as_records(
         if not known:
             return rows
         return rows.map(_as_json, remove_columns=[*known], fn_kwargs={"known": known})
-    others = [n for n in rows.column_names if n in (*sources, *_texts(columns))]
+    others = {*sources, *_texts(columns)} - {label}
+    others = [name for name in rows.column_names if name in others]
     return rows.map(
         _as_record,
         remove_columns=others,
@@ -184,7 +190,7 @@ def _as_record(
 
 def _texts(columns: dict[str, str | None]) -> list[str]:
     """The columns of question and answer."""
-    texts = (column for name, column in columns.items() if name != "messages")
+    texts = (column for name, column in columns.items() if name not in ELSEWHERE)
     return [column for column in texts if column]
 
 
@@ -198,13 +204,16 @@ def _lists(cfg: Settings) -> list[str]:
 def check_records(cfg: Settings) -> None:
     """Raise `Unsuited` for records to train on that are none of the task's."""
     dataset = cfg.dataset
-    if cfg.partitioner is not None and not dataset.path:
-        rows = _partitioner(cfg).dataset
-    else:  # in the order of the files
-        label = cfg.partitioner is not None
-        rows = _load(dataset, str(dataset.path), "dataset.path", label, _lists(cfg))
-    records = (to_record(row, dataset.columns) for row in rows)
-    tasks.build(cfg).check_records(records, dataset.path or dataset.name)
+
+    def records() -> Iterator[Record]:
+        if cfg.partitioner is not None and not dataset.path:
+            rows = _partitioner(cfg).dataset
+        else:  # in the order of the files
+            label = cfg.partitioner is not None
+            rows = _load(dataset, str(dataset.path), "dataset.path", label, _lists(cfg))
+        yield from (to_record(row, dataset.columns) for row in rows)
+
+    tasks.build(cfg).check_records(records(), dataset.path or dataset.name)
 
 
 def _asked(columns: dict[str, str | None]) -> list[str | None]:
@@ -521,6 +530,11 @@ def check(cfg: Settings) -> list[str]:
             "of their own."
         )
     return notes
+
+
+def rows_each(cfg: Settings) -> int:
+    """How many rows of a batch a record is, at most."""
+    return tasks.build(cfg).rows
 
 
 def _unloadable(where: str, error: Exception) -> str:

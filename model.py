@@ -757,6 +757,28 @@ def set_adapter_state(model: PeftModel, state: State) -> None:
             parameter.copy_(state[name])
 
 
+@contextlib.contextmanager
+def reference(model: PeftModel, cfg: Any) -> Iterator[None]:
+    """The model as all training of `cfg` began: its base alone, or with `model.adapter`."""
+    if not cfg.get("model", {}).get("adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    held = adapter_state(model)
+    set_adapter_state(
+        model, _saved_once(json.dumps([cfg.model, cfg.peft], sort_keys=True))
+    )
+    try:
+        yield
+    finally:
+        set_adapter_state(model, held)
+
+
+@lru_cache(maxsize=1)
+def _saved_once(key: str) -> State:
+    return saved(*json.loads(key))
+
+
 # --- the adapter, on disk ------------------------------------------------------------------
 
 

@@ -261,13 +261,15 @@ def columns_of(options, trained: dict) -> dict:
     Those of `--columns`, of the run, or instruction, input and output; these as well where
     the file holds conversations, from which they are made.
     """
+    import dataset
     from records import conversations, files
 
     here = files.names(options.file, "--file")
     if not here:
         raise utils.UserError(f"--file={options.file}: no records here.")
-    trained = {"messages": None} | trained  # older adapters do not tell it
-    plain = {name: name for name in trained} | {"messages": None}
+    found = dict.fromkeys(dataset.ELSEWHERE)
+    trained = found | trained  # older adapters do not tell them
+    plain = {name: name for name in trained} | found
     known = {trained["instruction"], trained["messages"]} & set(here)
     wanted = trained if known else plain
     if options.columns:

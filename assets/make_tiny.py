@@ -7,6 +7,7 @@ From `facts.yaml` come
   tiny_chat/train.jsonl, tiny_chat/test.jsonl   the same as conversations, a few of them
   tiny_tags/train.jsonl, tiny_tags/test.jsonl   words of statements, and what is named there
   tiny_spans/train.jsonl, tiny_spans/test.jsonl   questions, and texts that answer them
+  tiny_preferences/train.jsonl, tiny_preferences/test.jsonl   with a wrong answer beside
   tiny_llama/                               a 2.2M parameter LLaMA and its tokenizer
 
 The base model reads plain statements of all facts, never a question or a prompt, so it
@@ -292,6 +293,37 @@ def write_lines(files, folder, rng):
         print(f"{folder.name}, {side}: {len(records)} records")
 
 
+def write_preferences(categories, folder):
+    """Write the right answer to a question and a wrong one, which is right for another fact.
+
+    Two phrasings of each fact for training and one for the test; wrong answers are of the
+    fact's category and side.
+    """
+    rng = random.Random(SEED)
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, phrasings in {"train": 2, "test": 1}.items():
+        pairs = []
+        for name, spec in categories.items():
+            facts = split(name, spec)[side == "test"]
+            plain = [q["instruction"] for q in spec["questions"] if "input" not in q]
+            for i, (a, b) in enumerate(facts):
+                for j in range(min(phrasings, len(plain))):
+                    wrong = [w for _, w in facts if w != b] or [
+                        w for _, w in spec["facts"] if w != b
+                    ]
+                    pair = {
+                        "prompt": render(plain[(i + j) % len(plain)], a, b),
+                        "chosen": b,
+                        "rejected": rng.choice(wrong),
+                        "category": name,
+                    }
+                    pairs.append(pair)
+        rng.shuffle(pairs)
+        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
+        (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{side}: {len(pairs)} preferences")
+
+
 def sentences(categories, rng):
     """Yield sentences without end, the facts in random order, by weight."""
     facts = [
@@ -498,6 +530,7 @@ def main():
     write_chats(categories, args.out / "tiny_chat")
     write_tags(categories, args.out / "tiny_tags")
     write_spans(categories, args.out / "tiny_spans")
+    write_preferences(categories, args.out / "tiny_preferences")
     if args.data_only:
         return
     tokenizer = train_tokenizer(categories)

@@ -49,6 +49,24 @@ def answer_loss(
     return total / (len(targets) if num_items is None else num_items)
 
 
+def answer_sums(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-likelihood of each example's labelled tokens, summed, in nats; (batch,), float32.
+
+    With gradient, 0 for an example without such tokens. Arguments, and what is held in
+    memory, as of `answer_loss`.
+    """
+    inner, labels, inputs = _parts(net, batch)
+    head, way = _head(inner, inputs)
+    kept = labels != IGNORED
+    targets, rows = labels[kept], kept.nonzero()[:, 0]
+    found = way(net, head, inputs, labels)
+    if way is _hidden:
+        nats = _total(head, found, targets, each=True)
+    else:
+        nats = cross_entropy(found.float(), targets, reduction="none")
+    return nats.new_zeros(len(labels)).index_add(0, rows, -nats)
+
+
 @torch.no_grad()
 def answer_scores(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Per example of a batch: summed loss, tokens right, tokens; (batch, 3), in float64.
@@ -241,18 +259,25 @@ def _aligned(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return states[:, states.shape[1] - labels.shape[1] - 1 : -1]
 
 
-def _total(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy of `head(hidden)`, (positions, hidden), chunk by chunk."""
+def _total(
+    head: Any, hidden: torch.Tensor, targets: torch.Tensor, each: bool = False
+) -> torch.Tensor:
+    """Cross entropy of `head(hidden)`, (positions, hidden), chunk by chunk: summed, or `each`
+    position's, (positions,)."""
     if not any(parameter.requires_grad for parameter in head.parameters()):
-        return _FrozenHead.apply(hidden, targets, head)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        total = total + checkpoint(_sum, head, rows, wanted, use_reentrant=False)
-    return total
+        return _FrozenHead.apply(hidden, targets, head, each)
+    parts = [
+        checkpoint(_nats, head, rows, wanted, each, use_reentrant=False)
+        for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts) if each else sum(parts)
 
 
-def _sum(head: Any, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(head(rows).float(), targets, reduction="sum")
+def _nats(
+    head: Any, rows: torch.Tensor, targets: torch.Tensor, each: bool
+) -> torch.Tensor:
+    reduction = "none" if each else "sum"
+    return cross_entropy(head(rows).float(), targets, reduction=reduction)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -260,23 +285,27 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, each: bool
     ) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        shape = (len(hidden),) if each else ()
+        total = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             rows = hidden[part].detach().requires_grad_(gradient is not None)
             with torch.set_grad_enabled(gradient is not None):
-                loss = _sum(head, rows, targets[part])
-            total += loss.detach()
+                loss = _nats(head, rows, targets[part], each)
+            total[part if each else ...] += loss.detach()
             if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(loss, rows)
+                # No position's loss is another one's as well, so each keeps its own.
+                ones = torch.ones_like(loss)
+                (gradient[part],) = torch.autograd.grad(loss, rows, ones)
         ctx.gradient = gradient
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, None, None, None]:
         # Freed at once: the layers' backward needs the memory.
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(upstream), None, None
+        by = upstream[:, None] if upstream.dim() else upstream
+        return gradient.mul_(by), None, None, None

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 import dataset
 import model
 import tasks
+from records.batches import Collator
 from records.templates import Example
 from tasks.base import Collate, Task
 from utils import Settings, look_for_stop
@@ -58,6 +59,23 @@ def score(
     return torch.stack(found)
 
 
+def refer(
+    cfg: Settings,
+    net: PeftModel,
+    task: Task,
+    examples: list[Example],
+    pad: Collator,
+    batch: int,
+) -> None:
+    """`task.refer`, with the base or the adapter of `model.adapter` in the place of `net`'s."""
+    if not task.refers:
+        return
+    trains = net.training
+    with torch.no_grad(), model.autocast(net), model.reference(net.eval(), cfg):
+        task.refer(net, examples, pad, batch)
+    net.train(trains)
+
+
 def batches(
     net: torch.nn.Module,
     examples: list[Example],
@@ -85,6 +103,7 @@ SHOWN = {
     "macro_f1": ("macro-F1", "{:.1%}"),
     "mcc": ("MCC", "{:.3f}"),
     "entity_f1": ("F1 of entities", "{:.1%}"),
+    "margin": ("reward margin", "{:.3f}"),
     "exact_match": ("exact match", "{:.1%}"),
     "f1": ("F1 of words", "{:.1%}"),
     "rouge_l": ("ROUGE-L", "{:.1%}"),
@@ -151,6 +170,8 @@ class Examination:
         self.records = [record for record, _, _ in kept]
         self.choices = [choices for _, choices, _ in kept if choices]
         self.examples = [example for _, _, example in kept if example]
+        pad = Collator(self.tokenizer.pad_token_id, "left")
+        refer(cfg, self.net, self.task, self.examples, pad, self.batch)
 
     @model.all_cores()
     def measure(self, state: model.State) -> Scores:

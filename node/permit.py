@@ -44,6 +44,8 @@ SETTINGS: dict[str, type] = {
     "column-input": str,  # "" where the records have none
     "column-output": str,
     "column-messages": str,  # of conversations, in the place of the three
+    "column-rejected": str,  # of answers that are worse than the output
+    "column-desirable": str,  # whether the output is a good answer
     "model-name": str,  # the only base, by the name that runs give it, to take part with
     "model-path": str,  # the folder where this node keeps the base
     "device": str,  # cpu, cuda, or cuda:1
@@ -366,7 +368,10 @@ def choose_data(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         columns = {
             name: own.get(f"column-{name}", name) or None
             for name in ("instruction", "input", "output")
-        } | {"messages": own.get("column-messages")}
+        } | {
+            name: own.get(f"column-{name}")
+            for name in ("messages", "rejected", "desirable")
+        }
         path = {"name": None, "path": own["data-path"]}
         mine = {**path, "test_path": None, "label": None}
         return wanted | mine | {"columns": Settings(columns)}
@@ -451,16 +456,18 @@ def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
 
     `rows`: the node's records, of which a run by epochs asks for a multiple.
     """
+    import dataset
     from methods import personal
 
     train, arguments = cfg.train, cfg.train.training_arguments
-    batch = arguments.per_device_train_batch_size
+    each = dataset.rows_each(cfg)
+    batch = each * arguments.per_device_train_batch_size
     step = batch * arguments.gradient_accumulation_steps * cfg.launch.processes
     by_steps, passes = arguments.max_steps > 0, arguments.num_train_epochs
-    examples = arguments.max_steps * step if by_steps else passes * rows
+    examples = arguments.max_steps * step if by_steps else passes * rows * each
     examples *= personal.build(cfg.personal).trainings
     if cfg.strategy.fraction_evaluate > 0:
-        examples = max(examples, cfg.evaluate.holdout * rows)
+        examples = max(examples, cfg.evaluate.holdout * rows * each)
     sizes = [
         value
         for key, value in flat(cfg.peft).items()

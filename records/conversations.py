@@ -6,7 +6,7 @@ TRL's `prompt` and `completion`, in text or in messages.
 
 import json
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 Message = dict[
@@ -18,8 +18,22 @@ FOUND = ("messages", "conversations", "conversation")
 
 PAIR = ("prompt", "completion")
 
+# Answers that somebody has judged, as TRL names them: the better and the worse one of two,
+# or a `completion`, with whether it is a good one in `LABEL`.
+CHOSEN, REJECTED = "chosen", "rejected"
+LABEL = "label"
+
 # The column of what is said before an answer, as JSON; no data of anybody's has it.
 TURNS = "turns before the answer"
+
+# Likewise, by their names in a record: the worse answer, and "true" or "false" of a single one.
+JUDGED = {
+    "rejected": "the answer that was not chosen",
+    "desirable": "whether the answer is desirable",
+}
+
+TRUTH = {"true": "true", "1": "true", "1.0": "true"}
+TRUTH |= {"false": "false", "0": "false", "0.0": "false"}
 
 # Ours, by each that is in use: OpenAI's, ShareGPT's, and LLaMA-Factory's for calls of tools
 # and for what these return.
@@ -52,9 +66,12 @@ def find(columns: dict[str, str | None], names: Iterable[str]) -> tuple[str, ...
     """Which of a dataset's columns hold its conversations, if it has any.
 
     `columns`: `dataset.columns`. The column that `messages` names in it; without, and where
-    none of the columns of question and answer is there, one of `FOUND`, or both of `PAIR`.
+    none of the columns of question and answer is there, one of `FOUND`, or both of `PAIR`. Of
+    answers that somebody has judged, those of `judged`.
     """
     names = set(names)
+    if answers := judged(columns, names):
+        return (*_asked(columns, names), *answers.values())
     if named := columns.get("messages"):
         return (named,)
     if names & {columns["instruction"], columns.get("output")}:
@@ -72,9 +89,12 @@ def row(
     `values`: a row of the data; `sources`: the columns that `find` has found. The question is
     what the user said last. `TURNS` is empty where nothing was said before it: the record is
     then what an instruction and its output are. All are empty where there is nothing to be
-    trained on: no answer, or turns out of order. What follows the last answer is left out.
+    trained on: no answer, or turns out of order. What follows the last answer is left out. Of
+    answers that somebody has judged, with the columns of `JUDGED` that there are.
     Raises `Unfit` for what is no conversation of texts.
     """
+    if answers := judged(columns, set(sources)):
+        return _judged_row(values, sources[: -len(answers)], answers, columns)
     given = [values[source] for source in sources]
     if tuple(sources) == PAIR and all(isinstance(value, str) for value in given):
         asked, answer, turns = given[0], given[1], ""
@@ -86,6 +106,106 @@ def row(
         asked, answer, turns = _split([message for part in said for message in part])
     made = {columns["instruction"]: asked, columns["output"]: answer, TURNS: turns}
     return made | ({columns["input"]: ""} if columns["input"] else {})
+
+
+def judged(columns: dict[str, str | None], names: set[str]) -> dict[str, str]:
+    """The columns of answers that somebody has judged: `output`, and one of `JUDGED`.
+
+    Those that `columns` names, or else TRL's, where no other column of question and answer is
+    there. None where nobody has.
+    """
+    for name in JUDGED:
+        if (named := columns.get(name)) and (output := columns["output"]):
+            return {"output": output, name: named}
+    if names & {columns["instruction"], columns.get("output")}:
+        return {}
+    if names >= {CHOSEN, REJECTED}:
+        return {"output": CHOSEN, "rejected": REJECTED}
+    if names >= {*PAIR, LABEL}:
+        return {"output": PAIR[1], "desirable": LABEL}
+    return {}
+
+
+def _asked(columns: dict[str, str | None], names: set[str]) -> list[str]:
+    """The columns of what is answered; none where it stands before the answers themselves."""
+    if named := columns.get("messages"):
+        return [named]
+    texts = [columns["instruction"], columns["input"]]
+    if texts[0] not in names:
+        texts = [PAIR[0]]
+    return [name for name in texts if name in names]
+
+
+def _judged_row(
+    values: dict[str, Any],
+    asked: Sequence[str],
+    answers: dict[str, str],
+    columns: dict[str, str | None],
+) -> dict[str, str]:
+    """`row` of judged answers, as texts or as messages.
+
+    Messages may begin with what was asked: that is what the better and the worse have in
+    common. Where one of them goes on by more than an answer, there is nothing to be trained on.
+    """
+    sources = [column for name, column in answers.items() if name != "desirable"]
+    given = [values.get(column) for column in sources]
+    turns: list[Message] = []
+    if any(isinstance(value, list) for value in given):
+        said = [parse(*pair) for pair in zip(sources, given, strict=True)]
+        shared = max(min(map(len, said)) - 1, 0)
+        alike = (one == said[0][i] for i, one in enumerate(said[-1][:shared]))
+        shared = len([*takewhile(bool, alike)])
+        turns = said[0][:shared]
+        texts = [_only_answer(one[shared:]) for one in said]
+    else:
+        texts = [_text(*pair) for pair in zip(sources, given, strict=True)]
+    question = ["", ""]
+    if not turns and asked:
+        value = values[asked[0]]
+        if columns.get("messages") or isinstance(value, list):
+            turns = parse(asked[0], value)
+            for message in turns:
+                if message["role"] == "assistant":
+                    message["weight"] = 0  # TRL trains on the completion
+            texts = texts if turns else [""]
+        else:
+            question = [_text(column, values.get(column)) for column in asked]
+    elif not turns and isinstance(given[0], str):
+        raise Unfit(
+            f"{sources[0]!r} holds an answer, and no column what it answers "
+            "(dataset.columns.instruction, dataset.columns.messages)."
+        )
+    told = ""
+    if turns and all(text.strip() for text in texts):
+        answer = {"role": "assistant", "content": texts[0]}
+        question[0], texts[0], told = _split([*turns, answer])
+    made = {columns["instruction"]: question[0]}
+    if columns["input"]:
+        made[columns["input"]] = question[1] if len(question) > 1 else ""
+    whole = all(text.strip() for text in texts)
+    made |= {columns["output"]: texts[0] if whole else "", TURNS: told if whole else ""}
+    if "rejected" in answers:
+        return made | {JUDGED["rejected"]: texts[-1] if whole else ""}
+    label = answers["desirable"]
+    word = _text(label, values[label]).lower()
+    if word and word not in TRUTH and columns.get("desirable"):
+        raise Unfit(
+            f"{label!r} holds {word[:80]!r}, and has to be true or false, 1 or 0."
+        )
+    return made | {JUDGED["desirable"]: TRUTH.get(word, "")}
+
+
+def _only_answer(messages: list[Message]) -> str:
+    """The text of a single message of the assistant's; of anything else none."""
+    alone = [message["role"] for message in messages] == ["assistant"]
+    return messages[0]["content"] if alone else ""
+
+
+def _text(column: str, value: Any) -> str:
+    if isinstance(value, (dict, list, bytes)):
+        kind = type(value).__name__
+        raise Unfit(f"{column!r} holds a value of type {kind}; text is needed.")
+    return "" if value is None or value != value else str(value)
 
 
 def parse(column: str, value: Any) -> list[Message]:

@@ -85,13 +85,14 @@ def load(
         stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in found)
         sources = conversations.find(talks, _begins_with(found[0])) if talks else ()
         if sources:
-            made = (*talks.values(), conversations.TURNS)
+            made = {talks.get(name) for name in ("instruction", "input", "output")}
+            optional = optional if optional in sources else None
             columns = [name for name in columns if name not in made]
         # Tuples, because a list would be taken for shards to be read in parallel.
         arguments = {
             "files": tuple(found),
             "columns": tuple(columns),
-            "optional": None if sources else optional,
+            "optional": optional,
             "lists": tuple(lists),
             "sources": sources,
             "talks": talks if sources else None,

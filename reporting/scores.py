@@ -17,12 +17,14 @@ SCORES = {
     "rouge_l": "ROUGE-L, %",
     "test_mcc": "MCC",
     "test_accuracy": "token accuracy, %",
+    "test_margin": "reward margin",
     "test_loss": LOSS,
     "test_perplexity": "perplexity",
     "eval_macro_f1": "macro-F1 on own records, %",
     "eval_entity_f1": "entity F1 on own records, %",
     "eval_mcc": "MCC on own records",
     "eval_accuracy": "token accuracy on own records, %",
+    "eval_margin": "reward margin on own records",
     "eval_loss": f"{LOSS}, on own records",
 }
 

@@ -74,6 +74,7 @@ FIGURES: dict[str, dict[str, Figure]] = {
         "num-examples": Figure(int, low=1, needed=True),
         "eval_loss": LOSS,
         "eval_accuracy": Figure(float, high=1, needed=True),
+        "eval_margin": Figure(float, low=-1e6, high=1e6),
         "eval_loss_own": NATS,
         "eval_macro_f1": Figure(float, high=1),
         "eval_mcc": Figure(float, low=-1, high=1),

@@ -556,7 +556,7 @@ class Server:
         self.downlink.close_round()
         result: dict[str, Any] = {"evaluate_failures": exchange.failures}
         if clients:
-            names = ("eval_loss", "eval_accuracy", "eval_loss_own")
+            names = ("eval_loss", "eval_accuracy", "eval_margin", "eval_loss_own")
             names += ("eval_macro_f1", "eval_mcc", "eval_entity_f1")
             result |= self._means(clients, names)
             if self.task.perplexity:

@@ -36,6 +36,7 @@ typed = with_config(ConfigDict(strict=True, allow_inf_nan=False))
 scored = with_config(ConfigDict(strict=True))  # where an adapter may have scored NaN
 
 NATS, TOKENS = "nats per answer token", "share of answer tokens found likeliest"
+MARGIN = "reward of better answers above worse ones', mean"
 
 # Every score there is, and its unit; a label that is to be told counts as a token. `eval_`: on records that clients hold back, the others on
 # the test questions.
@@ -46,6 +47,7 @@ UNITS = {
     "test_macro_f1": "0 to 1, mean over labels of F1",
     "test_mcc": "-1 to 1, Matthews' correlation of given and wanted labels",
     "test_entity_f1": "0 to 1, F1 of entities that are found whole",
+    "test_margin": MARGIN,
     "exact_match": "share of answers that are the wanted one to the letter",
     "f1": "0 to 1, words in common with the wanted answer",
     "rouge_l": "0 to 1, longest common subsequence of words",
@@ -56,6 +58,7 @@ UNITS = {
     "eval_macro_f1": "0 to 1, mean over a client's labels of F1, and over clients",
     "eval_mcc": "-1 to 1, Matthews' correlation, mean over clients",
     "eval_entity_f1": "0 to 1, F1 of entities that are found whole, mean over clients",
+    "eval_margin": MARGIN,
     "eval_loss_worst": f"{NATS}, of the client with the highest",
     "eval_loss_spread": f"{NATS}, standard deviation over clients",
 }
@@ -68,14 +71,11 @@ PERSONAL_LOSSES = ("eval_loss_global", "eval_loss_own", "eval_loss_personal")
 
 BEST = ("test_loss", "eval_loss")  # by which the best round is found, if it is
 
+# In the summary, by clients.
 OWN = (
-    "eval_loss",
-    "eval_perplexity",
-    "eval_accuracy",
-    "eval_macro_f1",
-    "eval_mcc",
-    "eval_entity_f1",
-)  # in the summary, by clients
+    *("eval_loss", "eval_perplexity", "eval_accuracy", "eval_margin"),
+    *("eval_macro_f1", "eval_mcc", "eval_entity_f1"),
+)
 
 _Examples = TypedDict("_Examples", {"num-examples": float})
 
@@ -128,6 +128,7 @@ class Evaluated(Reply):
     eval_macro_f1: NotRequired[float]
     eval_mcc: NotRequired[float]
     eval_entity_f1: NotRequired[float]
+    eval_margin: NotRequired[float]
     eval_loss_own: NotRequired[float]
 
 
@@ -307,13 +308,16 @@ class Summary(_Told, _Means):
 class Answer(TypedDict):
     """A test question, its wanted answer (`output`), and what base and adapter say.
 
-    `messages`: of a conversation, all that is said before `output`.
+    `messages`: of a conversation, all that is said before `output`; `rejected`: a worse answer;
+    `desirable`: whether `output` is a good one.
     """
 
     instruction: str
     input: str
     output: str
     messages: NotRequired[list[Any]]
+    rejected: NotRequired[str]
+    desirable: NotRequired[str]
     base: str
     tuned: str
 

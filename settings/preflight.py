@@ -517,6 +517,12 @@ def check_adapter(cfg: Settings, deployed: bool) -> None:
     if other and model.portable_name(other) != model.portable_name(base):
         # One of them may be a folder of the other, so it is no fault by itself.
         say(f"Note: {folder} was trained on {other}; here it goes on with {base}.")
+    if deployed and tasks.build(cfg).refers:
+        raise UserError(
+            f"model.adapter={folder} with task._target_={cfg.task._target_}: the adapter is what "
+            "answers are compared with, and nodes do not have that folder. Merge it into the "
+            "base (python -m reporting.export --merge), and give that as model.name."
+        )
     part = sharing.build(cfg.sharing)
     if deployed and (part.own(names) or part.lasts(names)):
         raise UserError(

@@ -93,6 +93,8 @@ class Columns(Section):
     input: Name | None
     output: Name
     messages: Name | None = None  # of a conversation, in the place of the three
+    rejected: Name | None = None  # of an answer that is worse than the output
+    desirable: Name | None = None  # whether the output is a good answer
 
 
 class Dataset(Section):
@@ -281,6 +283,9 @@ class Task(Target):
         "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"
     ) = setting("the base's class, by PEFT's name for the task")
     class_weights: list[Annotated[float, Field(gt=0)]] | None = None
+    beta: float | None = Field(None, gt=0)
+    desirable_weight: float | None = Field(None, gt=0)
+    undesirable_weight: float | None = Field(None, gt=0)
 
 
 class Train(Section):

@@ -1,11 +1,12 @@
 """The slot: what a record's examples are, the loss on a batch of them, and how good answers are."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from records.batches import Collator
 from records.templates import Example, Record
 from utils import Settings, UserError
 
@@ -40,6 +41,10 @@ class Task:
     judged_by: ClassVar[dict[str, Metric]] = {}
     # Whether exp(loss) means something.
     perplexity = False
+    # Whether examples are compared with what a reference makes of them.
+    refers = False
+    # How many rows of a batch one example is, at most.
+    rows = 1
 
     def __init__(self, cfg: Settings, model: str) -> None:
         self.model = model
@@ -92,6 +97,14 @@ class Task:
     def collator(self, tokenizer: PreTrainedTokenizerBase, side: str) -> Collate:
         """What makes a batch's tensors of examples, padded on the left or right `side`."""
         raise NotImplementedError
+
+    def refer(
+        self, net: Any, examples: Sequence[Example], pad: Collator, batch: int
+    ) -> None:
+        """Note in examples what `net`, now the reference, makes of them, `batch` at a time.
+
+        Of a task that `refers`; before it trains on them, in this order, or scores them.
+        """
 
     def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
         """The loss of a batch, a scalar with gradient: a sum over `count`, or over its own.
