@@ -83,6 +83,15 @@ def main() -> None:
         ):
             raise utils.UserError(f"--out={out}: a file in a folder that is there.")
         about = model.read_about(options.peft_path)
+        task = (model.EXAMINED | about)["task"]
+        plain = task["model"] == "CAUSAL_LM" or options.file
+        given = {f"--{n}": getattr(options, n) for n in ("system", "temperature")}
+        given["a chat"] = not options.question
+        if not plain and (odd := [name for name in given if given[name]]):
+            raise utils.UserError(
+                f"{odd[0]}: {task['_target_']} answers one record at a time. Ask it with "
+                "--question and --input, or --file."
+            )
         cfg = file_settings(about, options) if options.file else None
         net, tokenizer = model.open_adapter(options.peft_path, about, device)
         if cfg:
@@ -91,6 +100,9 @@ def main() -> None:
     except (utils.UserError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     options.max_new_tokens = options.max_new_tokens or 256
+    if not plain:
+        answer(net, tokenizer, about, options)
+        return
     for question in options.question:
         print(f"Q: {question}")
         turn = begun(question, options.system) | {"input": options.input}
@@ -106,6 +118,30 @@ def begun(question: str, system: str) -> dict:
         return turn
     said = {"system": system, "user": question}.items()
     return turn | {"messages": [{"role": r, "content": words} for r, words in said]}
+
+
+def answer(net, tokenizer, about: dict, options) -> None:
+    """Print what a task without turns answers to each question, at once."""
+    from contextlib import nullcontext
+
+    import torch
+
+    import model
+    import tasks
+
+    about = model.EXAMINED | about
+    task = tasks.build(settings_of(about, {"template": about["template"]}, {}))
+    asked = [{"instruction": q, "input": options.input} for q in options.question]
+    given = {}
+    for name in ("base", "tuned") if options.base else ("tuned",):
+        adapter = net.disable_adapter() if name == "base" else nullcontext()
+        with torch.no_grad(), model.autocast(net), adapter:
+            answers = task.answers(net, tokenizer, asked, options.max_new_tokens)
+        given[name if options.base else "A"] = answers
+    for place, question in enumerate(options.question):
+        print(f"Q: {question}")
+        for name, answers in given.items():
+            print(f"{name}: {answers[place]}")
 
 
 def ask(net, tokenizer, template: str, turns: list[dict], options) -> str:
@@ -157,26 +193,29 @@ def file_settings(about: dict, options) -> utils.Settings:
     if missing := [name for name in model.EXAMINED if name not in about]:
         print(f"Not in {model.ABOUT}, so taken from the defaults: {', '.join(missing)}")
     about = model.EXAMINED | about
-    told = {
-        "task": about["task"],
-        "dataset": {
-            "template": about["template"],
-            "test_path": options.file,
-            "columns": columns_of(options, about["columns"]),
-        },
-        "evaluate": {
-            "exact_match": True,
-            "choices": options.choices,
-            "max_new_tokens": options.max_new_tokens or about["max_new_tokens"],
-        },
-        "train": {
-            "seq_length": about["seq_length"],
-            "training_arguments": {"per_device_train_batch_size": about["batch_size"]},
-        },
+    data = {
+        "template": about["template"],
+        "test_path": options.file,
+        "columns": columns_of(options, about["columns"]),
     }
-    cfg = utils.Settings.of(told)
+    evaluate = {
+        "exact_match": True,
+        "choices": options.choices,
+        "max_new_tokens": options.max_new_tokens or about["max_new_tokens"],
+    }
+    cfg = settings_of(about, data, evaluate)
     dataset.load_test(cfg)  # a broken line is named before the base is loaded
     return cfg
+
+
+def settings_of(about: dict, data: dict, evaluate: dict) -> utils.Settings:
+    """The part of a run's configuration that an adapter's folder tells, on other `data`."""
+    train = {
+        "seq_length": about["seq_length"],
+        "training_arguments": {"per_device_train_batch_size": about["batch_size"]},
+    }
+    told = {"task": about["task"], "dataset": data, "evaluate": evaluate}
+    return utils.Settings.of(told | {"train": train})
 
 
 def examine_file(opened: tuple, cfg: utils.Settings, options) -> None:

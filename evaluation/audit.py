@@ -134,6 +134,11 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.cfg = Settings.of(OmegaConf.to_container(utils.read_config(folder)))
+        if (kind := self.cfg.peft.get("task_type") or "CAUSAL_LM") != "CAUSAL_LM":
+            raise UserError(
+                f"{folder}: records are told apart by what models that go from left to right "
+                f"make of them; this run trained a {kind}."
+            )
         self.summary = utils.read_json(folder / "summary.json")
         self.rounds = utils.read_json(folder / "history.json")["rounds"]
         self.adapter = folder / f"peft_{self.summary['rounds']}"

@@ -83,7 +83,12 @@ def evaluate(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     import model
 
-    about = model.read_about(options.peft_path)
+    about = model.EXAMINED | model.read_about(options.peft_path)
+    if (kind := about["task"]["model"]) != "CAUSAL_LM":
+        raise utils.UserError(
+            f"--tasks={','.join(options.tasks)}: benchmarks are for models that go from left "
+            f"to right, and this is an adapter of a {kind}. Ask it with --question or --file."
+        )
     out = Path(
         options.out or Path(options.peft_path).resolve().parent / "evaluation.json"
     )

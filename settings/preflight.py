@@ -50,6 +50,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
+    tasks.build(cfg).check(cfg)
     cfg = check_privacy(cfg)
     check_secure(cfg)
     check_personal(cfg)
@@ -402,7 +403,9 @@ def naming(name: str) -> Iterator[None]:
         with suppress(HFValidationError):
             found |= isinstance(try_to_load_from_cache(name, "config.json"), str)
         if found:
-            raise UserError(f"model.name={name}: {error}") from error
+            # Transformers adds the names of all bases that would do, several hundred.
+            cause = str(error).partition("\n")[0]
+            raise UserError(f"model.name={name}: {cause}") from error
         raise UserError(
             f"model.name={name} is neither a local folder nor reachable on the hub. Check "
             "the name, the network and, for a gated model, `hf auth login`."
@@ -449,14 +452,11 @@ def check_model(cfg: Settings, weights: bool) -> None:
         tokenizer = model.load_tokenizer(name, cfg.model.use_fast_tokenizer)
     if not any(p.numel() for p in frame.parameters() if p.requires_grad):
         raise UserError(f"{cfg.peft._target_} with these settings trains nothing.")
-    template = cfg.dataset.template
-    try:
-        tasks.build(cfg).check_tokenizer(tokenizer)
-    except UserError as error:
-        raise UserError(
-            f"dataset.template={template}: {error} Take dataset.template=alpaca or vicuna."
-        ) from error
-    ids = templates.prompt(template, [{"instruction": "", "input": ""}], tokenizer)
+    tasks.build(cfg).check_tokenizer(tokenizer)
+    ids = []
+    if cfg.task.model == "CAUSAL_LM":  # others have no prompt
+        asked = [{"instruction": "", "input": ""}]
+        ids = templates.prompt(cfg.dataset.template, asked, tokenizer)
     rows = frame.get_base_model().get_input_embeddings().weight.shape[0]
     check_tokenizer(name, tokenizer, rows, ids)
     check_canaries(cfg, tokenizer)

@@ -93,6 +93,7 @@ class Columns(Section):
 class Dataset(Section):
     name: Name | None = setting("a dataset of the hub")
     split: Name = setting("the hub dataset's part to train on")
+    subset: Name | None = setting("which of the hub dataset's configurations")
     path: Name | None = setting("a file or folder of records, instead")
     test_path: Name | None = setting("a file or folder of test questions")
     columns: Columns
@@ -275,6 +276,7 @@ class Task(Target):
     model: choice(
         "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"
     ) = setting("the base's class, by PEFT's name for the task")
+    prefix: str | None = None  # of every source, for encoder-decoders
 
 
 class Train(Section):

@@ -12,7 +12,7 @@ from records.batches import Collator
 from records.templates import Example, Record
 from tasks import words
 from tasks.base import Batch, Collate, Task
-from utils import IGNORED, Settings, look_for_stop
+from utils import IGNORED, Settings, UserError, look_for_stop
 
 # Prompts that are answered side by side. With 64 on a CPU a base of 135M (1.1 GiB) took 0.3
 # GiB more for its answers, with 16 0.1, for about the same time.
@@ -30,7 +30,13 @@ class Generation(Task):
         self.every = cfg.train.get("assistant_turns") == "all"
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        templates.check_template(self.template, tokenizer)
+        try:
+            templates.check_template(self.template, tokenizer)
+        except UserError as error:
+            raise UserError(
+                f"dataset.template={self.template}: {error} Take dataset.template=alpaca or "
+                "vicuna."
+            ) from error
 
     def encode(
         self, record: Record, tokenizer: PreTrainedTokenizerBase, training: bool = False
@@ -104,7 +110,7 @@ def generate(
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=ends,
-                stopping_criteria=StoppingCriteriaList([_stopped]),
+                stopping_criteria=answering(),
             )
         # Prompt embeddings count as no input tokens, so the answer is what was added.
         added = [
@@ -120,6 +126,11 @@ def generate(
 def before_end(ids: list[int], ends: list[int]) -> list[int]:
     """An answer's tokens without the one that ends it, which may be no special token."""
     return list(itertools.takewhile(lambda token: token not in ends, ids))
+
+
+def answering() -> StoppingCriteriaList:
+    """What lets a run be stopped between two tokens of its answers."""
+    return StoppingCriteriaList([_stopped])
 
 
 def _stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

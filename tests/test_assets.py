@@ -27,7 +27,7 @@ def test_the_shipped_questions_are_what_the_script_writes(tmp_path):
     command = [sys.executable, "assets/make_tiny.py", "--data-only", "--out", tmp_path]
     subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
     made = sorted(tmp_path.glob("*/*.jsonl"))
-    assert len(made) == 4
+    assert len(made) == 6
     for file in made:
         shipped = ASSETS / file.relative_to(tmp_path)
         assert file.read_bytes() == shipped.read_bytes()
