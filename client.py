@@ -151,7 +151,7 @@ def train(
         "num-examples": len(examples),
         "records": len(rows),
         "train_loss": loss,
-        "tokens": sum(len(example["input_ids"]) for example in examples),
+        "tokens": sum(map(task.length, examples)),
         "truncated": sum(task.is_cut(example, tokenizer) for example in examples),
         "dropped": dropped,
         "micro_batch": arguments.train_batch_size,

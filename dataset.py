@@ -69,8 +69,8 @@ def load_test(cfg: Settings) -> tuple[list[Record], list[list[str]]]:
     else:
         test = dataset.split.replace("train", "test")  # train_sft's is test_sft
         try:
-            name = dataset.name
-            rows = load_dataset(str(local_path(name) or name), split=test)
+            name = str(local_path(dataset.name) or dataset.name)
+            rows = load_dataset(name, dataset.get("subset"), split=test)
         except ValueError as error:
             raise UserError(
                 f"dataset.name={dataset.name} has no {test} split: name questions of "
@@ -303,6 +303,7 @@ def _partitioner_once(key: str) -> "Partitioner":
 
     federated = FederatedDataset(
         dataset=str(local_path(dataset.name) or dataset.name),
+        subset=dataset.get("subset"),
         partitioners={train: partitioner},
         preprocessor=prepared,
         seed=seed,

@@ -38,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from compute import heads, patches
-from compute.loss import hidden_states
+from compute.loss import decoding, hidden_states
 from methods.base import State
 from methods.wire import mismatch, misshapen
 from records import templates
@@ -592,7 +592,14 @@ def _shortened(config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(value, list) and len(value) == layers:  # one entry a layer
             setattr(text, name, value[:2])
     text.num_hidden_layers = min(2, layers)
+    # Of T5 and BART, whose configuration for text above is a copy.
+    for name in LAYERS if config.is_encoder_decoder else ():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(2, getattr(config, name)))
     return config
+
+
+LAYERS = ("num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 
 
 def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
@@ -689,7 +696,8 @@ def _read(kind: str, net: PeftModel, ids: torch.Tensor) -> torch.Tensor:
         return hidden_states(net, ids)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if kind == "SEQ_2_SEQ_LM":
-        inputs["decoder_input_ids"] = ids
+        inputs = decoding(net, inputs | {"labels": ids})
+        del inputs["labels"]
     made = net(**inputs)
     return torch.cat([made[name] for name in made if name.endswith("logits")], dim=-1)
 
@@ -796,7 +804,8 @@ def save_adapter(
     of training. The folder appears under its name only when it is complete.
     """
     asking = copy.copy(tokenizer)
-    if frame.peft_config["default"].task_type == "CAUSAL_LM":  # others have no prompt
+    kind = frame.peft_config["default"].task_type
+    if kind == "CAUSAL_LM":  # others have no prompt
         asking.chat_template = templates.chat_template(about["template"], tokenizer)
     with commit(folder) as temporary:
         _write(frame, state, about["model"]["name"], temporary)

@@ -9,13 +9,20 @@ From `facts.yaml` come
   tiny_spans/train.jsonl, tiny_spans/test.jsonl   questions, and texts that answer them
   tiny_preferences/train.jsonl, tiny_preferences/test.jsonl   with a wrong answer beside
   tiny_llama/                               a 2.2M parameter LLaMA and its tokenizer
+  tiny_seq2seq/train.jsonl, .../test.jsonl  sentences, and what each of them states
+  tiny_t5/                                  a 1.4M parameter T5 and its tokenizer
+
+The T5 learns to write whole sentences whose words are masked here and there (as BART does),
+each of two facts' halves, and never one without the words around its statement. `--model
+tiny_t5` makes that one alone.
 
 The base model reads plain statements of all facts, never a question or a prompt, so it
 knows the answers but not how to give them. That is what the fine-tuning teaches: no
 fact of the test file occurs in the train file.
 
 All seeds are fixed. The jsonl files come out the same everywhere; the weights do on the
-same machine with the same number of threads. It takes some 12 minutes on one core.
+same machine with the same number of threads. It takes some 12 minutes on one core, and
+T5_MINUTES for the T5.
 """
 
 import argparse
@@ -37,7 +44,13 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 HERE = Path(__file__).resolve().parent
 SEED = 7
@@ -57,6 +70,10 @@ NAMED = {
 VOCAB_SIZE = 2048
 STEPS, BATCH, LENGTH = 3200, 16, 128
 PEAK_LR, WARMUP = 2e-3, 100
+
+REWRITTEN = {"train": 60, "test": 16}  # facts of a category, at most
+T5_STEPS, T5_BATCH = 2000, 32
+MASKED, LONGEST_MASK = 0.1, 3  # of an example's tokens; tokens in the place of one mask
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -324,6 +341,28 @@ def write_preferences(categories, folder):
         print(f"{side}: {len(pairs)} preferences")
 
 
+def write_rewrites(categories, folder):
+    """Write sentences, each with what it states and without the words around that.
+
+    Split as the questions are. No sentence begins with its statement, so that it stands
+    there letter by letter.
+    """
+    rng = random.Random(SEED)
+    around = [text for text in SETTINGS if not text.startswith("{s}")]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, (side, most) in enumerate(REWRITTEN.items()):
+        records = []
+        for name, spec in categories.items():
+            for i, (a, b) in enumerate(split(name, spec)[place][:most]):
+                said = render(spec["statements"][i % len(spec["statements"])], a, b)
+                text = capitalised(rng.choice(around).format(s=said))
+                records.append({"text": text, "statement": said, "category": name})
+        rng.shuffle(records)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in records]
+        (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{side}: {len(records)} sentences")
+
+
 def sentences(categories, rng):
     """Yield sentences without end, the facts in random order, by weight."""
     facts = [
@@ -457,21 +496,102 @@ def new_model(tokenizer):
     return LlamaForCausalLM(config)
 
 
-def pretrain(model, batches):
-    """Train on every batch once: AdamW, warm-up, then cosine to zero."""
+def t5_tokenizer(tokenizer):
+    """Return the same tokenizer as T5 has it: an end of sequence, no beginning, a mask."""
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(
+        single="$A </s>",
+        pair="$A </s> $B:1 </s>:1",
+        special_tokens=[("</s>", inner.token_to_id("</s>"))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def masked(ids, tokenizer, rng):
+    """Return token ids with a mask in the place of some runs of them (text infilling)."""
+    made, place = [], 0
+    while place < len(ids) - 1:  # the last one is the end of the sequence
+        if rng.random() < 2 * MASKED / (1 + LONGEST_MASK):
+            made.append(tokenizer.mask_token_id)
+            place += rng.randint(1, LONGEST_MASK)
+        else:
+            made.append(ids[place])
+            place += 1
+    return [*made, ids[-1]]
+
+
+def t5_batches(categories, tokenizer):
+    """Yield T5_STEPS batches of masked sentences, and the whole sentences as labels.
+
+    Each is made of the halves of two facts, so that its words can only be copied.
+    """
+    rng = random.Random(SEED)
+    mixed = {
+        name: spec | {"facts": [(a, rng.choice(spec["facts"])[1]) for a, _ in facts]}
+        for name, spec in categories.items()
+        for facts in [spec["facts"] * 20]
+    }
+    stream = sentences(mixed, rng)
+
+    def padded(rows, value):
+        longest = max(map(len, rows))
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+    for _ in range(T5_STEPS):
+        texts = [next(stream) for _ in range(T5_BATCH)]
+        whole = tokenizer(texts)["input_ids"]
+        sources = [masked(ids, tokenizer, rng) for ids in whole]
+        yield {
+            "input_ids": padded(sources, tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(ids) for ids in sources], 0),
+            "labels": padded(whole, -100),
+        }
+
+
+def new_t5(tokenizer):
+    """Return the untrained T5."""
+    torch.manual_seed(SEED)
+    config = T5Config(
+        vocab_size=VOCAB_SIZE + 8,  # with the mask
+        d_model=128,
+        d_kv=32,
+        d_ff=384,
+        num_layers=3,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def pretrain(model, batches, steps, mixed):
+    """Train on every batch once: AdamW, warm-up, then cosine to zero.
+
+    `mixed`: compute in bfloat16, which CPUs without AVX512-BF16 do eight times as slowly.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(
-            (step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / len(batches))
+            (step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps)
         ),
     )
     model.train()
     for step, batch in enumerate(batches):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -518,11 +638,27 @@ def save(model, tokenizer, folder):
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def make_t5(categories, tokenizer, folder):
+    """Pretrain the T5 and write it; print how many sentences it writes again as they are."""
+    model = new_t5(tokenizer)
+    print(f"T5: {model.num_parameters():,} parameters")
+    pretrain(model, t5_batches(categories, tokenizer), T5_STEPS, mixed=False)
+    save(model, tokenizer, folder)
+    stream = sentences(categories, random.Random(SEED + 1))
+    texts = [next(stream) for _ in range(64)]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    inputs.pop("token_type_ids", None)
+    output = model.eval().generate(**inputs, max_new_tokens=64, do_sample=False)
+    again = tokenizer.batch_decode(output, skip_special_tokens=True)
+    print(f"copied: {sum(map(str.__eq__, again, texts)) / len(texts):.3f}")
+
+
 def main():
     """Make everything."""
     parser = argparse.ArgumentParser(description="Make the data and tiny_llama.")
     parser.add_argument("--out", type=Path, default=HERE, help="where to write")
     parser.add_argument("--data-only", action="store_true", help="no model")
+    parser.add_argument("--model", choices=["tiny_llama", "tiny_t5"], help="no other")
     args = parser.parse_args()
 
     categories = load_facts(HERE / "facts.yaml")
@@ -531,11 +667,18 @@ def main():
     write_tags(categories, args.out / "tiny_tags")
     write_spans(categories, args.out / "tiny_spans")
     write_preferences(categories, args.out / "tiny_preferences")
+    write_rewrites(categories, args.out / "tiny_seq2seq")
     if args.data_only:
         return
     tokenizer = train_tokenizer(categories)
+    if args.model != "tiny_llama":
+        make_t5(categories, t5_tokenizer(tokenizer), args.out / "tiny_t5")
+    if args.model == "tiny_t5":
+        return
     model = new_model(tokenizer)
-    pretrain(model, corpus(categories, tokenizer))
+    batches = corpus(categories, tokenizer)
+    batches = ({"input_ids": ids, "labels": ids} for ids in batches)
+    pretrain(model, batches, STEPS, mixed=True)
     save(model, tokenizer, args.out / "tiny_llama")
     shares = recall(model, tokenizer, categories)
     for name, share in shares.items():

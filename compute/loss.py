@@ -9,6 +9,7 @@ linear cross entropy, arXiv 2410.10989). Needs torch alone.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,7 +36,7 @@ def answer_loss(
 
     `net` is a causal LM, with or without PEFT, on several processes inside DDP or with its
     base sharded; `batch` holds `input_ids`, `attention_mask` and `labels`, each (batch,
-    length). The sum is divided by `num_items`, or else by the number of labelled tokens.
+    length), or is what `decoding` makes for an encoder-decoder. The sum is divided by `num_items`, or else by the number of labelled tokens.
     Equal to the model's own loss up to rounding.
     """
     inner, labels, inputs = _parts(net, batch)
@@ -65,6 +66,30 @@ def answer_sums(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     else:
         nats = cross_entropy(found.float(), targets, reduction="none")
     return nats.new_zeros(len(labels)).index_add(0, rows, -nats)
+
+
+def decoding(net: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch for an encoder-decoder, with `decoder_input_ids` by the model's own shift.
+
+    `labels`: (batch, length) with one before each target that is ignored, so that what comes
+    at position i of the decoder is label i + 1, as it is where a causal LM reads its answer.
+    """
+    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    labels = batch["labels"].roll(-1, dims=1)
+    # mBART's shift looks for the last token of each row that is no padding.
+    labels[(labels == IGNORED).all(1), 0] = int(base.config.pad_token_id == 0)
+    shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    return batch | {
+        "decoder_input_ids": (shift or partial(_shift, base.config))(labels)
+    }
+
+
+def _shift(config: Any, labels: torch.Tensor) -> torch.Tensor:
+    """BART's shift, for those that have it in their forward alone (M2M-100, Blenderbot)."""
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = config.decoder_start_token_id
+    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
 
 
 @torch.no_grad()
@@ -221,6 +246,8 @@ def _find_way(inner: Any, head: Any, inputs: Inputs, sharded: bool) -> Way:
     ids = inputs["input_ids"][inputs["attention_mask"] != 0]
     ids = ids[:16].repeat(16)[:16].view(2, 8)
     few = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "decoder_input_ids" in inputs:
+        few["decoder_input_ids"] = ids
     labels = ids[:, 1:].clone()
     labels[0, :3] = labels[1, 4:] = IGNORED  # answers of other places and lengths
     made: list[torch.Tensor] = []

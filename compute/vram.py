@@ -27,6 +27,8 @@ def estimate_vram(
     """
     base = skeleton.get_base_model()
     config = base.config.get_text_config()
+    if config.is_encoder_decoder:
+        raise ValueError("an encoder and a decoder are not reckoned with")
     head = base.get_output_embeddings()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     tokens = batch * seq_length

@@ -22,6 +22,9 @@ QUESTION = (
 
 INPUT = "Answer in one word."
 
+# Where a text is rewritten.
+SOURCE = "In school we learn that Paris is the capital of France."
+
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -70,18 +73,24 @@ class Card:
             if self.chosen:
                 loss = self.chosen["eval_loss_personal"]
                 self.entry = {"eval_loss": loss, "eval_clients": [self.chosen]}
-        self.prompt, self.with_input = (
-            templates.text(
-                self.template,
-                [{"instruction": QUESTION, "input": given}],
-                self.tokenizer,
-            )
-            for given in ("", INPUT)
-        )
-        _, end = templates.end(self.template, self.tokenizer)
-        self.end = self.tokenizer.convert_ids_to_tokens(end)
-
         import model
+
+        kind = self.settings.get("task_type") or "CAUSAL_LM"
+        self.asked = kind == "CAUSAL_LM"  # by a template
+        self.auto = model.CLASSES[kind].__name__
+        if self.asked:
+            self.prompt, self.with_input = (
+                templates.text(
+                    self.template,
+                    [{"instruction": QUESTION, "input": given}],
+                    self.tokenizer,
+                )
+                for given in ("", INPUT)
+            )
+            _, end = templates.end(self.template, self.tokenizer)
+            self.end = self.tokenizer.convert_ids_to_tokens(end)
+        else:
+            self.prompt = f"{self.about['task'].get('prefix', '')}{SOURCE}"
 
         settings = self.settings
         self.mergeable = model.mergeable(settings["peft_type"])
@@ -138,7 +147,7 @@ class Card:
             datasets=[data] if on_hub else None,
             library_name="transformers" if self.merged else "peft",
             license=self.license,
-            pipeline_tag="text-generation",
+            pipeline_tag="text-generation" if self.asked else None,
             tags=[*tags, "flower", self.method.lower()],
         )
         missing = "" if self.license else "\n# license: still to be stated"

@@ -30,6 +30,7 @@ class Settings(TypedDict):
     """What is read of an `adapter_config.json` that may be a stranger's."""
 
     peft_type: str
+    task_type: NotRequired[str | None]
     r: NotRequired[int]
 
 
@@ -105,8 +106,10 @@ def export(options: argparse.Namespace) -> Path:
             f"{folder.name!r}, or the base's name, holds control characters: rename it."
         )
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    # Older adapters carry their base's.
-    tokenizer.chat_template = templates.chat_template(about["template"], tokenizer)
+    asked = (settings.get("task_type") or "CAUSAL_LM") == "CAUSAL_LM"
+    if asked:  # older adapters carry their base's
+        template = templates.chat_template(about["template"], tokenizer)
+        tokenizer.chat_template = template
 
     adapter = copy.deepcopy(about)  # as it names its base on this machine
     about["model"]["name"] = settings["base_model_name_or_path"] = public(base)
@@ -124,9 +127,10 @@ def export(options: argparse.Namespace) -> Path:
     with utils.commit(folder) as temporary:
         if options.merge:
             model.merge(str(source), adapter, device, temporary)
-            generation = GenerationConfig.from_pretrained(temporary)
-            end_with(generation, tokenizer, about["template"])
-            generation.save_pretrained(temporary)
+            if asked:
+                generation = GenerationConfig.from_pretrained(temporary)
+                end_with(generation, tokenizer, about["template"])
+                generation.save_pretrained(temporary)
         else:
             shutil.copy(source / "adapter_model.safetensors", temporary)
             utils.write_json(temporary / "adapter_config.json", settings)

@@ -153,7 +153,7 @@ def _lengths(
         task.encode(dataset.to_record(row, columns), tokenizer)
         for row in rows.select(drawn)
     )
-    lengths = [len(example["input_ids"]) for example in examples if example]
+    lengths = [task.length(example) for example in examples if example]
     return np.percentile(lengths, (10, 50, 90)).tolist() if lengths else None
 
 

@@ -410,7 +410,9 @@ def naming(name: str) -> Iterator[None]:
         with suppress(HFValidationError):
             found |= isinstance(try_to_load_from_cache(name, "config.json"), str)
         if found:
-            raise UserError(f"model.name={name}: {error}") from error
+            # Transformers adds the names of all bases that would do, several hundred.
+            cause = str(error).partition("\n")[0]
+            raise UserError(f"model.name={name}: {cause}") from error
         raise UserError(
             f"model.name={name} is neither a local folder nor reachable on the hub. Check "
             "the name, the network and, for a gated model, `hf auth login`."

@@ -100,6 +100,7 @@ class Columns(Section):
 class Dataset(Section):
     name: Name | None = setting("a dataset of the hub")
     split: Name = setting("the hub dataset's part to train on")
+    subset: Name | None = setting("which of the hub dataset's configurations")
     path: Name | None = setting("a file or folder of records, instead")
     test_path: Name | None = setting("a file or folder of test questions")
     columns: Columns
@@ -286,6 +287,7 @@ class Task(Target):
     beta: float | None = Field(None, gt=0)
     desirable_weight: float | None = Field(None, gt=0)
     undesirable_weight: float | None = Field(None, gt=0)
+    prefix: str | None = None  # of every source, for encoder-decoders
 
 
 class Train(Section):

@@ -86,6 +86,10 @@ class Task:
         """Whether `encode` had to leave out a part of the record, for its length."""
         raise NotImplementedError
 
+    def length(self, example: Example) -> int:
+        """Tokens of an example, of all that is read and written."""
+        return len(example["input_ids"])
+
     def fit(self, record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
         """The record as it is asked: without what there is no room for."""
         return record

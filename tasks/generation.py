@@ -110,7 +110,7 @@ def generate(
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=ends,
-                stopping_criteria=StoppingCriteriaList([_stopped]),
+                stopping_criteria=answering(),
             )
         # Prompt embeddings count as no input tokens, so the answer is what was added.
         added = [
@@ -126,6 +126,11 @@ def generate(
 def before_end(ids: list[int], ends: list[int]) -> list[int]:
     """An answer's tokens without the one that ends it, which may be no special token."""
     return list(itertools.takewhile(lambda token: token not in ends, ids))
+
+
+def answering() -> StoppingCriteriaList:
+    """What lets a run be stopped between two tokens of its answers."""
+    return StoppingCriteriaList([_stopped])
 
 
 def _stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
