@@ -649,6 +649,11 @@ def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
             "lets a token see what comes after it, so it cannot be trained to foretell "
             "text. (BERT and its like need is_decoder: true in there.)"
         )
+    if kind == "SEQ_CLS" and not _unmoved(net, ids):
+        raise UserError(
+            f"model.name={name}: {type(net.get_base_model()).__name__} makes something else of a "
+            "text in a batch, beside longer ones, than of the text alone. Take another base."
+        )
     most = getattr(tried.get_text_config(decoder=True), "max_position_embeddings", None)
     virtual = getattr(net.active_peft_config, "num_virtual_tokens", 0) or 0
     if most is None or seq_length + virtual + 8 > most:  # some skip a few positions
@@ -692,6 +697,21 @@ def _read(kind: str, net: PeftModel, ids: torch.Tensor) -> torch.Tensor:
         inputs["decoder_input_ids"] = ids
     made = net(**inputs)
     return torch.cat([made[name] for name in made if name.endswith("logits")], dim=-1)
+
+
+@torch.no_grad()
+def _unmoved(net: PeftModel, ids: torch.Tensor) -> bool:
+    """Whether a text's logits stay the same with padding behind it. `ids`: (rows, length)."""
+    filler = net.config.get_text_config().pad_token_id
+    longer = torch.nn.functional.pad(ids, (0, 5), value=filler)
+    made = [
+        heads.logits(net, {"input_ids": rows, "attention_mask": mask.long()})
+        for rows, mask in (
+            (ids, torch.ones_like(ids)),
+            (longer, torch.arange(longer.shape[1]).expand_as(longer) < ids.shape[1]),
+        )
+    ]
+    return close(*made)
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:

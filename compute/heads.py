@@ -62,15 +62,19 @@ def begin(base: Any, seed: int) -> None:
         setattr(base.get_submodule(module), own, made)
 
 
+def base_of(net: Any) -> Any:
+    """The model of transformers' that is inside of PEFT's and DDP's."""
+    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def logits(net: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What a model for sequences says of each text: (rows, labels).
 
     A causal model's are those at its last token, by the attention mask. Transformers finds it
     by the padding token's id, which may well be a token of the text (5.23.0).
     """
-    inner = net.module if isinstance(net, DistributedDataParallel) else net
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    mask = inputs["attention_mask"]
+    base, mask = base_of(net), inputs["attention_mask"]
     after = mask.flip(1).argmax(1)  # tokens of padding after the last one
     with _at(getattr(base, "score", None), after):
         return net(**inputs).logits

@@ -54,9 +54,21 @@ def choice(*values: Any) -> Any:
 Name = Annotated[str, Field(min_length=1)]
 
 
-# A head has a row for each.
-Label = Annotated[str, Field(min_length=1, max_length=500)]
-Labels = Annotated[list[Label], Field(min_length=1, max_length=10_000)] | None
+def _labels(value: Any) -> Any:
+    each = value if isinstance(value, list) else [None]
+    # A head has a row for each.
+    fits = 1 <= len(each) <= 10_000
+    if value is not None and not (
+        fits and all(isinstance(x, str) and 1 <= len(x) <= 500 for x in each)
+    ):
+        raise ValueError(
+            f"dataset.labels={str(value)[:200]}: a list of names is needed, 10,000 at most of "
+            '500 characters at most. A number takes quotes: dataset.labels=\'["0","1"]\''
+        )
+    return value
+
+
+Labels = Annotated[list[str] | None, BeforeValidator(_labels)]
 
 
 class Section(BaseModel):
@@ -280,7 +292,18 @@ class Task(Target):
     model: choice(
         "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"
     ) = setting("the base's class, by PEFT's name for the task")
-    class_weights: list[Annotated[float, Field(gt=0)]] | None = None
+    class_weights: Any = None
+
+    @field_validator("class_weights")
+    @classmethod
+    def above(cls, given: Any) -> Any:
+        each = given if isinstance(given, list) and given else [None]
+        if given is not None and not all(is_number(x) and x > 0 for x in each):
+            raise ValueError(
+                f"task.class_weights={given}: a number above 0 for each of dataset.labels is "
+                "needed, [1,2.5] say, or null."
+            )
+        return given
 
 
 class Train(Section):

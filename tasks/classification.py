@@ -156,7 +156,7 @@ class Classification(Task):
     def _logits(self, net: Any, batch: Batch) -> torch.Tensor:
         """(rows, labels), in float32."""
         inputs = {name: batch[name] for name in batch if name != "labels"}
-        if (getattr(net.config, "type_vocab_size", None) or 0) < 2:
+        if (getattr(heads.base_of(net).config, "type_vocab_size", None) or 0) < 2:
             del inputs["token_type_ids"]  # of a base that tells no segments apart
         return heads.logits(net, inputs).float()
 

@@ -1,19 +1,29 @@
 """pytest tests/test_classification.py: labels of texts and pairs, against plain transformers."""
 
+import json
 import math
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from flwr.app import MessageType
 from sklearn import metrics
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
+import client
+import dataset
 import model
 import tasks
 from assets.testbed import bases
 from compute import heads
+from node import permit
+from server import exchange, rounds
+from settings import preflight
+from settings.compose import compose, resolve
+from settings.schema import validated
 from tasks.base import Unsuited
-from utils import IGNORED, Settings
+from utils import IGNORED, PROJECT, Refusal, Settings, UserError
 
 CPU = torch.device("cpu")
 LABELS = ["calm", "glad", "sad"]
@@ -254,3 +264,154 @@ def test_what_is_left_out_and_what_is_cut(opened):
     both = tokenizer("is a", "what is")["input_ids"]
     assert cut["input_ids"][0] == both[0]
     assert cut["input_ids"].count(tokenizer.sep_token_id) == 2
+
+
+def test_the_shipped_encoder_is_small_and_has_seen_no_label():
+    folder = PROJECT / "assets/tiny_bert"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6 * 2**20
+    about = json.loads((folder / "config.json").read_text())
+    assert about["architectures"] == ["BertForMaskedLM"]
+    assert about["vocab_size"] == 2048
+    assert len(model.load_tokenizer("assets/tiny_bert")) == 2048
+
+
+# --- in a run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def classified():
+    """The shipped experiment, made short."""
+
+    def build(*overrides):
+        return preflight.check(
+            compose(
+                " ".join(
+                    [
+                        "experiment=classification num_rounds=2 evaluate.exact_match=false "
+                        "train.training_arguments.max_steps=2 "
+                        "train.training_arguments.per_device_train_batch_size=4",
+                        *overrides,
+                    ]
+                )
+            )
+        )
+
+    return build
+
+
+def test_a_client_trains_its_head_and_tells_how_its_labels_are_told(classified):
+    cfg = classified()
+    start = client.initial_adapter(cfg)
+    assert start.keys() == model.seeded(cfg.model, cfg.peft, cfg.seed).keys()
+    state, told = client.train(cfg, start, 0, server_round=1)
+    assert all(not torch.equal(state[name], start[name]) for name in state)
+    assert told["num-examples"] == 8
+    assert told["dropped"] == told["truncated"] == 0
+    before = client.evaluate(cfg, start, 0, base=True)
+    assert before == client.evaluate(cfg, start, 0)
+    after = client.evaluate(cfg, state, 0)
+    figures = exchange.read_figures(MessageType.EVALUATE, after)
+    assert {"eval_loss", "eval_accuracy", "eval_macro_f1", "eval_mcc"} <= figures.keys()
+    assert after != before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        ("dataset.labels=null", "dataset.labels is missing, one list for all clients"),
+        ("dataset.labels=[animal,sum]", "not in dataset.labels are calendar, capital"),
+        ("dataset.labels=[sum]", "2 labels or more are needed"),
+        ("dataset.labels=[sum,sum]", "a label stands there twice"),
+        ("model.labels=[sum,animal]", "model.labels=.*: they are dataset.labels"),
+        ("task.class_weights=[1,2]", "task.class_weights=.*16 weights are needed"),
+        ("task.class_weights=[0]", "a number above 0 for each of dataset.labels"),
+        ("dataset.labels=[0,1]", "A number takes quotes"),
+        ("evaluate.choices=options", "the choices are dataset.labels"),
+        ("audit.canaries=4", "a canary has no label"),
+        ("launch=fsdp", "a head is trained whole"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(overrides, fault, classified):
+    with pytest.raises(UserError, match=fault):
+        classified(overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "sharing=ffa comm.dtype=int8",
+        "sharing=rolora",
+        "sharing=fedsa",
+        "strategy=svd strategy.ranks=[2,8]",
+        "strategy=scaffold",
+        "privacy=client privacy.clip_norm=1 privacy.noise_multiplier=0.1",
+        "privacy=record privacy.clip_norm=1 privacy.noise_multiplier=0.5 "
+        "strategy.fraction_evaluate=0",
+        "privacy.secure_aggregation=true strategy.fraction_evaluate=0 "
+        "strategy.fraction_fit=0.5",
+        "peft=prompt",
+    ],
+)
+@pytest.mark.slow
+def test_each_method_has_the_head_in_its_adapter(
+    overrides, classified, loopback, tmp_path
+):
+    cfg = classified("num_rounds=1 strategy.fraction_fit=0.5", overrides)
+    rounds.run(cfg, loopback(cfg, folder=tmp_path / "clients"), tmp_path / "run")
+    folder = tmp_path / "run/peft_1"
+    about = model.read_about(str(folder))
+    net, tokenizer = model.open_adapter(str(folder), about, CPU)
+    first = model.seeded(cfg.model, cfg.peft, cfg.seed)
+    head = {n: p for n, p in net.named_parameters() if ".modules_to_save." in n}
+    assert {name.split(".")[2] for name in head} == {"bert", "classifier"}
+    assert all(not torch.equal(p, first[name]) for name, p in head.items())
+    records = [{"instruction": "What is 3 plus 4?", "input": ""}]
+    assert tasks.build(cfg).answers(net, tokenizer, records, 1)[0] in cfg.dataset.labels
+
+
+def test_a_node_whose_labels_differ_is_refused_and_the_server_not_told_which(tmp_path):
+    labels = ["calm", "glad", "wrathful"] * 10
+    records = [{"note": f"It is {i}.", "mood": mood} for i, mood in enumerate(labels)]
+    (file := tmp_path / "notes.jsonl").write_text("\n".join(map(json.dumps, records)))
+    own = {
+        "data-path": str(file),
+        "column-instruction": "note",
+        "column-input": "",
+        "column-output": "mood",
+        "cache-path": str(tmp_path / "cache"),
+        "cpus": 1,
+    }
+    run = "experiment=classification dataset.labels=[calm,glad,{}]"
+    told = {"overrides": run.format("sad"), "run": "first"}
+    with pytest.raises(Refusal) as caught:
+        permit.settle(told, own)
+    assert str(caught.value) == "1 of its labels are not in dataset.labels"
+    assert "not in dataset.labels are wrathful" in str(caught.value.__cause__)
+    cfg, _ = permit.settle(told | {"overrides": run.format("wrathful,sad")}, own)
+    assert cfg.records == 30
+
+
+def test_numbers_of_labels_become_their_names(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=LABELS)})
+    rows = Dataset.from_dict({"text": [*"abc"], "label": [2, 0, -1]}, features)
+    columns = {
+        "instruction": "text",
+        "input": None,
+        "output": "label",
+        "messages": None,
+    }
+    made = dataset.as_records(rows, Settings.of({"name": "x", "columns": columns}))
+    records = [dataset.to_record(row, columns) for row in made]
+    assert [record["output"] for record in records] == ["sad", "calm", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"), [("20news", 20), ("agnews", 4), ("sst2", 2)]
+)
+def test_fednlp_s_settings_are_there_by_name(name, labels):
+    cfg = validated(resolve(compose(f"experiment=fednlp_{name}")))
+    assert cfg.model.name == "distilbert/distilbert-base-uncased"
+    assert len(cfg.dataset.labels) == labels
+    assert (cfg.num_clients, cfg.num_rounds, cfg.partitioner.alpha) == (100, 30, 1.0)
+    assert cfg.partitioner.partition_by == cfg.dataset.columns.output
+    assert cfg.task._target_ == "tasks.classification.Classification"

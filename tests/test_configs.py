@@ -215,6 +215,7 @@ def test_every_group_is_covered_here():
         "model",
         "dataset",
         "launch",
+        "task",
     ]
     covered += [
         "experiment",

@@ -3,7 +3,11 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    XLNetConfig,
+)
 
 import model
 from assets.testbed import bases
@@ -182,3 +186,12 @@ def test_each_method_says_of_a_head_what_it_says_of_the_rest(base):
         assert {*sharing.RoLoRA().trains(names, number)} == {*half, *head}
     personal = sharing.Adapter(["modules_to_save"])  # FedPer's, a head of one's own
     assert personal.own(names) == head
+
+
+def test_a_base_that_reads_its_padding_is_refused(tmp_path):
+    # XLNet's summary is of the last position, and its tokenizer pads in front.
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=2, d_inner=48)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    given = settings(str(tmp_path), target_modules=["layer_1"])
+    with pytest.raises(UserError, match="makes something else of a text in a batch"):
+        model.rehearse(*given, 0, 16)
