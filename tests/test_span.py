@@ -329,6 +329,8 @@ def test_local_records_are_read_and_the_bad_one_is_told(configure, tmp_path):
     assert isinstance(tasks.build(cfg), Span)
     with pytest.raises(UserError, match="looks for answers in a text"):
         configure(f"{run} dataset.columns.input=null")
+    with pytest.raises(UserError, match="tells no labels apart"):
+        configure(f"{run} dataset.labels=[a,b,c]")
     path.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"answers": "Rome"}])))
     with pytest.raises(UserError, match=r"spans.jsonl, record 4: its answer 'Rome'"):
         configure(run)
