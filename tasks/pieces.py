@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
+from compute import heads
 from records.batches import MULTIPLE
 from records.templates import Example
 from tasks.base import Batch, Collate
@@ -109,17 +109,15 @@ def segments(net: Any, types: torch.Tensor) -> Iterator[None]:
     By a hook, because PEFT's PeftModelForQuestionAnswering takes token_type_ids and loses
     them (0.21.2). Bases without segments, or with one (RoBERTa's), are not told.
     """
-    inner = net.module if isinstance(net, DistributedDataParallel) else net
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    base = heads.base_of(net)
     if (getattr(base.config, "type_vocab_size", None) or 0) < 2:
         yield
         return
 
     def tell(_: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         vectors = named.get("inputs_embeds")
-        more = (
-            0 if vectors is None else vectors.shape[1] - types.shape[1]
-        )  # of a prompt
+        # Prompt tuning has put vectors of its own before those of the tokens.
+        more = 0 if vectors is None else vectors.shape[1] - types.shape[1]
         told = torch.nn.functional.pad(types, (more, 0))
         return given, named | {"token_type_ids": told}
 

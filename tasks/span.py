@@ -70,6 +70,11 @@ class Span(Task):
                 "dataset.columns.input=null: task=span looks for answers in a text. Name its "
                 "column: dataset.columns.input=context"
             )
+        if cfg.dataset.labels:  # transformers' head would have a row for each
+            raise UserError(
+                f"dataset.labels={cfg.dataset.labels}: task=span tells no labels apart. Set "
+                "dataset.labels=null."
+            )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         tokens.check(tokenizer)

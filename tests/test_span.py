@@ -9,14 +9,19 @@ import torch
 from datasets import Dataset, Features, List, Value
 from transformers import AutoModelForQuestionAnswering
 
+import client
 import dataset
 import model
 import tasks
+import test as ask
 from assets.testbed import bases, families
+from settings import preflight
+from settings.compose import compose, resolve
+from settings.schema import validated
 from tasks import span
 from tasks.base import Unsuited
 from tasks.span import Span
-from utils import IGNORED, Settings, UserError
+from utils import IGNORED, Settings, UserError, cohort_size
 
 TEXT = "Paris is the capital of France. The capital of Haïti is Port-au-Prince, in the west."
 QUESTION = "What is the capital of Haïti?"
@@ -324,6 +329,43 @@ def test_local_records_are_read_and_the_bad_one_is_told(configure, tmp_path):
     assert isinstance(tasks.build(cfg), Span)
     with pytest.raises(UserError, match="looks for answers in a text"):
         configure(f"{run} dataset.columns.input=null")
+    with pytest.raises(UserError, match="tells no labels apart"):
+        configure(f"{run} dataset.labels=[a,b,c]")
     path.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"answers": "Rome"}])))
     with pytest.raises(UserError, match=r"spans.jsonl, record 4: its answer 'Rome'"):
         configure(run)
+
+
+def test_fednlp_s_setting_is_there_by_name():
+    cfg = validated(resolve(compose("experiment=fednlp_squad")))
+    assert cfg.model.name.endswith("distilbert-base-uncased")
+    assert (cfg.num_clients, cfg.num_rounds, cfg.partitioner.alpha) == (300, 15, 0.1)
+    assert cohort_size(cfg.num_clients, cfg.strategy.fraction_fit) == 10
+    tasks.build(cfg).check(cfg)
+
+
+@pytest.mark.slow
+def test_a_client_learns_to_point_and_its_adapter_does(tmp_path, capsys, monkeypatch):
+    cfg = preflight.check(
+        compose(
+            "experiment=span num_clients=2 strategy.fraction_fit=0.5 "
+            "strategy.fraction_evaluate=1 train.training_arguments.max_steps=60"
+        )
+    )
+    start = client.initial_adapter(cfg)
+    before = client.evaluate(cfg, start, 0)
+    state, _ = client.train(cfg, start, 0, 1)
+    after = client.evaluate(cfg, state, 0)
+    assert after["eval_loss"] < 0.8 * before["eval_loss"]
+    client.save(cfg, state, tmp_path / "peft_1", 1)
+    asked = ["--question=What is the capital of Jamaica?", "--input=Kingston."]
+    arguments = ["test.py", f"--peft-path={tmp_path}/peft_1", *asked, "--device=cpu"]
+    monkeypatch.setattr("sys.argv", arguments)
+    ask.main()
+    said = capsys.readouterr().out
+    net = model.build_once(cfg.model, cfg.peft, cfg.seed, torch.device("cpu")).eval()
+    model.set_adapter_state(net, state)
+    tokenizer = model.load_tokenizer(cfg.model.name)
+    one = {"instruction": "What is the capital of Jamaica?", "input": "Kingston."}
+    [told] = tasks.build(cfg).told(net, tokenizer, [one], 256)
+    assert f"A: {told}\n" in said

@@ -8,13 +8,19 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from seqeval.metrics import f1_score
 from transformers import AutoModelForTokenClassification
 
+import client
 import dataset
 import tasks
+import test as ask
 from assets.testbed import bases, families
+from node import permit
+from settings import preflight
+from settings.compose import compose, resolve
+from settings.schema import validated
 from tasks import pieces
 from tasks.base import Unsuited
 from tasks.tagging import Tagging
-from utils import IGNORED, Settings, UserError
+from utils import IGNORED, Refusal, Settings, UserError, cohort_size
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 WORDS = ["Ada", "Lovelace", "lived", "in", "Port-au-Prince", ",", "Haiti", "."]
@@ -303,3 +309,59 @@ def test_the_task_is_built_of_its_file(configure, tagged):
     row = dataset.load_partition(cfg, 0)[0]
     told = dataset.to_record(row, cfg.dataset.columns)
     assert told == record(WORDS, TAGS)
+
+
+def test_a_node_whose_tags_are_others_takes_no_part(tmp_path):
+    lines = [json.dumps({"tokens": WORDS, "tags": TAGS})] * 12
+    (tmp_path / "tags.jsonl").write_text("\n".join(lines))
+    own = {
+        "data-path": str(tmp_path / "tags.jsonl"),
+        "column-instruction": "tokens",
+        "column-input": "",
+        "column-output": "tags",
+        "cache-path": str(tmp_path / "cache"),
+        "cpus": 1,
+    }
+    told = {"overrides": "experiment=tagging", "run": "first"}
+    with pytest.raises(Refusal) as caught:
+        permit.settle(told, own)
+    assert str(caught.value) == "a record of its own does not fit the task"
+    assert "record 1: its tag B-PER is not in" in str(caught.value.__cause__)
+    labels = ",".join(LABELS)
+    told["overrides"] += f" dataset.labels=[{labels}]"
+    cfg, _ = permit.settle(told, own)
+    assert cfg.records == 12
+
+
+def test_fednlp_s_setting_is_there_by_name():
+    cfg = validated(resolve(compose("experiment=fednlp_wikiner")))
+    assert cfg.model.name.endswith("distilbert-base-uncased")
+    assert (cfg.num_clients, cfg.num_rounds, cfg.partitioner.alpha) == (100, 30, 5.0)
+    assert cohort_size(cfg.num_clients, cfg.strategy.fraction_fit) == 10
+    tasks.build(cfg).check(cfg)
+
+
+@pytest.mark.slow
+def test_a_client_learns_to_name_things_and_its_adapter_says_them(
+    tmp_path, capsys, monkeypatch
+):
+    cfg = preflight.check(
+        compose(
+            "experiment=tagging num_clients=2 strategy.fraction_fit=0.5 "
+            "strategy.fraction_evaluate=1 train.training_arguments.max_steps=60"
+        )
+    )
+    start = client.initial_adapter(cfg)
+    before = client.evaluate(cfg, start, 0)
+    state, _ = client.train(cfg, start, 0, 1)
+    after = client.evaluate(cfg, state, 0)
+    assert before["eval_entity_f1"] < 0.2
+    assert after["eval_entity_f1"] > 0.8
+    assert after["eval_loss"] < before["eval_loss"] / 4
+    client.save(cfg, state, tmp_path / "peft_1", 1)
+    question = "--question=The capital of Jamaica is Kingston ."
+    arguments = ["test.py", f"--peft-path={tmp_path}/peft_1", question]
+    monkeypatch.setattr("sys.argv", [*arguments, "--device=cpu"])
+    ask.main()
+    said = capsys.readouterr().out
+    assert "A: The/O capital/O of/O Jamaica/B-COUNTRY is/O Kingston/B-CITY ./O" in said
