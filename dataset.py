@@ -474,6 +474,11 @@ def check(cfg: Settings) -> list[str]:
     return notes
 
 
+def rows_each(cfg: Settings) -> int:
+    """How many rows of a batch a record is, at most."""
+    return tasks.build(cfg).rows
+
+
 def check_record(cfg: Settings, rows: Dataset) -> None:
     """Raise `UserError` for rows that are no records of the run's task."""
     for row in rows.select(range(min(1, len(rows)))):

@@ -453,16 +453,18 @@ def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
 
     `rows`: the node's records, of which a run by epochs asks for a multiple.
     """
+    import dataset
     from methods import personal
 
     train, arguments = cfg.train, cfg.train.training_arguments
-    batch = arguments.per_device_train_batch_size
+    each = dataset.rows_each(cfg)
+    batch = each * arguments.per_device_train_batch_size
     step = batch * arguments.gradient_accumulation_steps * cfg.launch.processes
     by_steps, passes = arguments.max_steps > 0, arguments.num_train_epochs
-    examples = arguments.max_steps * step if by_steps else passes * rows
+    examples = arguments.max_steps * step if by_steps else passes * rows * each
     examples *= personal.build(cfg.personal).trainings
     if cfg.strategy.fraction_evaluate > 0:
-        examples = max(examples, cfg.evaluate.holdout * rows)
+        examples = max(examples, cfg.evaluate.holdout * rows * each)
     sizes = [
         value
         for key, value in flat(cfg.peft).items()

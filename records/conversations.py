@@ -160,21 +160,23 @@ def _judged_row(
     else:
         texts = [_text(*pair) for pair in zip(sources, given, strict=True)]
     question = ["", ""]
-    if not turns and not asked:
+    if not turns and asked:
+        value = values[asked[0]]
+        if columns.get("messages") or isinstance(value, list):
+            turns = parse(asked[0], value)
+            for message in turns:
+                if message["role"] == "assistant":
+                    message["weight"] = 0  # TRL trains on the completion
+            texts = texts if turns else [""]
+        else:
+            question = [_text(column, values.get(column)) for column in asked]
+    elif not turns and isinstance(given[0], str):
         raise Unfit(
             f"{sources[0]!r} holds an answer, and no column what it answers "
             "(dataset.columns.instruction, dataset.columns.messages)."
         )
-    if not turns and (columns.get("messages") or isinstance(values[asked[0]], list)):
-        turns = parse(asked[0], values[asked[0]])
-        for message in turns:
-            if message["role"] == "assistant":
-                message["weight"] = 0  # TRL trains on the completion
-        texts = texts if turns else [""]
-    elif not turns:
-        question = [_text(column, values.get(column)) for column in asked]
     told = ""
-    if turns:
+    if turns and all(text.strip() for text in texts):
         answer = {"role": "assistant", "content": texts[0]}
         question[0], texts[0], told = _split([*turns, answer])
     made = {columns["instruction"]: question[0]}

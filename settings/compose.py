@@ -154,14 +154,16 @@ def needs_checkpointing(cfg: Settings) -> bool:
 
 def estimate(cfg: Settings, frame: Any) -> dict[str, int] | str:
     """`estimate_vram` of a client, or that it does not know this base or this adapter."""
+    import tasks
     from compute.vram import estimate_vram
 
+    batch = cfg.train.training_arguments.per_device_train_batch_size
     virtual = getattr(frame.peft_config["default"], "num_virtual_tokens", 0) or 0
     try:
         return estimate_vram(
             frame,
             cfg.model.quantization,
-            cfg.train.training_arguments.per_device_train_batch_size,
+            batch * tasks.build(cfg).rows,
             # Prompt methods put tokens of their own before the text.
             cfg.train.seq_length + virtual,
             cfg.model.gradient_checkpointing,

@@ -31,6 +31,8 @@ class Task:
     perplexity = False
     # Whether examples are compared with what a reference makes of them.
     refers = False
+    # How many rows of a batch one example is, at most.
+    rows = 1
 
     def __init__(self, cfg: Settings, model: str) -> None:
         self.model = model

@@ -37,6 +37,7 @@ class Preference(Generation):
     """
 
     perplexity = False
+    rows = 2
 
     def __init__(self, cfg: Settings, model: str, beta: float) -> None:
         super().__init__(cfg, model)
