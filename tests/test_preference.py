@@ -378,35 +378,37 @@ def test_a_step_is_the_same_however_it_is_divided(kind, configure):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_federation_learns_what_is_preferred(kind, configure, loopback, tmp_path):
-    cfg, *_ = made(
-        kind,
-        configure,
+    answers = {"chosen": "the moon", "rejected": "a long river"}
+    rows = [pair | answers for pair in pairs(60)]
+    cfg = configure(
+        f"task={kind} dataset=local dataset.path={put(rows[:44], tmp_path / 'a.jsonl')}",
+        f"dataset.test_path={put(rows[44:], tmp_path / 'b.jsonl')} num_clients=2",
         "strategy.fraction_fit=1 strategy.fraction_evaluate=1 evaluate.every_round=2",
-        "model.quantization=null train.training_arguments.max_steps=8",
-        f"dataset.test_path={put(pairs(40), tmp_path / 'test.jsonl')}",
+        "model.quantization=null train.training_arguments.max_steps=6",
     )
     rounds.run(cfg, loopback(cfg), tmp_path)
     history = json.loads((tmp_path / "history.json").read_text())
     before, last = history["before"], history["rounds"][-1]
-    if kind != "orpo":
-        assert before["test_accuracy"] == pytest.approx(0.5, abs=0.2)
     for whose in ("test", "eval"):
+        if kind != "orpo":  # the base is the reference
+            assert before[f"{whose}_accuracy"] == pytest.approx(0.5, abs=0.25)
+            assert before[f"{whose}_margin"] == pytest.approx(0, abs=1e-3)
         assert last[f"{whose}_loss"] < before[f"{whose}_loss"]
         assert last[f"{whose}_margin"] > before[f"{whose}_margin"]
-    assert last["test_accuracy"] > before["test_accuracy"]
+        assert last[f"{whose}_accuracy"] >= 0.9
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["eval_margin_after"] == last["eval_margin"]
 
 
 @pytest.mark.parametrize("kind", ["dpo", "orpo"])
-def test_pairs_are_records_of_differential_privacy(kind, configure):
+def test_pairs_are_records_of_differential_privacy(kind, configure, tmp_path):
     cfg, *_ = made(
         kind,
         configure,
         "privacy=record strategy.fraction_fit=1 privacy.noise_multiplier=1",
         "privacy.epsilon=null",
     )
-    cfg["residuals"], cfg["ledger"] = "", ""
+    cfg["residuals"] = str(tmp_path)
     start = client.initial_adapter(cfg)
     state, told = client.train(cfg, start, 0, 1)
     assert told["train_loss"] >= 0
