@@ -219,7 +219,6 @@ def test_every_group_is_covered_here():
     ]
     covered += [
         "experiment",
-        "task",
         "method",
         "mode",
         "tracking",
