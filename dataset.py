@@ -11,6 +11,7 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    Features,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -139,7 +140,7 @@ def as_records(
         if isinstance(kind, ClassLabel):  # the name, in the place of its number
             rows = rows.map(
                 _as_name,
-                remove_columns=[columns.output],
+                features=Features(rows.features | {columns.output: Value("string")}),
                 fn_kwargs={"column": columns.output, "names": kind.names},
             )
         kinds = {n: kind for n, kind in rows.features.items() if n in lists}

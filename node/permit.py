@@ -485,15 +485,15 @@ def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
 def check_data(cfg: Settings, partition: int) -> int:
     """How many records the node has: as many as the run asks of everyone, or more; all fit."""
     import dataset
-    from tasks.base import Unsuited
 
     rows = len(dataset.load_partition(cfg, partition))
     if rows < cfg.train.min_records:
         raise Refusal("it has fewer records than train.min_records")
     try:
         dataset.check_records(cfg)
-    except Unsuited as error:
-        raise Refusal(error.told) from error
+    except UserError as error:
+        told = getattr(error, "told", "a record of its own does not fit the task")
+        raise Refusal(told) from error
     return rows
 
 

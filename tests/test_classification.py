@@ -344,7 +344,8 @@ def test_what_makes_no_sense_is_refused(overrides, fault, classified):
         "sharing=fedsa",
         "strategy=svd strategy.ranks=[2,8]",
         "strategy=scaffold",
-        "privacy=client privacy.clip_norm=1 privacy.noise_multiplier=0.1",
+        "privacy=client privacy.clip_norm=1 privacy.noise_multiplier=0.1 "
+        "strategy.fraction_evaluate=0",
         "privacy=record privacy.clip_norm=1 privacy.noise_multiplier=0.5 "
         "strategy.fraction_evaluate=0",
         "privacy.secure_aggregation=true strategy.fraction_evaluate=0 "
@@ -357,8 +358,8 @@ def test_each_method_has_the_head_in_its_adapter(
     overrides, classified, loopback, tmp_path
 ):
     cfg = classified("num_rounds=1 strategy.fraction_fit=0.5", overrides)
-    rounds.run(cfg, loopback(cfg, folder=tmp_path / "clients"), tmp_path / "run")
-    folder = tmp_path / "run/peft_1"
+    rounds.run(cfg, loopback(cfg, folder=tmp_path / "clients"), tmp_path)
+    folder = tmp_path / "peft_1"
     about = model.read_about(str(folder))
     net, tokenizer = model.open_adapter(str(folder), about, CPU)
     first = model.seeded(cfg.model, cfg.peft, cfg.seed)
