@@ -262,32 +262,35 @@ def write_tags(categories, folder):
 
 
 def write_spans(categories, folder):
-    """Write questions, each with a text of three statements of its category, in SQuAD's form.
+    """Write questions, each with a text of three statements, in SQuAD's form.
 
-    No other statement has the same answer. Of every eighth the text does not answer it.
+    The other statements are of other categories. Of every eighth question all are: the text
+    does not answer it.
     """
     rng = random.Random(SEED)
     files = {"train": [], "test": []}
+    sides = {name: split(name, spec) for name, spec in categories.items()}
     for name, spec in categories.items():
         plain = [q["instruction"] for q in spec["questions"] if "input" not in q]
-        for side, facts in zip(files, split(name, spec), strict=True):
+        for number, side in enumerate(files):
+            others = [other for other in categories if other != name]
+            facts = sides[name][number]
             some = rng.sample(facts, min(SPANS[side], len(facts)))
-            for number, (a, b) in enumerate(some):
-                others = [fact for fact in facts if not {a, b} & {*fact}]
-                asked = [] if number % 8 == 7 else [(a, b)]
-                told = asked + rng.sample(others, 3 - len(asked))
+            for turn, (a, b) in enumerate(some):
+                told = [] if turn % 8 == 7 else [(name, a, b)]
+                for other in rng.sample(others, 3 - len(told)):
+                    told.append((other, *rng.choice(sides[other][number])))
                 rng.shuffle(told)
                 text, starts = "", []
-                for fact in told:
-                    statement = capitalised(
-                        render(rng.choice(spec["statements"]), *fact)
-                    )
-                    if fact in asked:
+                for of, *fact in told:
+                    statement = rng.choice(categories[of]["statements"])
+                    statement = capitalised(render(statement, *fact))
+                    if of == name:
                         starts.append(len(text) + place(statement, *fact))
                     text += f"{statement}. "
+                held = [text[start : start + len(b)] for start in starts]
                 entry = {"question": render(rng.choice(plain), a, b)}
                 entry |= {"context": text.strip()}
-                held = [text[start : start + len(b)] for start in starts]
                 entry |= {"answers": {"text": held, "answer_start": starts}}
                 files[side].append(entry | {"category": name})
     write_lines(files, folder, rng)

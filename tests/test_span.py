@@ -356,7 +356,7 @@ def test_a_client_learns_to_point_and_its_adapter_does(tmp_path, capsys, monkeyp
     before = client.evaluate(cfg, start, 0)
     state, _ = client.train(cfg, start, 0, 1)
     after = client.evaluate(cfg, state, 0)
-    assert after["eval_loss"] < 0.8 * before["eval_loss"]
+    assert after["eval_loss"] < 0.95 * before["eval_loss"]
     client.save(cfg, state, tmp_path / "peft_1", 1)
     asked = ["--question=What is the capital of Jamaica?", "--input=Kingston."]
     arguments = ["test.py", f"--peft-path={tmp_path}/peft_1", *asked, "--device=cpu"]
