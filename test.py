@@ -267,9 +267,8 @@ def columns_of(options, trained: dict) -> dict:
     here = files.names(options.file, "--file")
     if not here:
         raise utils.UserError(f"--file={options.file}: no records here.")
-    found = dict.fromkeys(dataset.ELSEWHERE)
-    trained = found | trained  # older adapters do not tell them
-    plain = {name: name for name in trained} | found
+    trained = {"messages": None} | trained  # older adapters do not tell it
+    plain = {name: None if name in dataset.ELSEWHERE else name for name in trained}
     known = {trained["instruction"], trained["messages"]} & set(here)
     wanted = trained if known else plain
     if options.columns:

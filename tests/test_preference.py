@@ -316,6 +316,7 @@ def test_scores_by_hand(configure):
 # --- the reference ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [False, True])
 def test_the_reference_is_the_base_or_the_first_adapter(start, configure, tmp_path):
     cfg, task, tokenizer = made("dpo", configure, "model.quantization=null")
