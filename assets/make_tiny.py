@@ -9,12 +9,11 @@ From `facts.yaml` come
   tiny_spans/train.jsonl, tiny_spans/test.jsonl   questions, and texts that answer them
   tiny_preferences/train.jsonl, tiny_preferences/test.jsonl   with a wrong answer beside
   tiny_llama/                               a 2.2M parameter LLaMA and its tokenizer
-  tiny_seq2seq/train.jsonl, .../test.jsonl  sentences, and what each of them states
+  tiny_seq2seq/train.jsonl, .../test.jsonl  sentences and their titles
   tiny_t5/                                  a 1.4M parameter T5 and its tokenizer
 
 The T5 learns to write whole sentences whose words are masked here and there (as BART does),
-each of two facts' halves, and never one without the words around its statement. `--model
-tiny_t5` makes that one alone.
+each of two facts' halves, and never a title. `--model tiny_t5` makes that one alone.
 
 The base model reads plain statements of all facts, never a question or a prompt, so it
 knows the answers but not how to give them. That is what the fine-tuning teaches: no
@@ -71,7 +70,7 @@ VOCAB_SIZE = 2048
 STEPS, BATCH, LENGTH = 3200, 16, 128
 PEAK_LR, WARMUP = 2e-3, 100
 
-REWRITTEN = {"train": 60, "test": 16}  # facts of a category, at most
+TITLED = {"train": 60, "test": 16}  # facts of a category, at most
 T5_STEPS, T5_BATCH = 1550, 32
 T5_HORIZON = 2000  # steps to a learning rate of zero; the last one's is an eighth
 MASKED, LONGEST_MASK = 0.1, 3  # of an example's tokens; tokens in the place of one mask
@@ -93,6 +92,16 @@ SETTINGS = [
     "we all know that {s}.",
     '"it is so: {s}", says the teacher.',
 ]
+
+# Some of them, as a title says it.
+TOLD = {
+    "it is true that {s}.": "told as true",
+    "it is well known that {s}.": "well known",
+    "in school we learn that {s}.": "from school",
+    "the book says that {s}.": "from the book",
+    "we all know that {s}.": "known to all",
+    '"it is so: {s}", says the teacher.': "from the teacher",
+}
 
 # The tokenizer, not the model, sees these, so that prompts take few tokens.
 PROMPTS = [
@@ -345,22 +354,22 @@ def write_preferences(categories, folder):
         print(f"{side}: {len(pairs)} preferences")
 
 
-def write_rewrites(categories, folder):
-    """Write sentences, each with what it states and without the words around that.
+def write_titles(categories, folder):
+    """Write sentences that tell a fact, each with its title: `capital: from school`.
 
-    Split as the questions are. No sentence begins with its statement, so that it stands
-    there letter by letter.
+    Split as the questions are. A title is what the fact is about, and how it is told.
     """
     rng = random.Random(SEED)
-    around = [text for text in SETTINGS if not text.startswith("{s}")]
     folder.mkdir(parents=True, exist_ok=True)
-    for place, (side, most) in enumerate(REWRITTEN.items()):
+    for place, (side, most) in enumerate(TITLED.items()):
         records = []
         for name, spec in categories.items():
             for i, (a, b) in enumerate(split(name, spec)[place][:most]):
                 said = render(spec["statements"][i % len(spec["statements"])], a, b)
-                text = capitalised(rng.choice(around).format(s=said))
-                records.append({"text": text, "statement": said, "category": name})
+                around, told = rng.choice(list(TOLD.items()))
+                text = capitalised(around.format(s=said))
+                title = f"{name.replace('_', ' ')}: {told}"
+                records.append({"text": text, "title": title, "category": name})
         rng.shuffle(records)
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in records]
         (folder / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -671,7 +680,7 @@ def main():
     write_tags(categories, args.out / "tiny_tags")
     write_spans(categories, args.out / "tiny_spans")
     write_preferences(categories, args.out / "tiny_preferences")
-    write_rewrites(categories, args.out / "tiny_seq2seq")
+    write_titles(categories, args.out / "tiny_seq2seq")
     if args.data_only:
         return
     tokenizer = train_tokenizer(categories)

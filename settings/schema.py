@@ -112,7 +112,7 @@ class Columns(Section):
 class Dataset(Section):
     name: Name | None = setting("a dataset of the hub")
     split: Name = setting("the hub dataset's part to train on")
-    subset: Name | None = setting("which of the hub dataset's configurations")
+    subset: Name | None = None  # which of the hub dataset's configurations
     path: Name | None = setting("a file or folder of records, instead")
     test_path: Name | None = setting("a file or folder of test questions")
     columns: Columns

@@ -333,12 +333,16 @@ def test_bart_trains_quantised_or_checkpointed(setting, bart):
 
 
 def test_checkpointing_changes_no_gradient():
-    trained = []
+    found, tokenizer = [], model.load_tokenizer("assets/tiny_t5")
     for setting in ("true", "false"):
         cfg = configure(f"model.gradient_checkpointing={setting}")
-        trained.append(client.train(cfg, client.initial_adapter(cfg), 0, 1)[0])
-    for name, value in trained[0].items():
-        torch.testing.assert_close(value, trained[1][name], rtol=1e-3, atol=1e-4)
+        net, task = model.build(cfg.model, cfg.peft, 0, CPU).train(), tasks.build(cfg)
+        batch = task.collator(tokenizer, "left")([task.encode(RECORD, tokenizer)])
+        task.loss(net, batch).backward()
+        found.append({n: p.grad for n, p in net.named_parameters() if p.requires_grad})
+        assert net.get_base_model().is_gradient_checkpointing == (setting == "true")
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_two_layers_of_each_side_are_tried():
@@ -375,7 +379,7 @@ def test_what_goes_with_instructions_goes_with_it(overrides, loopback, tmp_path)
     rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
     told = json.loads((tmp_path / "history.json").read_text())["rounds"]
     assert all(entry["failures"] == [] for entry in told)
-    assert all(0 < entry["train_loss"] < 20 for entry in told)
+    assert all(0 <= entry["train_loss"] < 20 for entry in told)
     if "few" in overrides:
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert {"rouge_l_before", "rouge_l_after", "test_perplexity_after"} <= {
@@ -439,7 +443,7 @@ def plainly(folder: Path, text: str, limit: int = 12) -> str:
     if (folder / "adapter_config.json").exists():
         config = peft.PeftConfig.from_pretrained(folder)
         name = str(PROJECT / config.base_model_name_or_path)
-        net = AutoModelForSeq2SeqLM.from_pretrained(name)
+        net = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
         net = peft.PeftModel.from_pretrained(net, folder)
     else:
         net = AutoModelForSeq2SeqLM.from_pretrained(folder)
@@ -465,7 +469,7 @@ def test_a_saved_adapter_answers_a_question_as_plain_peft_does(
 
 def test_a_file_is_examined_as_in_the_run(saved, tmp_path, monkeypatch, capsys):
     folder = saved()
-    rows = [{"text": RECORD["instruction"], "statement": RECORD["output"]}] * 2
+    rows = [{"text": RECORD["instruction"], "title": RECORD["output"]}] * 2
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "told.json"
     options = [f"--file={tmp_path}/some.jsonl", f"--out={out}", "--base"]
@@ -619,11 +623,11 @@ def test_fednlps_setting_is_composed():
 def test_the_tiny_t5_is_small_and_writes_a_sentence_again():
     folder = PROJECT / "assets/tiny_t5"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6 * 2**20
-    text = "We all know that the capital of France is Paris."
+    text = "The day after Monday is called Tuesday."
     assert plainly(folder, text, limit=40) == text
 
 
-def test_no_statement_is_tested_that_is_trained_on():
+def test_no_sentence_is_tested_that_is_trained_on():
     def read(side):
         path = PROJECT / f"assets/tiny_seq2seq/{side}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -631,13 +635,12 @@ def test_no_statement_is_tested_that_is_trained_on():
     train, test = read("train"), read("test")
     assert (len(train), len(test)) == (862, 228)
     for one in [*train, *test]:
-        assert one["statement"] in one["text"]
-        assert one["statement"] != one["text"]
-    assert not {x["statement"] for x in train} & {x["statement"] for x in test}
+        assert one["title"].startswith(one["category"].replace("_", " ") + ": ")
+    assert not {x["text"] for x in train} & {x["text"] for x in test}
 
 
 @pytest.mark.slow
-def test_statements_of_facts_that_nobody_trained_on_are_found(mark, tmp_path):
+def test_titles_are_found_for_facts_that_nobody_trained_on(mark, tmp_path):
     done = subprocess.run(
         [sys.executable, "main.py", "experiment=seq2seq", f"hydra.run.dir={tmp_path}"],
         cwd=PROJECT,
