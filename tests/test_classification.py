@@ -344,8 +344,6 @@ def test_what_makes_no_sense_is_refused(overrides, fault, classified):
         "sharing=fedsa",
         "strategy=svd strategy.ranks=[2,8]",
         "strategy=scaffold",
-        "privacy=client privacy.clip_norm=1 privacy.noise_multiplier=0.1 "
-        "strategy.fraction_evaluate=0",
         "privacy=record privacy.clip_norm=1 privacy.noise_multiplier=0.5 "
         "strategy.fraction_evaluate=0",
         "privacy.secure_aggregation=true strategy.fraction_evaluate=0 "
@@ -364,7 +362,10 @@ def test_each_method_has_the_head_in_its_adapter(
     net, tokenizer = model.open_adapter(str(folder), about, CPU)
     first = model.seeded(cfg.model, cfg.peft, cfg.seed)
     head = {n: p for n, p in net.named_parameters() if ".modules_to_save." in n}
-    assert {name.split(".")[2] for name in head} == {"bert", "classifier"}
+    assert {name.partition(".modules_to_save")[0].split(".")[-1] for name in head} == {
+        "pooler",
+        "classifier",
+    }
     assert all(not torch.equal(p, first[name]) for name, p in head.items())
     records = [{"instruction": "What is 3 plus 4?", "input": ""}]
     assert tasks.build(cfg).answers(net, tokenizer, records, 1)[0] in cfg.dataset.labels
