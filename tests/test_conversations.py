@@ -514,7 +514,7 @@ def test_what_cannot_be_trained_on_is_dropped_and_counted(talk, configure, tmp_p
     assert record_of(talk) == {"instruction": "", "input": "", "output": ""}
     put([{"messages": talk}] * 2 + [{"messages": LONG}] * 3, tmp_path / "talks.jsonl")
     rows = files.load(
-        str(tmp_path / "talks.jsonl"), "dataset.path", [], None, None, COLUMNS
+        str(tmp_path / "talks.jsonl"), "dataset.path", [], None, (), COLUMNS
     )
     tokenizer = model.load_tokenizer("assets/tiny_llama")
 
@@ -565,7 +565,7 @@ def test_what_is_no_conversation_is_named_with_its_line(case, tmp_path):
     path = tmp_path / "talks.jsonl"
     put([{"messages": LONG}, {"messages": value}], path)
     with pytest.raises(UserError) as told:
-        files.load(str(path), "dataset.path", [], None, None, COLUMNS)
+        files.load(str(path), "dataset.path", [], None, (), COLUMNS)
     assert f"{path}, line 2: " in str(told.value)
     assert message in str(told.value)
     assert len(str(told.value)) < 400
@@ -575,10 +575,10 @@ def test_a_text_column_that_holds_conversations_says_what_to_set(tmp_path):
     path = tmp_path / "talks.jsonl"
     put([{"talk": LONG}], path)
     with pytest.raises(UserError, match=r"columns\.messages=talk"):
-        files.load(str(path), "dataset.path", ["output"], None, None, COLUMNS)
+        files.load(str(path), "dataset.path", ["output"], None, (), COLUMNS)
     named = COLUMNS | {"messages": "talks"}
     with pytest.raises(UserError, match=r"columns\.messages=talk"):
-        files.load(str(path), "dataset.path", [], None, None, named)
+        files.load(str(path), "dataset.path", [], None, (), named)
 
 
 def test_a_file_without_an_answer_is_refused(configure, tmp_path):
