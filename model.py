@@ -925,6 +925,8 @@ def open_adapter(
     try:
         part = "adapter_config.json"
         settings = _settings(folder)
+        if settings.task_type != about.get("task", EXAMINED["task"])["model"]:
+            raise ValueError("it is for a model of another kind than its task")
         part = "adapter_model.safetensors"
         _compare(settings, about, folder)
         part = "the tokenizer"

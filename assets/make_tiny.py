@@ -324,23 +324,26 @@ def write_lines(files, folder, rng):
 
 
 def write_preferences(categories, folder):
-    """Write the right answer to a question and a wrong one, which is right for another fact.
+    """Write the right answer to a question and a wrong one, which answers another question.
 
-    Two phrasings of each fact for training and one for the test; wrong answers are of the
-    fact's category and side.
+    Two phrasings of each fact for training and one for the test; wrong answers are of another
+    category and the fact's side.
     """
     rng = random.Random(SEED)
     folder.mkdir(parents=True, exist_ok=True)
     for side, phrasings in {"train": 2, "test": 1}.items():
         pairs = []
+        told = {
+            name: [b for _, b in split(name, spec)[side == "test"]]
+            for name, spec in categories.items()
+        }
         for name, spec in categories.items():
             facts = split(name, spec)[side == "test"]
             plain = [q["instruction"] for q in spec["questions"] if "input" not in q]
             for i, (a, b) in enumerate(facts):
                 for j in range(min(phrasings, len(plain))):
-                    wrong = [w for _, w in facts if w != b] or [
-                        w for _, w in spec["facts"] if w != b
-                    ]
+                    other = rng.choice([c for c in told if c != name])
+                    wrong = [w for w in told[other] if w != b]
                     pair = {
                         "prompt": render(plain[(i + j) % len(plain)], a, b),
                         "chosen": b,

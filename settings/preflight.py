@@ -22,7 +22,7 @@ from settings.schema import (
     is_number,
     validated,
 )
-from utils import Settings, UserError, local_path, read_json, say
+from utils import Settings, UserError, local_path, one_line, read_json, say
 
 
 def check(config: DictConfig, deployed: bool = False) -> Settings:
@@ -411,7 +411,7 @@ def naming(name: str) -> Iterator[None]:
             found |= isinstance(try_to_load_from_cache(name, "config.json"), str)
         if found:
             # Transformers adds the names of all bases that would do, several hundred.
-            cause = str(error).partition("\n")[0]
+            cause = one_line(error, limit=400)
             raise UserError(f"model.name={name}: {cause}") from error
         raise UserError(
             f"model.name={name} is neither a local folder nor reachable on the hub. Check "
