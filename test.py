@@ -245,7 +245,8 @@ def examine_file(opened: tuple, cfg: utils.Settings, options) -> None:
         left_out = examination.left_out
         counted = len(examination.examples)
         told = {"questions": counted, "left_out": left_out, "scores": scores} | told
-        print(examine.table(f"On {len(answers)} questions", scores))
+        title = f"On {len(answers)} questions"
+        print(examine.table(title, scores, examination.task.per))
         if left_out:
             print(
                 f"Left out of all of this, {left_out} of {left_out + counted} records: no "

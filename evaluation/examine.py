@@ -97,9 +97,9 @@ def batches(
 
 # What people are shown of scores, and how.
 SHOWN = {
-    "loss": ("loss, nats a token", "{:.3f}"),
+    "loss": ("loss, nats a {per}", "{:.3f}"),
     "perplexity": ("perplexity", "{:.4g}"),
-    "accuracy": ("token accuracy", "{:.1%}"),
+    "accuracy": ("{per} accuracy", "{:.1%}"),
     "macro_f1": ("macro-F1", "{:.1%}"),
     "mcc": ("MCC", "{:.3f}"),
     "entity_f1": ("F1 of entities", "{:.1%}"),
@@ -111,8 +111,11 @@ SHOWN = {
 }
 
 
-def table(title: str, columns: dict[str, Scores]) -> str:
-    """Scores as text, side by side under the names of `columns`; unknown ones are left out."""
+def table(title: str, columns: dict[str, Scores], per: str) -> str:
+    """Scores as text, side by side under the names of `columns`; unknown ones are left out.
+
+    `per`: the task's, what its loss is a mean over.
+    """
     lines = [f"{title:30}" + "".join(f"{name:>10}" for name in columns)]
     for name, (label, form) in SHOWN.items():
         cells = [
@@ -121,7 +124,8 @@ def table(title: str, columns: dict[str, Scores]) -> str:
             for key in [_key(scores, name)]
         ]
         if any(cell != "-" for cell in cells):
-            lines.append(f"  {label:28}" + "".join(f"{cell:>10}" for cell in cells))
+            named = label.format(per=per)
+            lines.append(f"  {named:28}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import dataset
 import model
+import tasks
 from evaluation import examine
 from methods.base import adapters
 from reporting.figures import plot_run
@@ -265,13 +266,14 @@ def report(cfg: Settings, folder: Path) -> None:
         }
         for when, ending in (("before", "_before"), ("after", "_after"))
     }
+    per = tasks.build(cfg).per
     if asked:
         title = f"On {summary.get('test_questions', len(asked))} test questions"
-        say("\n" + examine.table(title, _of(before_after, own=False)))
+        say("\n" + examine.table(title, _of(before_after, own=False), per))
     if clients := last.get("eval_clients"):
         records = sum(client["num-examples"] for client in clients)
         title = f"On {records:g} records of {len(clients)} clients"
-        say("\n" + examine.table(title, _of(before_after, own=True)))
+        say("\n" + examine.table(title, _of(before_after, own=True), per))
     if chosen := summary.get("personal_clients"):
         loss = "  ".join(
             f"{name.removeprefix('eval_loss_')} {summary[name]:.4f}"

@@ -41,6 +41,8 @@ class Task:
     judged_by: ClassVar[dict[str, Metric]] = {}
     # Whether exp(loss) means something.
     perplexity = False
+    # What the loss is a mean over, and the accuracy a share of.
+    per = "token"
     # Whether examples are compared with what a reference makes of them.
     refers = False
     # How many rows of a batch one example is, at most.

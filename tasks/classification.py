@@ -31,6 +31,7 @@ class Classification(Task):
     """
 
     judged_by: ClassVar = {"exact_match": words.exact_match}
+    per = "record"
     least = 2  # labels that there must be
 
     def __init__(
@@ -287,6 +288,7 @@ class Multilabel(Classification):
     """
 
     lists = ("output",)
+    per = "decision"
     least = 1
 
     def read(self, output: str) -> list[str] | None:

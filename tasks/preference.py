@@ -37,6 +37,7 @@ class Preference(Generation):
     """
 
     perplexity = False
+    per = "pair"
     rows = 2
 
     def __init__(self, cfg: Settings, model: str, beta: float) -> None:
@@ -228,6 +229,7 @@ class Kto(Preference):
     """
 
     refers = True
+    per = "answer"
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ class Span(Task):
     """
 
     lists = ("output",)
+    per = "boundary"
     judged_by: ClassVar[dict[str, Metric]] = {"exact_match": exact_match, "f1": f1}
 
     def check(self, cfg: Settings) -> None:
