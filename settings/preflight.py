@@ -13,7 +13,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-import tasks
 from methods import privacy, sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
@@ -50,7 +49,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_cluster(address)
     check_launch(cfg)
     check_strategy(cfg, deployed)
-    tasks.build(cfg).check(cfg)
+    check_task(cfg)
     cfg = check_privacy(cfg)
     check_secure(cfg)
     check_personal(cfg)
@@ -68,6 +67,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     cfg = as_baseline(cfg)
     by_epochs = cfg.train.training_arguments.max_steps < 1
     import dataset
+    import tasks
 
     dataset.check_name(cfg.dataset)
     # A plan by steps needs no data, so none is downloaded for it.
@@ -221,6 +221,13 @@ def check_strategy(cfg: Settings, deployed: bool = False) -> None:
             f"{setting}: how many records a node has is its own word, and it weighs by "
             "it. Say what to believe at most: strategy.max_weight=5000"
         )
+
+
+def check_task(cfg: Settings) -> None:
+    """That the task goes with the rest."""
+    import tasks
+
+    tasks.build(cfg).check(cfg)
 
 
 def check_privacy(cfg: Settings) -> Settings:
@@ -428,6 +435,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
 
     import dataset
     import model
+    import tasks
     from records import templates
 
     name = cfg.model.name
@@ -510,6 +518,7 @@ def check_products(cfg: Settings, frame: Any) -> None:
 def check_adapter(cfg: Settings, deployed: bool) -> None:
     """That the adapter that clients begin with, if one is named, is one like the run's."""
     import model
+    import tasks
 
     if not (folder := cfg.model.adapter):
         return

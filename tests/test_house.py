@@ -234,3 +234,11 @@ def test_a_node_loads_nothing_of_the_server(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_the_entry_leaves_transformers_for_later():
+    """`utils.quiet` has to come before it, and so has the answer to a mistake in a setting."""
+    script = (
+        "import main, sys; assert not {'transformers', 'peft'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=PROJECT, check=True)
