@@ -1,11 +1,11 @@
 """python assets/make_bert.py
 
-Pretrain the tiny encoder: a 1M parameter BERT and its tokenizer, from scratch, in tiny_bert/.
+Pretrain the tiny encoder: a 0.7M parameter BERT and its tokenizer, from scratch, in tiny_bert/.
 
 It reads what the tiny LLaMA reads (`make_tiny.py`): statements of the facts of `facts.yaml`,
 never a question, with tokens masked here and there that it has to foretell (Devlin et al.
 2019). All seeds are fixed; the weights come out the same on the same machine with the same
-number of threads. It takes some 4 minutes on one core.
+number of threads. It takes a minute on one core.
 """
 
 import argparse
