@@ -30,9 +30,8 @@ from flwr.common.constant import ErrorCode
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-KEEP_ALIVE = (
-    600  # seconds, unless --node-config keep-alive says otherwise; 0: no trainer
-)
+# Seconds, unless --node-config keep-alive says otherwise; 0: no trainer.
+KEEP_ALIVE = 600
 
 LOOK = 1.0  # seconds between two looks for the SuperNode
 
@@ -44,10 +43,12 @@ class Door(ClientApp):
         stays = context.node_config.get("keep-alive", KEEP_ALIVE)
         ray = sys.modules.get("ray")  # whose workers stay by themselves
         if type(stays) is int and stays > 0 and not (ray and ray.is_initialized()):
-            with suppress(
-                BlockingIOError
-            ):  # the trainer is at work for another message
+            try:
                 return ask(message, context, stays)
+            except BlockingIOError:  # the trainer is at work for another message
+                pass
+            except OSError as error:
+                print(f"No trainer is used: {error}", file=sys.stderr)
         return here(message, context)
 
 
@@ -62,7 +63,11 @@ def here(message: Message, context: Context) -> Message:
 
 
 def ask(message: Message, context: Context, stays: int) -> Message:
-    """The trainer's answer. Raises `BlockingIOError` where it has another message."""
+    """The trainer's answer.
+
+    Raises `BlockingIOError` where it has another message, and `OSError` where none can be
+    reached or started.
+    """
     parent = psutil.Process(os.getppid())
     name = f"{parent.pid}-{int(parent.create_time())}"
     with turn(home() / f"{name}.lock"):
@@ -103,9 +108,13 @@ def turn(file: Path) -> TextIO:
 
 
 def purpose(message: Message, context: Context) -> bytes:
-    """What a trainer is started for: the bundle, the run's settings, the node's own."""
-    config = message.content.config_records.get("config", {})
-    told = [str(PROJECT), config.get("overrides"), sorted(context.node_config.items())]
+    """What a trainer is started for: the bundle, the run's settings, the node's own, its base."""
+    config, own = message.content.config_records.get("config", {}), context.node_config
+    told = [str(PROJECT), config.get("overrides"), sorted(own.items())]
+    if "model-path" in own:  # whose files may be others under the same name
+        files = Path(str(own["model-path"])).expanduser().glob("*")
+        stats = [(file.name, file.stat()) for file in files]
+        told += sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     return hashlib.sha256(json.dumps(told, default=str).encode()).digest()
 
 
@@ -128,7 +137,7 @@ def reach(place: Path, key: bytes) -> Connection | None:
 
 def start(place: Path, key: bytes, stays: int, parent: psutil.Process) -> Connection:
     """Start a trainer, and a line to it."""
-    for left in place.parent.iterdir():  # of SuperNodes that a power cut ended
+    for left in place.parent.glob("[0-9]*-*"):  # of SuperNodes that a power cut ended
         if not psutil.pid_exists(int(left.name.partition("-")[0])):
             left.unlink(missing_ok=True)
     place.unlink(missing_ok=True)
@@ -145,7 +154,7 @@ def start(place: Path, key: bytes, stays: int, parent: psutil.Process) -> Connec
         )
         line = reach(place, key)
     if line is None:
-        raise RuntimeError("the process that trains did not start")
+        raise ChildProcessError("the process that trains did not start")
     return line
 
 

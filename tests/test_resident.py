@@ -73,6 +73,15 @@ def test_one_process_answers_what_the_app_would(tmp_path):
     assert trainers(tmp_path) != [other]
 
 
+def test_another_base_under_the_same_name_is_another_purpose(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    told = context(model_path=str(tmp_path))
+    before = resident.purpose(message(), told)
+    assert resident.purpose(message(), told) == before
+    (tmp_path / "model.safetensors").write_bytes(b"another")
+    assert resident.purpose(message(), told) != before
+
+
 def test_it_ends_when_idle_and_0_starts_none(tmp_path):
     given = message()
     assert resident.Door()(given, context(keep_alive=0)).has_error()
@@ -146,3 +155,6 @@ def test_another_users_folder_is_not_used(tmp_path):
     folder.symlink_to(tmp_path)
     with pytest.raises(PermissionError):
         resident.home()
+    # A stranger who was there first costs the trainer, and not the answer.
+    assert "neither data-path" in resident.Door()(message(), context()).error.reason
+    assert not trainers(tmp_path)
