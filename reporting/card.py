@@ -77,6 +77,8 @@ class Card:
 
         kind = self.settings.get("task_type") or "CAUSAL_LM"
         self.asked = kind == "CAUSAL_LM"  # by a template
+        self.headed = kind in model.HEADED
+        self.labels = self.about["model"].get("labels") if self.headed else None
         self.auto = model.CLASSES[kind].__name__
         if self.asked:
             self.prompt, self.with_input = (

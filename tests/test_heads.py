@@ -1,5 +1,8 @@
 """pytest tests/test_heads.py: heads of bases that tell labels apart, made and in an adapter."""
 
+import contextlib
+import re
+
 import pytest
 import torch
 from peft import PeftModel
@@ -13,6 +16,7 @@ import model
 from assets.testbed import bases
 from compute import heads
 from methods import sharing
+from reporting import export
 from utils import Settings, UserError
 
 CPU = torch.device("cpu")
@@ -153,6 +157,7 @@ def test_what_is_saved_is_peft_s_and_merges_with_its_labels(name, base, tmp_path
     }
     model.set_adapter_state(net, state)
     about = {"round": 1, "seed": 0, "template": "alpaca", "model": dict(given)}
+    about["task"] = {"_target_": "tasks.classification.X", "model": "SEQ_CLS"}
     frame, tokenizer = model.skeleton(given, lora), model.load_tokenizer(base(name))
     folder = tmp_path / "peft_1"
     model.save_adapter(frame, state, tokenizer, about, folder)
@@ -173,6 +178,33 @@ def test_what_is_saved_is_peft_s_and_merges_with_its_labels(name, base, tmp_path
         whole.eval()(**inputs).logits, wanted, rtol=1e-3, atol=1e-4
     )
     assert [whole.config.id2label[i] for i in range(3)] == LABELS
+
+
+@pytest.mark.parametrize("options", [[], ["--merge"]])
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_the_code_of_a_card_gives_what_was_trained(kind, options, base, tmp_path):
+    given, lora = settings(base("distilbert"), kind)
+    net = model.build(given, lora, 0, CPU).eval()
+    state = {k: v + 0.1 for k, v in model.adapter_state(net).items()}
+    model.set_adapter_state(net, state)
+    about = {"round": 1, "seed": 0, "template": "alpaca", "model": dict(given)}
+    about["task"] = {"_target_": "tasks.span.X", "model": kind}
+    frame, tokenizer = model.skeleton(given, lora), model.load_tokenizer(given["name"])
+    model.save_adapter(frame, state, tokenizer, about, tmp_path / "run/peft_1")
+    told = [f"--peft-path={tmp_path}/run/peft_1", *options]
+    folder = export.export(export.parse(told))
+    card = (folder / "README.md").read_text()
+    assert ("```text\ncalm\n" in card) == (kind != "QUESTION_ANS")
+    assert "## Source" not in card
+    [code] = re.findall("```python\n(.*?)```", card, re.S)
+    # A folder of one machine is named by its last part.
+    (folder.parent / "distilbert").symlink_to(given["name"])
+    made: dict = {}
+    with contextlib.chdir(folder.parent):
+        exec(code.replace("bfloat16", "float32"), made)
+    wanted, found = (m(input_ids=made["ids"]) for m in (net, made["model"]))
+    for name in (name for name in wanted if name.endswith("logits")):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-3)
 
 
 def test_each_method_says_of_a_head_what_it_says_of_the_rest(base):
