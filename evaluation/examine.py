@@ -4,7 +4,6 @@ A client asks this of the records that it holds back, the server of the test que
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 import dataset
 import model
 import tasks
-from records.batches import Collator
+from records.batches import Collate, Collator, batches
 from records.templates import Example
-from tasks.base import Collate, Task
-from utils import Settings, look_for_stop
+from tasks.base import Task
+from utils import Settings
 
 
 class Scores(dict[str, float]):
@@ -51,7 +50,7 @@ def score(
 ) -> torch.Tensor:
     """`task.score` of tokenised examples, in their order: (examples, 3 or more)."""
     found: list[torch.Tensor] = [torch.empty(0)] * len(examples)
-    for chosen, tensors in batches(net, examples, collate, batch):
+    for chosen, tensors in batches(examples, collate, batch, net.device):
         with torch.no_grad(), model.autocast(net):
             scores = task.score(net, tensors).cpu()
         for place, values in zip(chosen, scores, strict=True):
@@ -74,23 +73,6 @@ def refer(
     with torch.no_grad(), model.autocast(net), model.reference(net.eval(), cfg):
         task.refer(net, examples, pad, batch)
     net.train(trains)
-
-
-def batches(
-    net: torch.nn.Module,
-    examples: list[Example],
-    collate: Collate,
-    batch: int,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Places of up to `batch` examples of like length, and their tensors on the device."""
-    by_length = sorted(
-        range(len(examples)), key=lambda i: len(examples[i]["input_ids"])
-    )
-    for start in range(0, len(examples), batch):
-        look_for_stop()
-        chosen = by_length[start : start + batch]
-        tensors = collate([examples[i] for i in chosen])
-        yield chosen, {name: tensor.to(net.device) for name, tensor in tensors.items()}
 
 
 # --- shown ---------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ import torch
 
 import model
 from compute.loss import answer_likelihoods
-from evaluation import examine
 from records import templates
-from records.batches import Collator
+from records.batches import Collator, batches
 
 LEAST = 0.2  # share of an answer's tokens that Min-K% looks at, one at least
 
@@ -38,7 +37,7 @@ def likelihoods(
 ) -> list[np.ndarray]:
     """`compute.loss.answer_likelihoods` example by example: each (answer's tokens, 3)."""
     found: list[np.ndarray] = [np.empty((0, 3))] * len(examples)
-    for chosen, tensors in examine.batches(net, examples, collate, batch):
+    for chosen, tensors in batches(examples, collate, batch, net.device):
         with torch.no_grad(), model.autocast(net):
             rows, values = (each.cpu() for each in answer_likelihoods(net, tensors))
         for place, i in enumerate(chosen):

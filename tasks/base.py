@@ -6,12 +6,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from records.batches import Collator
+from records.batches import Batch, Collate, Collator
 from records.templates import Example, Record
 from utils import Settings, UserError
-
-Batch = dict[str, torch.Tensor]
-Collate = Callable[[list[Example]], Batch]
 
 # Of an answer that was given, and of the wanted one: how well it fits, in [0, 1].
 Metric = Callable[[str, str], float]

@@ -13,9 +13,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from compute import heads
+from records.batches import Batch, Collate, at_once, batches
 from records.templates import Example, Record
 from tasks import pieces, words
-from tasks.base import Batch, Collate, Task, Unsuited
+from tasks.base import Task, Unsuited
 from utils import IGNORED, Settings, UserError
 
 SHOWN = 100  # labels that a message names
@@ -144,13 +145,7 @@ class Classification(Task):
         return {"input_ids": [0], "token_type_ids": [0], "labels": [IGNORED]}
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, side: str) -> Collate:
-        pad = pieces.collator(tokenizer, token_type_ids=0)
-
-        def collate(examples: list[Example]) -> Batch:
-            labels = torch.tensor([one["labels"] for one in examples])
-            return pad(examples) | {"labels": labels}
-
-        return collate
+        return pieces.labelled(pieces.collator(tokenizer, token_type_ids=0))
 
     # --- what a model makes of them -------------------------------------------------------
 
@@ -241,7 +236,7 @@ class Classification(Task):
         places = [place for place, example in enumerate(examples) if example]
         collate = pieces.collator(tokenizer, token_type_ids=0)
         some = [examples[place] for place in places]
-        for chosen, batch in pieces.batches(net, some, collate):
+        for chosen, batch in batches(some, collate, at_once(net.device), net.device):
             found[[places[i] for i in chosen]] = self._logits(net, batch).cpu()
         return self.probabilities(found)
 

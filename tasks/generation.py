@@ -8,15 +8,11 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from compute.loss import answer_loss, answer_scores
 from records import templates
-from records.batches import Collator
+from records.batches import Batch, Collate, Collator, at_once, by_length, padded
 from records.templates import Example, Record
 from tasks import words
-from tasks.base import Batch, Collate, Task
+from tasks.base import Task
 from utils import IGNORED, Settings, UserError, look_for_stop
-
-# Prompts that are answered side by side. With 64 on a CPU a base of 135M (1.1 GiB) took 0.3
-# GiB more for its answers, with 16 0.1, for about the same time.
-BATCH, BATCH_ON_CPU = 64, 16
 
 
 class Generation(Task):
@@ -88,36 +84,34 @@ def generate(
     max_new_tokens: int,
     ends: list[int],
 ) -> list[str]:
-    """Greedy answers to tokenised prompts, in their order, stripped of outer space.
+    """Answers to tokenised prompts, in their order, stripped of outer space, nothing drawn.
 
     `ends`: the tokens at which an answer is over.
     """
     answers = [""] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    collate = Collator(tokenizer.pad_token_id, padding_side="left")
-    size = BATCH_ON_CPU if net.device.type == "cpu" else BATCH
-    for start in range(0, len(prompts), size):
-        look_for_stop()
-        chosen = by_length[start : start + size]
-        batch = collate(
-            [{"input_ids": prompts[i], "labels": prompts[i]} for i in chosen]
-        )
+    # An encoder reads from the first token on; a decoder goes on from the last.
+    apart = net.config.is_encoder_decoder
+    side = "right" if apart else "left"
+    for chosen in by_length(prompts, at_once(net.device)):
+        asked = [prompts[i] for i in chosen]
+        ids = padded(asked, tokenizer.pad_token_id, side)
+        mask = padded([[1] * len(row) for row in asked], 0, side)
         with torch.no_grad():
             output = net.generate(
-                input_ids=batch["input_ids"].to(net.device),
-                attention_mask=batch["attention_mask"].to(net.device),
+                input_ids=ids.to(net.device),
+                attention_mask=mask.to(net.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=ends,
-                stopping_criteria=answering(),
+                stopping_criteria=StoppingCriteriaList([_stopped]),
             )
-        # Prompt embeddings count as no input tokens, so the answer is what was added.
-        added = [
-            before_end(row, ends)
-            for row in output[:, batch["input_ids"].shape[1] :].tolist()
-        ]
-        texts = tokenizer.batch_decode(added, skip_special_tokens=True)
+        # Prompt embeddings count as no input tokens, so the answer is what was added: behind
+        # the prompt, or what a decoder of its own begins with (of BART an end).
+        added = output[:, 1 if apart else ids.shape[1] :].tolist()
+        texts = tokenizer.batch_decode(
+            [before_end(row, ends) for row in added], skip_special_tokens=True
+        )
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
     return answers
@@ -126,11 +120,6 @@ def generate(
 def before_end(ids: list[int], ends: list[int]) -> list[int]:
     """An answer's tokens without the one that ends it, which may be no special token."""
     return list(itertools.takewhile(lambda token: token not in ends, ids))
-
-
-def answering() -> StoppingCriteriaList:
-    """What lets a run be stopped between two tokens of its answers."""
-    return StoppingCriteriaList([_stopped])
 
 
 def _stopped(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

@@ -8,13 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from compute import heads
-from records.batches import MULTIPLE
+from records.batches import Batch, Collate, padded
 from records.templates import Example
-from tasks.base import Batch, Collate
-from utils import Settings, UserError, look_for_stop
-
-# Examples that are answered side by side.
-BATCH, BATCH_ON_CPU = 64, 16
+from utils import Settings, UserError
 
 
 def check(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,19 +74,22 @@ def collator(tokenizer: PreTrainedTokenizerBase, **fill: int) -> Collate:
     def collate(examples: list[Example]) -> Batch:
         filled = {"input_ids": tokenizer.pad_token_id} | fill
         made = {
-            name: _padded([one[name] for one in examples], value)
+            name: padded([one[name] for one in examples], value)
             for name, value in filled.items()
         }
         mask = [[1] * len(one["input_ids"]) for one in examples]
-        return made | {"attention_mask": _padded(mask, 0)}
+        return made | {"attention_mask": padded(mask, 0)}
 
     return collate
 
 
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    longest += -longest % MULTIPLE
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+def labelled(pad: Collate) -> Collate:
+    """The same with a row of labels for each example, all equally long."""
+
+    def collate(examples: list[Example]) -> Batch:
+        return pad(examples) | {"labels": torch.tensor([x["labels"] for x in examples])}
+
+    return collate
 
 
 def inputs(batch: Batch) -> Batch:
@@ -126,18 +125,3 @@ def segments(net: Any, types: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def batches(
-    net: Any, examples: list[Example], collate: Collate
-) -> Iterator[tuple[list[int], Batch]]:
-    """The places of examples of like length, and their tensors on the model's device."""
-    by_length = sorted(
-        range(len(examples)), key=lambda i: len(examples[i]["input_ids"])
-    )
-    size = BATCH_ON_CPU if net.device.type == "cpu" else BATCH
-    for start in range(0, len(examples), size):
-        look_for_stop()
-        chosen = by_length[start : start + size]
-        tensors = collate([examples[i] for i in chosen])
-        yield chosen, {name: tensor.to(net.device) for name, tensor in tensors.items()}

@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from compute.loss import answer_sums
 from records import templates
-from records.batches import Collator
+from records.batches import Batch, Collate, Collator, batches
 from records.templates import Example, Record
-from tasks.base import Batch, Collate
 from tasks.generation import Generation
-from utils import IGNORED, Settings, UserError, look_for_stop
+from utils import IGNORED, Settings, UserError
 
 INPUTS = ("input_ids", "attention_mask", "labels")  # what a model takes of a batch
 
@@ -402,14 +401,11 @@ def look_up(
         for example in examples
         for slot, row in enumerate(rows(example))
     ]
-    places.sort(key=lambda place: len(place[2]["input_ids"]))
-    for start in range(0, len(places), batch):
-        look_for_stop()
-        some = places[start : start + batch]
-        tensors = pad([row for _, _, row in some])
-        tensors = {key: tensor.to(net.device) for key, tensor in tensors.items()}
-        sums = answer_sums(net, tensors).tolist()
-        for (example, slot, _), value in zip(some, sums, strict=True):
+    for chosen, tensors in batches([r for *_, r in places], pad, batch, net.device):
+        for place, value in zip(
+            chosen, answer_sums(net, tensors).tolist(), strict=True
+        ):
+            example, slot, _ = places[place]
             example[name][slot] = value
 
 

@@ -7,12 +7,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from compute.loss import answer_loss, answer_scores, decoding
-from records.batches import MULTIPLE
+from records.batches import Batch, Collate, padded
 from records.templates import Example, Record
 from tasks import words
-from tasks.base import Batch, Collate, Task
-from tasks.generation import BATCH, BATCH_ON_CPU, answering, before_end
-from utils import IGNORED, Settings, UserError, look_for_stop
+from tasks.base import Task
+from tasks.generation import generate
+from utils import IGNORED, Settings, UserError
 
 
 class Seq2Seq(Task):
@@ -96,33 +96,10 @@ class Seq2Seq(Task):
         sources = [
             self._tokens(tokenizer, text=self._source(one))[0] for one in records
         ]
-        given = [""] * len(records)
-        by_length = sorted(range(len(sources)), key=lambda i: len(sources[i]))
         own = net.generation_config.eos_token_id
         ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
         ends = [token for token in dict.fromkeys(ends) if token is not None]
-        size = BATCH_ON_CPU if net.device.type == "cpu" else BATCH
-        for start in range(0, len(sources), size):
-            look_for_stop()
-            chosen = by_length[start : start + size]
-            asked = [{"input_ids": sources[i], "labels": []} for i in chosen]
-            batch = _batch(tokenizer.pad_token_id, asked)
-            with torch.no_grad():
-                output = net.generate(
-                    input_ids=batch["input_ids"].to(net.device),
-                    attention_mask=batch["attention_mask"].to(net.device),
-                    max_new_tokens=limit,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=ends,
-                    stopping_criteria=answering(),
-                )
-            # The first is what the decoder begins with, which may be an end (BART's is).
-            added = [before_end(row[1:], ends) for row in output.tolist()]
-            texts = tokenizer.batch_decode(added, skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                given[i] = text.strip()
-        return given
+        return generate(net, tokenizer, sources, limit, ends)
 
     def _source(self, record: Record) -> str:
         """What the encoder reads. Of a conversation all that was said, a turn a line."""
@@ -156,11 +133,6 @@ def _batch(pad_token_id: int, examples: list[Example]) -> Batch:
     Both lengths are a multiple of `MULTIPLE`. Before the target stands one label that is
     ignored, so that position i of the decoder is to foretell label i + 1.
     """
-
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        longest = max(map(len, rows))
-        longest += -longest % MULTIPLE
-        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
     sources = [example["input_ids"] for example in examples]
     return {

@@ -10,9 +10,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from records.batches import Batch, Collate, at_once, batches
 from records.templates import Example, Record
 from tasks import pieces as tokens
-from tasks.base import Batch, Collate, Metric, Task, Unsuited
+from tasks.base import Metric, Task, Unsuited
 from utils import IGNORED, Settings, UserError
 
 # Where an answer stands in a text: its first character, and the one after its last.
@@ -153,13 +154,7 @@ class Span(Task):
         return {"input_ids": [0], "types": [0], "labels": [IGNORED, IGNORED]}
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, side: str) -> Collate:
-        pad = tokens.collator(tokenizer, types=0)
-
-        def collate(examples: list[Example]) -> Batch:
-            labels = torch.tensor([one["labels"] for one in examples])
-            return pad(examples) | {"labels": labels}
-
-        return collate
+        return tokens.labelled(tokens.collator(tokenizer, types=0))
 
     def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
         """In nats, mean of first and last token, as transformers' heads have it."""
@@ -199,7 +194,8 @@ class Span(Task):
         # The likeliest span's logits and text; and the least that a window says for none.
         best, none = [(-torch.inf, "")] * len(records), [torch.inf] * len(records)
         collate = tokens.collator(tokenizer, types=0)
-        for chosen, batch in tokens.batches(net, [one for _, one in windows], collate):
+        read, size = [one for _, one in windows], at_once(net.device)
+        for chosen, batch in batches(read, collate, size, net.device):
             logits = self._logits(net, batch).cpu()
             for place, (starts, ends) in zip(chosen, logits, strict=True):
                 i, window = windows[place]

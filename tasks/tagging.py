@@ -13,9 +13,10 @@ from seqeval.metrics.sequence_labeling import get_entities
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from records.batches import Batch, Collate, at_once, batches
 from records.templates import Example, Record
 from tasks import pieces as tokens
-from tasks.base import Batch, Collate, Task, Unsuited
+from tasks.base import Task, Unsuited
 from utils import IGNORED, Settings, UserError
 
 TAG = re.compile(r"O|[BI]-.+")
@@ -184,7 +185,9 @@ class Tagging(Task):
         placed = [tokens.owners(words, tokenizer, self.seq_length) for words in each]
         collate = tokens.collator(tokenizer)
         examples = [{"input_ids": ids} for ids, _ in placed]
-        for chosen, batch in tokens.batches(net, examples, collate):
+        for chosen, batch in batches(
+            examples, collate, at_once(net.device), net.device
+        ):
             best = self._logits(net, batch).argmax(-1).tolist()
             for i, found in zip(chosen, best, strict=True):
                 owners = placed[i][1]

@@ -262,6 +262,7 @@ def test_an_answer_ends_where_the_decoder_ends_it():
 
     class Net:
         device = CPU
+        config = transformers.BartConfig()
         generation_config = transformers.GenerationConfig(eos_token_id=end)
 
         def generate(self, **given):
