@@ -18,7 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
@@ -107,6 +108,20 @@ def turn(file: Path) -> TextIO:
     return held
 
 
+@contextmanager
+def address(place: Path) -> Iterator[str]:
+    """The socket's name in few bytes: there is room for 107, and for 103 on macOS.
+
+    A temporary folder may be deeper than that; Linux names an open one by its number.
+    """
+    folder = os.open(place.parent, os.O_RDONLY)
+    try:
+        numbered = Path(f"/proc/self/fd/{folder}")
+        yield str((numbered if numbered.exists() else place.parent) / place.name)
+    finally:
+        os.close(folder)
+
+
 def purpose(message: Message, context: Context) -> bytes:
     """What a trainer is started for: the bundle, the run's settings, the node's own, its base."""
     config, own = message.content.config_records.get("config", {}), context.node_config
@@ -122,7 +137,8 @@ def reach(place: Path, key: bytes) -> Connection | None:
     """A line to the trainer that is there for `key`; one that is there for another ends."""
     door = socket.socket(socket.AF_UNIX)
     try:
-        door.connect(str(place))
+        with address(place) as short:
+            door.connect(short)
     except OSError:
         door.close()
         return None
@@ -142,7 +158,8 @@ def start(place: Path, key: bytes, stays: int, parent: psutil.Process) -> Connec
             left.unlink(missing_ok=True)
     place.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as door:
-        door.bind(str(place))
+        with address(place) as short:
+            door.bind(short)
         door.listen()
         told = [door.fileno(), stays, parent.pid, parent.create_time(), place]
         subprocess.Popen(

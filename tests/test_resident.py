@@ -21,6 +21,14 @@ pytestmark = pytest.mark.slow
 SECONDS = 120
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """Deeper than a socket's name may be long (107 bytes)."""
+    deep = tmp_path / Path("far from the root", "d" * 90)
+    deep.mkdir(parents=True)
+    return deep
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Trainers of this test alone, none of which outlives it."""

@@ -174,7 +174,7 @@ def test_the_best_round_is_marked_and_its_adapter_kept(
         server_rounds.Examination,
         "measure",
         lambda *_: examine.Scores(
-            {"test_loss": next(losses)}, questions={"nats": [0.0]}
+            {"test_loss": next(losses)}, questions={"nats": [0.0]}, labels=[]
         ),
     )
     cfg = configure(
