@@ -59,7 +59,8 @@ class Card:
         self.cfg = runs.read(self.run, runs.CONFIG, {})
         self.mode = self.cfg.get("mode", "federated") if self.cfg else None
         self.summary = runs.read(self.run, "summary.json", {})
-        self.rounds = runs.read(self.run, "history.json", {"rounds": []})["rounds"]
+        history = runs.read(self.run, "history.json", {"rounds": []})
+        self.rounds, self.per = history["rounds"], runs.per(history)
         self.entry = next(
             (e for e in self.rounds if e["round"] == self.about["round"]), {}
         )  # of the round that made this adapter
@@ -114,7 +115,7 @@ class Card:
         """The whole of README.md. What others have written is escaped for where it stands."""
         figures = self.figures()
         rows = [
-            (name.replace("_", " "), *shown, runs.UNITS[name])
+            (name.replace("_", " "), *shown, runs.UNITS[name].format(per=self.per))
             for name, shown in figures.items()
         ]
         limit = self.cfg.get("evaluate", {}).get("max_new_tokens")
@@ -180,7 +181,7 @@ class Card:
         if records := runs.trained_records(trained):
             yield "records to train on", records
         if "train_loss" in self.entry:
-            yield f"train loss, {runs.NATS}", f"{self.entry['train_loss']:.4g}"
+            yield f"train loss, nats per {self.per}", f"{self.entry['train_loss']:.4g}"
         if "epsilon" in self.entry:
             epsilon, delta, adjacency = map(
                 self.entry.get, ("epsilon", "delta", "adjacency")

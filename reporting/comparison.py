@@ -7,7 +7,7 @@ from statistics import fmean
 
 from pandas import DataFrame
 
-from reporting.figures import GREY, LOSS, count_rounds, draw_over_rounds, figure
+from reporting.figures import GREY, count_rounds, draw_over_rounds, figure
 from reporting.runs import PerClient, Section
 from reporting.scores import (
     MODES,
@@ -19,6 +19,7 @@ from reporting.scores import (
     scale,
     show,
 )
+from server.runs import per
 
 COLOURS = {
     "base": GREY,
@@ -161,7 +162,7 @@ def draw_losses(section: Section, path: Path) -> None:
                 axes.axhline(fmean(base), color=GREY, ls=":", lw=1, marker="")
             count_rounds(axes)
             axes.set_title(titles[name], fontsize="medium")
-        panels[0].set_ylabel(LOSS)
+        panels[0].set_ylabel(f"loss, nats per {per(section.runs[0].history)}")
         named = {
             label: handle
             for axes in panels

@@ -12,8 +12,6 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f
 
 GREY = "#7f7f7f"
 
-LOSS = "loss, nats per answer token"
-
 LEGEND = 24  # runs that a sweep's legend names
 
 
@@ -80,10 +78,10 @@ def count_rounds(axes: Any) -> None:
         axes.set_xticks([first])
 
 
-def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
-    """Draw the losses of one run over its rounds, in nats per answer token, into a PNG.
+def plot_run(history: dict[str, Any], title: str, per: str, path: Path) -> None:
+    """Draw the losses of one run over its rounds, into a PNG.
 
-    `history`: of `history.json`. Training, the test questions, and what clients hold back of
+    `history`: of `history.json`, `per`: what its losses are means over. Training, the test questions, and what clients hold back of
     their own; as far as they were measured, the last two of the base as well, as round 0.
     """
     rounds = history["rounds"]
@@ -113,7 +111,7 @@ def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
             if curve:
                 draw_over_rounds(axes, curve, color=colour, label=label)
         count_rounds(axes)
-        axes.set_ylabel(LOSS)
+        axes.set_ylabel(f"loss, nats per {per}")
         axes.set_title(title, loc="left", fontsize="medium", wrap=True)
         if axes.lines:
             axes.legend()
@@ -131,7 +129,7 @@ def plot_sweep(curves: dict[str, dict[int, float]], path: Path) -> None:
             style = {"ls": "-", "alpha": 0.2, "marker": ""}
             draw_over_rounds(axes, losses, color=line.get_color(), **style)
         count_rounds(axes)
-        axes.set_ylabel(LOSS)
+        axes.set_ylabel("loss, nats")
         axes.set_title(
             "training, smoothed; in pale as it was", loc="left", fontsize="medium"
         )

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from reporting.figures import LOSS
-
 # The answer is about the first that was measured.
 SCORES = {
     "test_entity_f1": "entity F1, %",
@@ -18,14 +16,14 @@ SCORES = {
     "test_mcc": "MCC",
     "test_accuracy": "token accuracy, %",
     "test_margin": "reward margin",
-    "test_loss": LOSS,
+    "test_loss": "loss, nats",
     "test_perplexity": "perplexity",
     "eval_macro_f1": "macro-F1 on own records, %",
     "eval_entity_f1": "entity F1 on own records, %",
     "eval_mcc": "MCC on own records",
     "eval_accuracy": "token accuracy on own records, %",
     "eval_margin": "reward margin on own records",
-    "eval_loss": f"{LOSS}, on own records",
+    "eval_loss": "loss, nats, on own records",
 }
 
 MODES = {"local": "local", "federated": "federated", "centralized": "centralised"}

@@ -20,6 +20,7 @@ from server.runs import (
     Before,
     History,
     Round,
+    per,
     read,
     read_history,
 )
@@ -96,7 +97,9 @@ class Journal:
 
     def history(self) -> History:
         before = {"before": self.before} if self.before else {}
-        return {**before, "rounds": self.rounds}
+        task = tasks.build(self.cfg)
+        means = {"per": task.per} if task.per != tasks.Task.per else {}
+        return {**means, **before, "rounds": self.rounds}
 
     def best(self) -> Round | None:
         """The entry of the best round so far, if any was measured."""
@@ -129,7 +132,8 @@ class Journal:
         if "test_loss_after" in more:  # measured now, if not in every round
             last = self.rounds[-1] | {"test_loss": more["test_loss_after"]}
             history = history | {"rounds": [*self.rounds[:-1], last]}
-        plot_run(history, public(describe(self.cfg)), self.folder / "train_loss.png")
+        title = public(describe(self.cfg))
+        plot_run(history, title, per(history), self.folder / "train_loss.png")
         summary = {"rounds": len(self.rounds)}
         if losses:
             summary |= {"train_loss_first": losses[0], "train_loss_last": losses[-1]}
@@ -266,14 +270,14 @@ def report(cfg: Settings, folder: Path) -> None:
         }
         for when, ending in (("before", "_before"), ("after", "_after"))
     }
-    per = tasks.build(cfg).per
+    basis = tasks.build(cfg).per
     if asked:
         title = f"On {summary.get('test_questions', len(asked))} test questions"
-        say("\n" + examine.table(title, _of(before_after, own=False), per))
+        say("\n" + examine.table(title, _of(before_after, own=False), basis))
     if clients := last.get("eval_clients"):
         records = sum(client["num-examples"] for client in clients)
         title = f"On {records:g} records of {len(clients)} clients"
-        say("\n" + examine.table(title, _of(before_after, own=True), per))
+        say("\n" + examine.table(title, _of(before_after, own=True), basis))
     if chosen := summary.get("personal_clients"):
         loss = "  ".join(
             f"{name.removeprefix('eval_loss_')} {summary[name]:.4f}"

@@ -35,11 +35,12 @@ from utils import (
 typed = with_config(ConfigDict(strict=True, allow_inf_nan=False))
 scored = with_config(ConfigDict(strict=True))  # where an adapter may have scored NaN
 
-NATS, TOKENS = "nats per answer token", "share of answer tokens found likeliest"
+# `{per}`: what the task takes its means over (`tasks.base.Task.per`).
+NATS, TOKENS = "nats per {per}", "share of {per}s found likeliest"
 MARGIN = "reward of better answers above worse ones', mean"
 
-# Every score there is, and its unit; a label that is to be told counts as a token. `eval_`: on records that clients hold back, the others on
-# the test questions.
+# Every score there is, and its unit. `eval_`: on records that clients hold back, the others
+# on the test questions.
 UNITS = {
     "test_loss": NATS,
     "test_perplexity": "exp(loss)",
@@ -66,7 +67,7 @@ UNITS = {
 Scores = TypedDict("Scores", dict.fromkeys(UNITS, float), total=False)
 
 # What a client scores with the adapter that all share, with its own, and with what it chooses
-# between them, in nats per answer token.
+# between them.
 PERSONAL_LOSSES = ("eval_loss_global", "eval_loss_own", "eval_loss_personal")
 
 BEST = ("test_loss", "eval_loss")  # by which the best round is found, if it is
@@ -102,7 +103,7 @@ _Laps = TypedDict("_Laps", {f"seconds{lap}": float for lap in _LAPS}, total=Fals
 
 @typed
 class Client(Reply, _Laps):
-    """A client that trained: its mean loss in nats per answer token, and what that took.
+    """A client that trained: its mean loss in nats (see `History.per`), and what that took.
 
     `records`: how many it has to train on; `tokens`: trained on, without padding;
     `peak_memory` in bytes; `micro_batch`: examples at a time, at last; `rank` of its adapter,
@@ -233,8 +234,12 @@ class Round(Measured):
 
 @typed
 class History(TypedDict):
-    """`history.json`: `before`, if anything was measured then, and the rounds in their order."""
+    """`history.json`: `before`, if anything was measured then, and the rounds in their order.
 
+    `per`: what losses and accuracies are means over, where it is not a token of an answer.
+    """
+
+    per: NotRequired[str]
     before: NotRequired[Before]
     rounds: list[Round]
 
@@ -421,6 +426,11 @@ def fit(value: Any, kind: Any, path: Path) -> Any:
 @cache
 def _adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind)
+
+
+def per(history: History) -> str:
+    """What losses and accuracies of a run are means over."""
+    return history.get("per", "answer token")
 
 
 def read_history(folder: Path, done: int) -> History:

@@ -729,7 +729,7 @@ def test_a_sweeps_picture_names_what_differs_and_fits(tmp_path, monkeypatch):
     for box in (legend.get_window_extent(), figure.axes[0].get_tightbbox()):
         assert 0 <= box.x0 < box.x1 <= width
     assert not legend.get_window_extent().overlaps(figure.axes[0].bbox)
-    assert "nats per answer token" in figure.axes[0].get_ylabel()
+    assert figure.axes[0].get_ylabel() == "loss, nats"
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
@@ -745,8 +745,11 @@ def test_a_runs_picture_has_all_its_losses(count, before, tmp_path, monkeypatch)
     ]
     rounds[-1] |= {"eval_loss": 2.1, "eval_clients": [{"num-examples": 7}] * 2}
     history = {"rounds": rounds} | ({"before": before} if before else {})
-    figures.plot_run(history, "a_base (4-bit): $x$", tmp_path / "train_loss.png")
+    figures.plot_run(
+        history, "a_base (4-bit): $x$", "pair", tmp_path / "train_loss.png"
+    )
     [axes] = pictures[0].axes
+    assert axes.get_ylabel() == "loss, nats per pair"
     lines = {line.get_label(): line for line in axes.lines}
     assert lines.keys() == {
         "training, each client",
