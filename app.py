@@ -27,11 +27,13 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from hydra.errors import HydraException
 
 import utils
+from methods.parcel import Parcels, by_parcel
 from node import permit
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def federation_server() -> ServerApp:
             told = {"overrides": shlex.join(chosen), "run": run_name(folder)}
             timeout = cfg.train.round_timeout or ROUND_TIMEOUT
             cfg = cfg | {"train": cfg.train | {"round_timeout": timeout}}
-            rounds.run(cfg, grid, folder.resolve(), told)
+            rounds.run(cfg, Parcels(grid), folder.resolve(), told)
 
         with ExitStack() as held:
             if not config.resume:
@@ -138,7 +140,7 @@ def federation_client() -> ClientApp:
         told = message.content["config"]
         return permit.settle(told, context.node_config, simulated)
 
-    return client_app(settle, private=True)
+    return client_app(settle, private=True, mods=[by_parcel])
 
 
 def shorten(record: logging.LogRecord) -> bool:
@@ -152,13 +154,15 @@ def shorten(record: logging.LogRecord) -> bool:
 # --- what a client does with a message -------------------------------------------------------
 
 
-def client_app(settle: Settle, private: bool) -> ClientApp:
+def client_app(
+    settle: Settle, private: bool, mods: list[Mod] | None = None
+) -> ClientApp:
     """A ClientApp on the configuration and partition that `settle` gives for a message.
 
     `private`: of an error that is no `Refusal` the server is told no more than its type,
-    because its text may quote data.
+    because its text may quote data. `mods` are Flower's, around each answer.
     """
-    app = ClientApp()
+    app = ClientApp(mods=mods)
 
     def answer(handle: Callable[..., RecordDict]) -> Callable[..., Message]:
         # Left to Flower, an error would be printed three times, traceback included.

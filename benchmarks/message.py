@@ -1,11 +1,11 @@
 """What a message costs a node of a federation, and what the base kept on disk saves.
 
-    python benchmarks/message.py                 about ten minutes on two cores
+    python benchmarks/message.py                 about fifteen minutes on two cores
 
 Flower starts a process for every message. The first table times rounds of a real federation
 with one node: as the app is, with a trainer that stays, where each message's process imports
-the libraries and loads the base (`keep-alive=0`), and a Flower app that answers at once (the
-floor). The second loads bases of random weights, quantised for the
+the libraries and loads the base (`keep-alive=0`), by TLS with a node that authenticates itself,
+and a Flower app that answers at once (the floor). The second loads bases of random weights, quantised for the
 first time and as kept on disk, each in a fresh process, with a forward over eight tokens so
 that the weights are really there.
 """
@@ -88,13 +88,33 @@ def make_base(folder: Path, size: str) -> str:
     return str(folder / size)
 
 
-def rounds_of(app: Path, overrides: str, node_config: str) -> tuple[list[float], float]:
-    """Seconds of each round but the first, and the median of what the client worked."""
+def certificates_in(folder: Path) -> Path:
+    """A SuperLink's certificate, and the key of one node, as deploy/certs/make.sh has them."""
+    folder.mkdir()
+    shutil.copy(PROJECT / "deploy/certs/make.sh", folder)
+    for what in (["server"], ["node", "node"]):
+        subprocess.run(["sh", "make.sh", *what], cwd=folder, check=True)
+    return folder
+
+
+def rounds_of(
+    app: Path, overrides: str, node_config: str, certificates: Path | None = None
+) -> tuple[list[float], float]:
+    """Seconds of each round but the first, and the median of what the client worked.
+
+    With `certificates` by TLS, and the node authenticates itself.
+    """
+    options = ["--enable-supernode-auth"] if certificates else []
     with (
         tempfile.TemporaryDirectory(prefix="federation-") as folder,
-        Federation(Path(folder)) as federation,
+        Federation(Path(folder), *options, certificates=certificates) as federation,
     ):
-        federation.supernode("node", node_config)
+        key = []
+        if certificates:
+            own = certificates / "node.key"
+            federation.ask("supernode", "register", f"{own}.pub")
+            key = [f"--auth-supernode-private-key={own}"]
+        federation.supernode("node", node_config, *key)
         status, output = federation.run(app, overrides)
         assert status == "finished:completed", output
         history = list(federation.superlink.folder.glob("outputs/*/*/history.json"))
@@ -129,6 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="message-"))
     floor = floor_in(work / "floor")
+    certificates = certificates_in(work / "certificates")
     bases = {size: make_base(work, size) for size in arguments.sizes}
 
     print("| base | app | round, s | of it the client's work, s |")
@@ -140,9 +161,10 @@ def main() -> None:
     for name, base in {"2.2M": "assets/tiny_llama", **bases}.items():
         if name == "1.3B":
             continue  # a step of its training alone takes minutes here
-        for label, stays in (
-            ("a process for each message", "keep-alive=0"),
-            ("as it is", ""),
+        for label, stays, secured in (
+            ("a process for each message", "keep-alive=0", None),
+            ("as it is", "", None),
+            ("as it is, TLS and authentication", "", certificates),
         ):
             overrides = (
                 f"experiment=quickstart model.name={base} num_clients=1 "
@@ -155,7 +177,7 @@ def main() -> None:
                 f'data-path="{PROJECT}/assets/tiny_qa/train.jsonl" cpus=1 model-path="{path}" '
                 f'cache-path="{work / "cache"}" {stays}'
             )
-            times, own = rounds_of(PROJECT, overrides, node_config)
+            times, own = rounds_of(PROJECT, overrides, node_config, secured)
             print(f"| {name} | {label} | {statistics.median(times):.1f} | {own:.1f} |")
 
     print("\n| base | bits | first load, s | kept on disk, s | ratio |")

@@ -8,7 +8,10 @@ Start-up runs from the command to the first round; overhead is a round less the 
 its clients worked.
 
 Second table: the server's memory while one round's replies come in, by strategy. It takes
-the real server loop on ready-made replies. Ends within ten minutes on two cores.
+the real server loop on ready-made replies.
+
+Third table: what a client's message costs for what it keeps between rounds, one small tensor,
+with as many clients that have kept theirs. Ends within ten minutes on two cores.
 """
 
 import argparse
@@ -40,7 +43,8 @@ def main() -> None:
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        {"flower": run_flower, "replies": run_replies}[options.part[0]](options.part[1])
+        parts = {"flower": run_flower, "replies": run_replies, "kept": run_kept}
+        parts[options.part[0]](options.part[1])
         return
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,10 @@ def main() -> None:
         ]
         table.append([strategy, *(f"{value / 2**20:.0f}" for value in row)])
     write(table, options.out, "replies")
+    kept = [
+        [n, f"{part('kept', str(n))['seconds'] * 1e3:.1f}"] for n in options.clients
+    ]
+    write([["clients", "load and save, ms"], *kept], options.out, "kept")
 
 
 def measure_app(clients: int) -> dict[str, float]:
@@ -245,6 +253,29 @@ def run_replies(argument: str) -> None:
     server.train_round(1, state)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"memory": (after - before) * 1024}))
+
+
+def run_kept(clients: str) -> None:
+    """Five rounds of ten of so many clients, who all have kept something; prints the processor
+    seconds of one client's load and save."""
+    import torch
+
+    from methods.store import Kept
+
+    state = {"w": torch.zeros(4)}
+    count = int(clients)
+    with tempfile.TemporaryDirectory() as folder:
+        for partition in range(count):
+            Kept(Path(folder), partition, 1).save("residual", state)
+        began = time.process_time()
+        asked = range(0, count, max(1, count // COHORT))
+        for number in range(2, 7):
+            for partition in asked:
+                kept = Kept(Path(folder), partition, number)
+                kept.load("residual")
+                kept.save("residual", state)
+        seconds = (time.process_time() - began) / (5 * len(asked))
+    print(json.dumps({"seconds": seconds}))
 
 
 def write(table: list[list], folder: Path | None, name: str) -> None:

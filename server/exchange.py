@@ -24,6 +24,9 @@ LOAD_TIMEOUT = 1800.0
 
 PULL_INTERVAL = 0.02  # seconds between looks for replies, at first
 
+# Replies that are fetched at once: Flower has all of these in memory before it hands out one.
+PULLED = 16
+
 # --- what a client may tell of itself --------------------------------------------------------
 
 
@@ -288,7 +291,9 @@ class Exchange:
                 self._fail(node, "it is no longer connected")
         while waiting:
             look_for_stop()
-            for message_id, reply in self._pull(set(waiting)):
+            looked, found = time.monotonic(), False
+            for message_id, reply in self._pull(sorted(waiting)):
+                found = True
                 node = waiting.pop(message_id, None)
                 if node is None:  # it has answered already, or was never asked
                     continue
@@ -309,29 +314,32 @@ class Exchange:
                     self._fail(node, f"no reply within {name}{self.timeout:g} s")
                 return
             if waiting:
-                # A long wait is no place for fifty questions a second over a network.
-                STOP.wait(max(PULL_INTERVAL, min(1.0, waited / 100)))
+                # A long wait is no place for fifty questions a second over a network, and a
+                # SuperLink with hundreds of nodes has others to answer.
+                took = 0.0 if found else time.monotonic() - looked
+                STOP.wait(max(PULL_INTERVAL, min(1.0, max(waited / 100, 5 * took))))
 
-    def _pull(self, waiting: set[str]) -> list[tuple[str, Message | Exception]]:
+    def _pull(self, waiting: list[str]) -> Iterator[tuple[str, Message | Exception]]:
         """The replies that have come in, each with the message that it answers.
 
         An error of Flower's own does not name the node; the message that it answers does.
         Flower puts replies together as it fetches them, and what one client has broken
         would cost all that are fetched with it: from then on each is fetched by itself.
         """
-        found: list[tuple[str, Message | Exception]] = []
-        for ids in [{each} for each in sorted(waiting)] if self.singly else [waiting]:
+        size = 1 if self.singly else PULLED
+        for start in range(0, len(waiting), size):
+            ids = {*waiting[start : start + size]}
             try:
                 for reply in self.grid.pull_messages(ids):
-                    found.append((reply.metadata.reply_to_message_id, reply))
+                    yield reply.metadata.reply_to_message_id, reply
             except (OSError, httpx.HTTPError):  # the line to the SuperLink
                 raise
             except Exception as error:
-                if not self.singly:
+                if size > 1:
                     self.singly = True
-                    return self._pull(waiting)
-                found.append((*ids, error))
-        return found
+                    yield from self._pull(waiting[start:])
+                    return
+                yield *ids, error
 
     def _fail(self, node: int, cause: str) -> None:
         cause = one_line(cause) or "no cause was given"

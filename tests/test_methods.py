@@ -76,7 +76,7 @@ def test_what_stays_with_a_client_is_its_own_from_round_to_round(configured, loo
         own, _ = client.train(cfg, start, partition, 1)
         whole = {k: first[k] if k in shared else own[k] for k in start}
         after, _ = client.train(cfg, whole, partition, 2)
-        [kept] = (grid.folder / "residuals").glob(f"{partition}-own-000002.*")
+        [kept] = (grid.folder / "residuals").glob(f"{partition}/own-000002.*")
         stayed = load_file(kept)
         assert stayed.keys() == start.keys() - shared
         assert all(torch.equal(stayed[name], after[name]) for name in stayed)

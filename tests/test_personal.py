@@ -34,7 +34,7 @@ SGD = (
     "+train.training_arguments.learning_rate=0.05",
     "+train.training_arguments.max_grad_norm=0",
 )
-OWN = "0-personal-{:06d}.safetensors"
+OWN = "0/personal-{:06d}.safetensors"
 
 
 def same(one: dict, other: dict) -> bool:
@@ -199,7 +199,7 @@ def test_nothing_of_it_is_in_any_message(finished):
         shared = load_file(file)
         found = [forms(tensor)[1] in everything for tensor in shared.values()]
         assert all(found)  # what is sent is found by this
-    own = [*(folder / "residuals").glob("*-personal-*")]
+    own = [*(folder / "residuals").glob("*/personal-*")]
     assert len(own) >= 4
     for file in own:
         for name, tensor in load_file(file).items():
@@ -418,7 +418,7 @@ def test_a_node_writes_its_own_where_it_says_and_sends_none(
     assert not reply.content.array_records
     written = [*tmp_path.glob("mine/here/___first-*/client_1")]
     assert len(written) == named
-    kept = [*(tmp_path / "cache/runs").glob("___first-*/1-personal-000001.safetensors")]
+    kept = [*(tmp_path / "cache/runs").glob("___first-*/1/personal-000001.safetensors")]
     assert len(kept) == 1
     for place in written:
         about = model.read_about(str(place))
@@ -471,5 +471,5 @@ def test_in_a_federation_each_node_has_its_own_also_after_a_power_cut(tmp_path):
         for i in (0, 1):
             [place] = (tmp_path / f"own-{i}").glob(f"*/client_{i}")
             assert model.read_about(str(place))["round"] == 6
-            kept = [*(tmp_path / "cache/runs").glob(f"*/{i}-personal-*")]
+            kept = [*(tmp_path / "cache/runs").glob(f"*/{i}/personal-*")]
             assert len(kept) == 3

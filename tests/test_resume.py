@@ -204,7 +204,7 @@ def test_error_feedback_of_a_round_that_is_done_again_is_not_used(tmp_path):
     kept[4].save("residual", {"w": torch.tensor([4.0])})
     # Of three rounds: one from the older of two checkpoints does two of them again.
     assert kept[3].load("residual")["w"].item() == 2
-    assert len(list(tmp_path.glob("0-residual-*"))) == 3
+    assert len(list(tmp_path.glob("0/residual-*"))) == 3
 
 
 @pytest.fixture

@@ -418,7 +418,7 @@ def test_a_client_that_has_another_half_is_sent_it_when_it_is_asked_again(
     state, entry = server.train_round(2, state)
     both = entry["clients"][0]["bytes_down"]
     assert entry["failures"] == []
-    [kept] = (grid.folder / "residuals").glob("1-held-*")
+    [kept] = (grid.folder / "residuals").glob("1/held-*")
     kept.unlink()
     state, entry = server.train_round(3, state)
     [failure] = entry["failures"]
@@ -451,7 +451,7 @@ def test_nothing_that_stays_is_in_any_message(configure, loopback, tmp_path):
         for arrays in reply.content.array_records.values():
             travelled.extend(array.data for array in arrays.values())
             names.append({*arrays})
-        for file in (tmp_path / "residuals").glob("*-own-*"):
+        for file in (tmp_path / "residuals").glob("*/own-*"):
             stayed.update(t.numpy().tobytes() for t in load_file(file).values())
         return reply
 
@@ -530,10 +530,10 @@ def test_in_a_federation_nodes_keep_what_is_not_sent(tmp_path):
     assert down[0] == down[1] < down[2] / 2  # A, in float32, after round 2
     assert len({entry["bytes_down"] for entry in second}) == 1
     for i in (0, 1):
-        kept = [file.name for file in (tmp_path / f"cache-{i}/runs").glob("*/*")]
+        kept = [file.name for file in (tmp_path / f"cache-{i}/runs").glob("*/*/*")]
         assert sorted(kept) == [
-            f"{i}-held-000003.safetensors",
-            *(f"{i}-own-00000{number}.safetensors" for number in (1, 2, 3)),
+            "held-000003.safetensors",
+            *(f"own-00000{number}.safetensors" for number in (1, 2, 3)),
         ]
 
 
