@@ -172,9 +172,8 @@ class Downlink:
     else what `first` holds, which it can make; who has failed is taken to have nothing.
     """
 
-    keeps: tuple[
-        str, ...
-    ] = ()  # as `Aggregation.keeps`, and likewise what follows from it
+    # As `Aggregation.keeps`, and likewise `memory` and `recall`.
+    keeps: tuple[str, ...] = ()
 
     def __init__(self, part: sharing.Adapter, comm: Settings, first: State) -> None:
         self.part, self.comm = part, comm
@@ -262,17 +261,15 @@ class Changes(Downlink):
     def pack(self, down: dict[int, State]) -> dict[int, tuple[ArrayRecord, Told]]:
         if not any(down.values()):
             return super().pack(down)
-        self.view = view = self.view or self._view(
-            *{id(x): x for x in down.values()}.values()
-        )
+        view = self.view = self.view or self._view(next(iter(down.values())))
         whole = self._arrays(self._whole(view.state)[0])
         ready: dict[int, tuple[ArrayRecord, Told]] = {0: (whole, {})}
-        for number in {*self.has.values()} - {0}:
+        for number in {self.has.get(i, 0) for i in down} - {0}:
             since, packed = view.since(number)
             arrays = self._arrays(packed)
             less = num_bytes(arrays) < num_bytes(whole)
             ready[number] = (arrays, {"since": since}) if less else (whole, {})
-        self.sent |= dict.fromkeys(down, view.number)
+        self.sent |= dict.fromkeys(down, view.number)  # in full, or by what has changed
         return {i: ready[self.has.get(i, 0)] for i in down}
 
     def _view(self, state: State) -> down.View:
