@@ -241,6 +241,7 @@ def train(
         sharing,
         steps,
         store,
+        wire,
     )
     from node import processes
 
@@ -257,7 +258,7 @@ def train(
     correction = {}
     if "control" in message.content:
         level.answers("control variates")
-        control = _received(message, "control")
+        control = wire.unpack(message.content["control"].to_torch_state_dict())
         correction = scaffold.correction(control, before, kept)
     after, metrics = processes.train(cfg, before, partition, number, mu, correction)
     if "rank" in cfg:
@@ -340,24 +341,24 @@ def _up_to(
     return joined | {name: first[name] for name in own}, joined, after
 
 
-def _received(message: Message, name: str = "arrays") -> dict[str, Any]:
-    from methods import wire
-
-    return wire.unpack(message.content[name].to_torch_state_dict())
-
-
 def _joined(
     cfg: utils.Settings, message: Message, part: Any, earlier: Any, now: Any
 ) -> dict[str, Any]:
     """The adapter that a message is about, of what came and what is here of `earlier`."""
-    from methods import lora
+    from methods import down, lora
     from node import processes
 
-    received = _received(message)
+    arrays, told = message.content["arrays"], message.content["config"]
+
+    def first() -> "State":
+        return processes.first_adapter(cfg)
+
+    received = down.opened(arrays, told, cfg.comm, part, earlier, first)
+    if cfg.comm.delta_down:
+        now.save("view", received)
     if "rank" in cfg:  # the node's own, which is below the run's
         received = lora.cut(received, cfg.rank, lora.power(cfg.peft))
-    unsent = message.content["config"].get("unsent")
-    adapter = part.join(received, unsent, earlier, lambda: processes.first_adapter(cfg))
+    adapter = part.join(received, told.get("unsent"), earlier, first)
     part.hold(received, adapter, now)
     return adapter
 

@@ -51,6 +51,11 @@ class Adapter:
         """Those of them that do not come again as long as they are the same."""
         return []
 
+    def types(self, names: Names, dtype: str) -> dict[str, str]:
+        """The type in which each of those comes that do, where `dtype` is the wire's."""
+        exact = {*self.lasts(names)} if self.exact else {}
+        return {n: "float32" if n in exact else dtype for n in self.comes(names)}
+
     def trains(self, names: Names, server_round: int) -> Names:
         return names
 

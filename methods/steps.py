@@ -5,7 +5,9 @@ from dataclasses import replace
 
 from methods import lora, privacy
 from methods.base import Contribution, Step, Steps, clipped
-from methods.wire import Wire
+from methods.deflate import Deflated
+from methods.sparse import TopK
+from methods.wire import Arrays, Wire
 from utils import Settings, cohort_size
 
 
@@ -26,8 +28,19 @@ def build(
         ClipWeights(cfg.strategy.clip_weights, layers),
         level.step(cohort),
         # In a sum updates travel in fixed point (`methods.secure`).
-        Step() if level.secure_aggregation else Wire(cfg.comm.dtype),
+        Step() if level.secure_aggregation else travels(cfg.comm),
     )
+
+
+def form(comm: Settings) -> Wire:
+    """What an update is packed to."""
+    return TopK(comm.dtype, comm.top_k) if comm.top_k else Wire(comm.dtype)
+
+
+def travels(comm: Settings) -> Steps:
+    """An update as it travels: packed, and compressed or not."""
+    made = form(comm)
+    return Steps(made, (Deflated if comm.compress else Arrays)(made.layout))
 
 
 class Clip(Step):

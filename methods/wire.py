@@ -10,7 +10,7 @@ makes a tensor of anything.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,24 +21,48 @@ from methods.base import Contribution, State, Step, Unusable
 
 SCALE = ":scale"  # no parameter's name holds a colon
 
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # type and shape, by name
+
 HEADER = 1024  # bytes of `np.save` before the values: 128 for an adapter's shapes
 
 
 class Wire(Step):
-    """An update as it travels; in int8 with error feedback."""
+    """An update in a type that takes fewer bytes; in int8 with error feedback."""
 
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
 
     def leave(self, update: State, kept: Any) -> State:
         before = kept.load("residual") or {}
-        packed, left = pack(update, self.dtype, before)
+        packed, left = self.pack(update, before)
         if left is not None:
             kept.save("residual", before | left)
         return packed
 
     def arrive(self, one: Contribution) -> Contribution:
-        return replace(one, update=decode(one.update, one.before, self.dtype))
+        return replace(one, update=finite(self.unpack(one.update, one.before)))
+
+    def pack(self, update: State, before: State) -> tuple[State, State | None]:
+        """The tensors to send, and what they leave out; `before`: what earlier ones did."""
+        return pack(update, self.dtype, before)
+
+    def unpack(self, packed: State, expected: dict[str, Any]) -> State:
+        """The float32 tensors that `packed` stands for, shaped like those `expected`."""
+        return unpack(packed)
+
+    def layout(self, expected: dict[str, Any]) -> Layout:
+        """Type and shape of all that `pack` makes of tensors shaped like `expected`."""
+        return layout(expected, self.dtype)
+
+
+class Arrays(Step):
+    """An array for each tensor: what Flower makes of them."""
+
+    def __init__(self, layout: Callable[[dict[str, Any]], Layout]) -> None:
+        self.layout = layout
+
+    def arrive(self, one: Contribution) -> Contribution:
+        return replace(one, update=read(one.update, self.layout(one.before)))
 
 
 def pack(
@@ -78,7 +102,7 @@ def lost(state: State, dtype: str) -> str | None:
     return None
 
 
-def layout(expected: dict[str, Any], dtype: str) -> dict[str, tuple[str, tuple]]:
+def layout(expected: dict[str, Any], dtype: str) -> Layout:
     """Type and shape of all that `pack` makes of tensors shaped like `expected`, by name."""
     wire = {name: (dtype, tuple(each.shape)) for name, each in expected.items()}
     if dtype == "int8":
@@ -90,10 +114,17 @@ def layout(expected: dict[str, Any], dtype: str) -> dict[str, tuple[str, tuple]]
 def decode(arrays: Any, expected: dict[str, Any], dtype: str) -> State:
     """The float32 tensors in a reply's `ArrayRecord`, which must be `layout`'s.
 
+    Raises `Unusable`.
+    """
+    return finite(unpack(read(arrays, layout(expected, dtype))))
+
+
+def read(arrays: Any, wire: Layout) -> State:
+    """The tensors in a reply's `ArrayRecord`, which must be those of `wire`.
+
     Nothing is decoded before everything has the right name, type, shape and size, so what
     is refused costs no more memory than it came with. Raises `Unusable`.
     """
-    wire = layout(expected, dtype)
     if odd := wire.keys() - arrays.keys():
         raise Unusable(
             f"{len(odd)} adapter tensors missing or unknown, {min(odd)} among them"
@@ -108,7 +139,11 @@ def decode(arrays: Any, expected: dict[str, Any], dtype: str) -> State:
     for name, (kind, shape) in wire.items():
         found = values(name, arrays[name], np.dtype(kind), shape)
         packed[name] = torch.from_numpy(np.array(found, order="C"))
-    state = unpack(packed)
+    return packed
+
+
+def finite(state: State) -> State:
+    """The same. Raises `Unusable` where a value is not finite."""
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise Unusable(f"{name} holds values that are not finite")

@@ -8,11 +8,12 @@ the learning rate) follows from the configuration and the round's number.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods.base import Aggregation, State
+from methods.base import State
 from methods.wire import misshapen
 from utils import UserError, commit, read_json, say
 
@@ -90,16 +91,19 @@ def read(checkpoint: Path) -> tuple[State, int, float, dict[str, State]]:
     return state, about["round"], seconds, memory
 
 
-def load(checkpoint: Path, aggregation: Aggregation) -> tuple[State, int, float]:
-    """The state, its round and the seconds until then; `aggregation` recalls its memory.
+def load(checkpoint: Path, *keepers: Any) -> tuple[State, int, float]:
+    """The state, its round and the seconds until then; who keeps something recalls it.
+
+    `keepers`: the run's `Aggregation`, and its `Downlink`.
 
     Later checkpoints could not be read: they are named and go, as their rounds are done
     again. Raises `UserError` for the memory of another strategy.
     """
     state, done, seconds, memory = read(checkpoint)
-    if more := memory.keys() - set(aggregation.keeps):
+    if more := memory.keys() - {name for one in keepers for name in one.keeps}:
         raise UserError(f"{checkpoint} is of another strategy: it holds {min(more)}.")
-    aggregation.recall(memory)
+    for one in keepers:
+        one.recall({k: v for k, v in memory.items() if k in one.keeps})
     for later in found(checkpoint.parent.parent):
         if later.name > checkpoint.name:
             say(f"{_fault(later)}. The one before it is taken.")

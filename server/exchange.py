@@ -11,8 +11,9 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import dataset
-from methods import sharing, wire
+from methods import deflate, down, sharing, wire
 from methods.base import State, Unusable
+from methods.wire import SCALE
 from server.runs import PERSONAL_LOSSES
 from utils import STOP, Refusal, Settings, look_for_stop, one_line
 
@@ -164,6 +165,9 @@ def largest(cfg: Settings, name: str, partitions: list[int], federated: bool) ->
 # --- what is sent ----------------------------------------------------------------------------
 
 
+Told = dict[str, Any]  # to a client, beside arrays
+
+
 class Downlink:
     """What each client is sent of its adapter: all that it cannot have from before.
 
@@ -171,48 +175,68 @@ class Downlink:
     else what `first` holds, which it can make; who has failed is taken to have nothing.
     """
 
-    def __init__(self, part: sharing.Adapter, dtype: str, first: State) -> None:
-        self.part, self.dtype = part, dtype
-        self.first = {name: sharing.digest(tensor) for name, tensor in first.items()}
-        self.has: dict[int, dict[str, str]] = {}  # by partition: digests by name
-        self.sent: dict[int, dict[str, str]] = {}
-        self.answered: dict[int, dict[str, str]] = {}
+    # As `Aggregation.keeps`, and likewise `memory` and `recall`.
+    keeps: tuple[str, ...] = ()
 
-    def pack(self, down: dict[int, State]) -> dict[int, tuple[ArrayRecord, str | None]]:
-        """By partition the arrays of what is to be sent of `down`, and the `fingerprint` of
-        what is not; None where that is nothing."""
+    def __init__(self, part: sharing.Adapter, comm: Settings, first: State) -> None:
+        self.part, self.comm = part, comm
+        self.first = {name: sharing.digest(tensor) for name, tensor in first.items()}
+        self.has: dict[int, Any] = {}  # by partition: digests by name
+        self.sent: dict[int, Any] = {}
+        self.answered: dict[int, Any] = {}
+
+    def pack(self, down: dict[int, State]) -> dict[int, tuple[ArrayRecord, Told]]:
+        """By partition the arrays of what is to be sent of `down`, and what is told of it:
+        as `unsent` the `fingerprint` of what is not, if that is anything, and then by `sent`
+        the names of what is, where the arrays do not tell."""
         # Packed once, however many get it.
         each = {id(adapter): adapter for adapter in down.values()}
         packed = {key: self._whole(adapter) for key, adapter in each.items()}
-        made: dict[int, tuple[ArrayRecord, str | None]] = {}
+        ready: dict[tuple[int, frozenset[str]], ArrayRecord] = {}
+        made: dict[int, tuple[ArrayRecord, Told]] = {}
         for partition, adapter in down.items():
-            arrays, lasting = packed[id(adapter)]
+            whole, lasting = packed[id(adapter)]
             has = self.has.get(partition, self.first)
             unsent = {k: v for k, v in lasting.items() if has.get(k) == v}
-            told = None
+            sent = {
+                k: v for k, v in whole.items() if k.removesuffix(SCALE) not in unsent
+            }
+            key = id(adapter), frozenset(unsent)
+            if key not in ready:
+                ready[key] = self._arrays(sent)
+            told: Told = {}
             if unsent:
-                whole, arrays = arrays, ArrayRecord()
-                for name, array in whole.items():
-                    if name.removesuffix(wire.SCALE) not in unsent:
-                        arrays[name] = array
-                told = sharing.fingerprint(unsent)
-            made[partition] = arrays, told
+                told["unsent"] = sharing.fingerprint(unsent)
+            if unsent and self.comm.compress:
+                told["sent"] = [name for name in sent if not name.endswith(SCALE)]
+            made[partition] = ready[key], told
             self.sent[partition] = lasting
         return made
 
-    def _whole(self, adapter: State) -> tuple[ArrayRecord, dict[str, str]]:
-        """All that comes of an adapter, and the digests of what lasts, as it arrives."""
+    def _arrays(self, packed: State) -> ArrayRecord:
+        compress = self.comm.compress and packed
+        return ArrayRecord(deflate.deflate(packed) if compress else packed)
+
+    def _whole(self, adapter: State) -> tuple[State, dict[str, str]]:
+        """All that comes of an adapter, packed, and the digests of what lasts, as it arrives."""
         lasts = {*self.part.lasts(adapter.keys())}
         packed: State = {}
         digests: dict[str, str] = {}
-        for name in self.part.comes(adapter.keys()):
-            exact = self.part.exact and name in lasts
-            dtype = "float32" if exact else self.dtype
+        for name, dtype in self.part.types(adapter.keys(), self.comm.dtype).items():
             one, _ = wire.pack({name: adapter[name]}, dtype)
             packed |= one
             if name in lasts:
                 digests[name] = sharing.digest(wire.unpack(one)[name])
-        return ArrayRecord(packed), digests
+        return packed, digests
+
+    def move(self, state: State) -> None:
+        """A round has made this state."""
+
+    def memory(self) -> dict[str, State]:
+        return {}
+
+    def recall(self, memory: dict[str, State]) -> None:
+        pass
 
     def answer(self, partition: int) -> None:
         """It has what it was sent. That counts from the next round on: a round that is done
@@ -226,6 +250,46 @@ class Downlink:
     def close_round(self) -> None:
         self.has |= {i: held for i, held in self.answered.items() if held}
         self.answered.clear()
+
+
+class Changes(Downlink):
+    """What has changed, for clients that answered before, of an adapter that all share.
+
+    A client has the version of it that it was sent when it last answered.
+    """
+
+    keeps = ("view",)
+    view: down.View | None = None
+
+    def pack(self, down: dict[int, State]) -> dict[int, tuple[ArrayRecord, Told]]:
+        if not any(down.values()):
+            return super().pack(down)
+        view = self.view = self.view or self._view(next(iter(down.values())))
+        whole = self._arrays(self._whole(view.state)[0])
+        ready: dict[int, tuple[ArrayRecord, Told]] = {0: (whole, {})}
+        for number in {self.has.get(i, 0) for i in down} - {0}:
+            since, packed = view.since(number)
+            arrays = self._arrays(packed)
+            less = num_bytes(arrays) < num_bytes(whole)
+            ready[number] = (arrays, {"since": since}) if less else (whole, {})
+        self.sent |= dict.fromkeys(down, view.number)  # in full, or by what has changed
+        return {i: ready[self.has.get(i, 0)] for i in down}
+
+    def _view(self, state: State) -> down.View:
+        return down.View(state, self.comm.dtype, self.comm.top_k)
+
+    def move(self, state: State) -> None:
+        self.view.move(state)
+
+    def fail(self, partition: int) -> None:
+        super().fail(partition)
+        self.has[partition] = 0
+
+    def memory(self) -> dict[str, State]:
+        return {"view": self.view.state}
+
+    def recall(self, memory: dict[str, State]) -> None:
+        self.view = self._view(memory["view"])
 
 
 # --- the exchange ----------------------------------------------------------------------------

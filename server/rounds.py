@@ -27,6 +27,7 @@ from server.cohort import Clients, RunFailed
 from server.exchange import (
     MASKED,
     PERSONAL,
+    Changes,
     Downlink,
     Exchange,
     arrays_of,
@@ -80,7 +81,9 @@ def run(
     state: State = {}
     done = 0
     if cfg.resume and (newest := checkpoint.newest(folder)):
-        state, done, seconds = checkpoint.load(newest, server.aggregation)
+        state, done, seconds = checkpoint.load(
+            newest, server.aggregation, server.downlink
+        )
         started -= seconds
         journal.go_on(done)
         server.level.recall(journal.rounds[-1])
@@ -107,7 +110,7 @@ def run(
                 entry |= mean(measured)
             journal.write_round(entry, new_state)
             seconds = time.monotonic() - started
-            memory = server.aggregation.memory()
+            memory = server.aggregation.memory() | server.downlink.memory()
             checkpoint.save(folder, server_round, new_state, memory, seconds)
             state, done = new_state, server_round
             progress.advance(entry)
@@ -231,7 +234,8 @@ class Server:
         self.held = {n: p for n, p in self.frame.named_parameters() if p.requires_grad}
         lasts = self.sharing.lasts(self.held.keys())
         made = first.seeded(cfg, self.held) if lasts else {}
-        self.downlink = Downlink(self.sharing, self.dtype, made)
+        way = Changes if cfg.comm.delta_down else Downlink
+        self.downlink = way(self.sharing, cfg.comm, made)
         self.singly = False  # whether replies are fetched one by one
         self.clients = Clients(cfg, grid, named=bool(self.told))
         self.clients.wait_for(cfg.num_clients)
@@ -258,10 +262,8 @@ class Server:
         control = ArrayRecord(wire.pack(beside or {}, self.dtype)[0])
 
         def write(partition: int) -> RecordDict:
-            config = {**(more or {}), **self.told, "partition": partition}
-            arrays, unsent = packed[partition]
-            if unsent:
-                config["unsent"] = unsent
+            arrays, told = packed[partition]
+            config = {**(more or {}), **self.told, **told, "partition": partition}
             content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
             if control:
                 content["control"] = control
@@ -385,6 +387,7 @@ class Server:
             )
         error = exactness.error(state, new_state)
         self.downlink.close_round()
+        self.downlink.move(new_state)
         seconds_aggregate += time.monotonic() - received
         clients.sort(key=lambda client: client.get("partition", -1))
         arguments = self.cfg.train.training_arguments

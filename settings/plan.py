@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel
 
 import dataset
 import model
 from compute.vram import allocated, at_peak, occupied
-from methods import aggregate, personal, privacy, sharing, wire
+from methods import aggregate, deflate, personal, privacy, sharing, sparse, steps, wire
 from server.cohort import cohort_size
 from server.first import seeded
 from server.journal import quantised_on_cpu
@@ -104,10 +103,18 @@ def wire_bytes(
     The values alone, and int8's scales. Each tensor's name and header come on top, some
     hundred bytes.
     """
+    return _size(wire.layout(_sent(frame, names), dtype))
+
+
+def _sent(
+    frame: torch.nn.Module, names: Collection[str] | None
+) -> dict[str, torch.nn.Parameter]:
     trained = _trained(frame).items()
-    sent = {name: p for name, p in trained if names is None or name in names}
-    kinds = wire.layout(sent, dtype).values()
-    return sum(math.prod(shape) * np.dtype(kind).itemsize for kind, shape in kinds)
+    return {name: p for name, p in trained if names is None or name in names}
+
+
+def _size(layout: wire.Layout) -> int:
+    return sum(deflate.size_of(*each) for each in layout.values())
 
 
 def steps_per_client(cfg: Settings) -> int:
@@ -254,6 +261,8 @@ def _rate(cfg: Settings) -> str:
 
 def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
     dtype, rounds = cfg.comm.dtype, cfg.num_rounds
+    # What zlib makes of it hangs on the values.
+    packed = "at most " if cfg.comm.compress else ""
     part, names = sharing.build(cfg.sharing), _trained(frame)
     cohort = _cohort(cfg, "fraction_fit")
     adapter = wire_bytes(frame, dtype)
@@ -267,9 +276,14 @@ def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
         for name in lasts
     )
     down = rounds * cohort * anew + once
-    sent = "uint64" if cfg.privacy.secure_aggregation else dtype
+    most = "at most " if once and cohort < cfg.num_clients else packed
+    if cfg.comm.delta_down:
+        down, most = _changes(cfg, frame), "at most "
+    summed = cfg.privacy.secure_aggregation
+    form = wire.Wire("uint64") if summed else steps.form(cfg.comm)
     up = cohort * sum(
-        wire_bytes(frame, sent, part.goes(names, n)) for n in range(1, rounds + 1)
+        _size(form.layout(_sent(frame, part.goes(names, n))))
+        for n in range(1, rounds + 1)
     )
     if cfg.strategy.get("ranks"):  # on average over the clients
         sizes = sum(n * wire_bytes(each, dtype) for _, n, each in _by_rank(cfg))
@@ -280,12 +294,11 @@ def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
         down, up = down + rounds * cohort * adapter, up + rounds * cohort * adapter
     # The clients of the first round make the first adapter and send it in float32.
     made = cohort * wire_bytes(frame, "float32")
-    most = "at most " if once and cohort < cfg.num_clients else ""
     rows = [
         ("adapter on the wire", f"{_bytes(adapter)} ({dtype})"),
         (
             "bytes a round",
-            f"{most}{_bytes(down // rounds)} down, {_bytes(up // rounds)} up",
+            f"{most}{_bytes(down // rounds)} down, {packed}{_bytes(up // rounds)} up",
         ),
         (
             f"bytes in {rounds} rounds",
@@ -294,7 +307,7 @@ def _traffic(cfg: Settings, frame: torch.nn.Module) -> Rows:
         ),
     ]
     if cfg.strategy.fraction_evaluate:
-        most = "at most " if once else ""
+        most = "at most " if once or cfg.comm.delta_down else packed
         new = wire_bytes(frame, kind, lasts) if once else 0
         down = _cohort(cfg, "fraction_evaluate") * (anew + new)
         times = 1 + sum(
@@ -325,6 +338,21 @@ def _privacy(cfg: Settings, frame: torch.nn.Module) -> Rows:
             f"{size:,} values {length:.3g} times as long as clip_norm",
         ),
     ]
+
+
+def _changes(cfg: Settings, frame: torch.nn.Module) -> int:
+    """Bytes down in all rounds at most, where clients are sent what has changed.
+
+    All of the adapter the first time, and then what the rounds between two times have changed:
+    in all of a client's times no more than all rounds have.
+    """
+    sent, dtype = _trained(frame), cfg.comm.dtype
+    whole, size = wire_bytes(frame, dtype), sparse.size_of(sent)
+    times = cfg.num_rounds * _cohort(cfg, "fraction_fit")
+    first = min(times, cfg.num_clients)
+    changed = cfg.num_rounds * sparse.count(cfg.comm.top_k, size)
+    later = cfg.num_clients * sparse.length(changed, size, dtype)
+    return first * whole + min(later, (times - first) * whole)
 
 
 def _times(

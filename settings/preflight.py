@@ -52,6 +52,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     check_task(cfg)
     cfg = check_privacy(cfg)
     check_secure(cfg)
+    check_comm(cfg)
     check_personal(cfg)
     check_training_arguments(cfg)
     if deployed and cfg.baseline:
@@ -376,6 +377,51 @@ def check_secure(cfg: Settings) -> None:
         )
 
 
+def check_comm(cfg: Settings) -> None:
+    """That what saves bytes goes with what computes with them."""
+    from methods import aggregate, privacy
+
+    comm, node = cfg.comm, cfg.strategy
+    if comm.delta_down and not comm.top_k:
+        raise UserError(
+            "comm.delta_down=true with comm.top_k=None: then all of the adapter changes in a "
+            "round, and the changes are no less than the whole. Set comm.top_k=0.1, say."
+        )
+    made, level = aggregate.build(node), privacy.build(cfg.privacy)
+    for key in filter(comm.get, ("top_k", "compress", "delta_down")):
+        strategy, private = node._target_, cfg.privacy._target_
+        faults = {
+            "privacy.secure_aggregation=true: masked values are noise to who carries "
+            "them, as many for all": level.secure_aggregation,
+            f"privacy._target_={private}: how many bytes an update takes, and "
+            "what of it comes later, hangs on records that its noise is to hide": (
+                bool(level.released)
+            ),
+            f"strategy._target_={strategy}: what goes beside updates, or ranks of clients' "
+            "own, are not told so": made.corrects or made.products,
+        }
+        if key == "delta_down":
+            faults |= {
+                "comm.dtype=int8: a scale of its own for each client's changes would make "
+                "adapters differ. Take float16": comm.dtype == "int8",
+                f"mode={cfg.mode}: each client there has an adapter of its own, or there is "
+                "one": bool(cfg.baseline),
+            }
+        if key == "top_k":
+            every = cfg.sharing.get("refactor_every")
+            faults |= {
+                f"strategy._target_={strategy}: it compares whole updates, and of these "
+                "most values are 0": not made.linear,
+                f"sharing.refactor_every={every}: what was left out is of factors that "
+                "it replaces": bool(every),
+            }
+        for fault in filter(faults.get, faults):
+            value = str(comm[key]).lower()
+            raise UserError(
+                f"comm.{key}={value} with {fault}. Leave out the one or the other."
+            )
+
+
 def as_baseline(cfg: Settings) -> Settings:
     """What the settings come to in a mode to compare with, as `cfg.baseline` has it.
 
@@ -461,6 +507,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
         if shapes and (fault := sharing.build(cfg.sharing).fault(shapes)):
             raise UserError(fault)
         check_products(cfg, frame)
+        check_changes(cfg, [*held])
         model.rehearse(cfg.model, cfg.peft, cfg.seed, cfg.train.seq_length)
         if cfg.dry_run:
             return
@@ -512,6 +559,17 @@ def check_products(cfg: Settings, frame: Any) -> None:
         raise UserError(
             f"comm.dtype=int8 with {key}: what rounding took from an update is added to the "
             "client's next one, and by then the factors are others. Take comm.dtype=float16."
+        )
+
+
+def check_changes(cfg: Settings, names: list[str]) -> None:
+    """That a whole adapter comes down, where clients are sent what has changed in it."""
+    part = sharing.build(cfg.sharing)
+    if cfg.comm.delta_down and (part.own(names) or part.lasts(names)):
+        raise UserError(
+            f"comm.delta_down=true with sharing._target_={cfg.sharing._target_}: that leaves "
+            "parts of the adapter out by itself. Take sharing=all and no sharing.stays, or "
+            "comm.delta_down=false."
         )
 
 

@@ -98,6 +98,13 @@ class Comm(Section):
     dtype: choice("float32", "float16", "int8") = setting(
         "type of adapters on the wire"
     )
+    top_k: float | None = setting(
+        "share of an update's values that is sent", gt=0, le=1
+    )
+    compress: choice("zlib", None) = setting("compression of what is sent, both ways")
+    delta_down: bool = setting(
+        "send clients what has changed since they were last asked"
+    )
 
 
 class Columns(Section):
