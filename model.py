@@ -931,7 +931,8 @@ def plugged(folder: str, full: str | None) -> Iterator[str]:
         out = Path(made) / Path(folder).resolve().name
         try:
             weights = Path(cached_file(_source(full), "config.json")).parent
-            shutil.copytree(folder, out)
+            others = shutil.ignore_patterns("adapter_*", ABOUT)
+            shutil.copytree(folder, out, ignore=others)
             emulator.plug(Path(folder), about.pop("emulator", None), weights, out)
             about["model"]["name"] = portable_name(full)
             write_json(out / ABOUT, about)

@@ -1,5 +1,6 @@
 """pytest tests/test_emulator.py: a base that clients do not get, and what they train instead."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_it_is_the_base_with_layers_left_out(name, full, tmp_path):
     torch.testing.assert_close(
         short(IDS, use_cache=False).logits, whole(IDS, use_cache=False).logits
     )
+
+
+def test_a_layer_whose_place_decides_what_it_does_is_refused(tmp_path):
+    config = copy.deepcopy(CONFIGS["gpt2"])
+    config.scale_attn_by_inverse_layer_idx = True
+    torch.manual_seed(0)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer = hf.AutoTokenizer.from_pretrained(PROJECT / "assets/tiny_llama")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="another one in another place"):
+        made(tmp_path / "base", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def test_the_folder_holds_no_weight_of_a_layer_that_was_dropped(full, small):
