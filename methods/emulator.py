@@ -109,7 +109,10 @@ def plug(adapter: Path, told: Any, full: Path, out: Path) -> None:
     if (told := read(told)) is None:
         raise ValueError("it was trained on a whole base, and is plugged into no other")
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    if settings.get("exclude_modules") != inner([*told["outer"]]):
+    state = load_file(adapter / "adapter_model.safetensors")
+    others = inner([*told["outer"]])
+    lost = any(re.search(rf"(?<![^.]){others}", name) for name in state)
+    if lost or settings.get("exclude_modules") != others:
         raise ValueError(
             "it was trained on layers that the base does not have: take peft=outer"
         )
@@ -127,7 +130,6 @@ def plug(adapter: Path, told: Any, full: Path, out: Path) -> None:
     if isinstance(targets := settings.get("target_modules"), list):
         settings["target_modules"] = sorted(map(renamed, targets))
     utils.write_json(out / "adapter_config.json", settings)
-    state = load_file(adapter / "adapter_model.safetensors")
     moved = {renamed(name): tensor for name, tensor in state.items()}
     save_file(moved, out / "adapter_model.safetensors", metadata={"format": "pt"})
 

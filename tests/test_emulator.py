@@ -278,6 +278,30 @@ def test_plugged_in_it_does_to_each_layer_by_name_what_it_did(full, small, train
     assert net.peft_config["default"].exclude_modules
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "peft=ia3 +peft.exclude_modules=emulated",
+        "model.lora.target_modules=[q_proj,v_proj]",
+        "+peft.modules_to_save=[model.norm]",
+    ],
+)
+def test_other_adapters_are_plugged_in(overrides, full, small, tmp_path):
+    folder = adapter(settings(small, overrides), tmp_path / "peft_7")
+    with model.plugged(str(folder), str(full("llama"))) as made_of:
+        model.open_adapter(made_of, model.read_about(made_of), CPU)
+        before = load_file(folder / "adapter_model.safetensors")
+        after = load_file(Path(made_of) / "adapter_model.safetensors")
+    layers = {n.split(".layers.")[1].split(".")[0] for n in after if ".layers." in n}
+    assert layers == {"0", "1", "6", "7"}
+    assert len(after) == len(before)
+    for name, tensor in before.items():
+        name = name.replace(".layers.5.", ".layers.7.").replace(
+            ".layers.4.", ".layers.6."
+        )
+        assert torch.equal(after[name], tensor)
+
+
 def test_the_commands_plug_it_in(full, small, trained, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run / "peft_7")
@@ -330,8 +354,11 @@ def test_another_base_than_the_maps_is_refused(full, small, trained, tmp_path):
         )
 
 
-def test_an_adapter_on_more_than_whole_layers_is_not_plugged_in(full, small, tmp_path):
-    folder = adapter(settings(small, "peft=lora"), tmp_path / "peft_7")
+@pytest.mark.parametrize(
+    "more", ["peft=lora", "+peft.modules_to_save=[input_layernorm]"]
+)
+def test_one_on_more_than_whole_layers_is_not_plugged_in(more, full, small, tmp_path):
+    folder = adapter(settings(small, more), tmp_path / "peft_7")
     with (
         pytest.raises(UserError, match="take peft=outer"),
         model.plugged(str(folder), str(full("llama"))),
