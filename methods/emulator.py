@@ -362,7 +362,8 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         "emulated": {name: of for name, of in names.items() if name in inside},
     }
     made.config.emulator = told
-    made.requires_grad_(False).to(stored)
+    for weight in made.requires_grad_(False).parameters():
+        weight.data = weight.data.to(stored)  # buffers are not stored, nor rounded
     with utils.commit(out) as temporary:
         made.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -179,15 +179,22 @@ def test_the_folder_holds_no_weight_of_a_layer_that_was_dropped(full, small):
     }
 
 
+@pytest.mark.parametrize("half", [False, True])
 def test_distilling_brings_the_hidden_states_nearer_and_leaves_the_rest(
-    full, small, tmp_path
+    half, full, small, tmp_path
 ):
-    base = full("llama")
+    base = Path(shutil.copytree(full("llama"), tmp_path / "base"))
+    if half:  # as most bases are stored
+        loaded(base).to(torch.bfloat16).save_pretrained(base)
+        small = tmp_path / "small"
+        made(base, small)
     lines = (PROJECT / "assets/tiny_qa/train.jsonl").read_text().splitlines()[:300]
     (data := tmp_path / "data.jsonl").write_text("\n".join(lines))
     options = ("--steps=40", "--learning-rate=1e-2", "--seq-length=32")
     made(base, tmp_path / "made", f"--distil={data}", *options)
-    one, other, whole = loaded(small), loaded(tmp_path / "made"), loaded(base)
+    one, other, whole = (
+        loaded(folder).float() for folder in (small, tmp_path / "made", base)
+    )
 
     def leaves(net: torch.nn.Module) -> torch.Tensor:
         entry = emulator.Entry(net.model.layers[-2])
