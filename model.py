@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
@@ -39,6 +40,7 @@ from transformers.utils import cached_file
 
 from compute import heads, patches
 from compute.loss import decoding, hidden_states
+from methods import emulator
 from methods.base import State
 from methods.wire import mismatch, misshapen
 from records import templates
@@ -53,6 +55,7 @@ from utils import (
     local_path,
     mix_seed,
     one_line,
+    write_json,
 )
 
 patches.attend_in_blocks()
@@ -476,6 +479,8 @@ def _peft_settings(peft_cfg: Any, base: torch.nn.Module) -> peft.PeftConfig:
     """PEFT's settings, with the base's whole head among what is trained and saved."""
     settings = construct(peft_cfg, "peft")
     settings.task_type = settings.task_type or "CAUSAL_LM"
+    if getattr(settings, "exclude_modules", None) == emulator.OUTER:
+        settings.exclude_modules = emulator.excluded(base.config)
     if settings.task_type in HEADED:
         more = settings.modules_to_save or []
         settings.modules_to_save = [*dict.fromkeys([*more, *heads.parts(base)])]
@@ -585,13 +590,8 @@ def _stored(weight: torch.Tensor) -> torch.Tensor:
 
 def _shortened(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same with two layers."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config(decoder=True)
-    layers = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == layers:  # one entry a layer
-            setattr(text, name, value[:2])
-    text.num_hidden_layers = min(2, layers)
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    config = emulator.shortened(config, range(min(2, layers)))
     # Of T5 and BART, whose configuration for text above is a copy.
     for name in LAYERS if config.is_encoder_decoder else ():
         if isinstance(getattr(config, name, None), int):
@@ -839,7 +839,9 @@ def about(cfg: Any, done: int) -> dict[str, Any]:
     settings = {name: value for name, value in cfg.model.items() if name not in here}
     settings["name"] = portable_name(settings["name"])
     train = cfg.train
-    return {
+    # Of a base that stands for another one, by which an adapter is plugged into that.
+    told = getattr(_config(cfg.model), "emulator", None)
+    return ({"emulator": told} if told else {}) | {
         "round": done,
         "seed": cfg.seed,
         "template": cfg.dataset.template,
@@ -906,11 +908,39 @@ def read_about(folder: str) -> dict[str, Any]:
                 raise ValueError(f"its {name} is {value!r}")
         if ".." in Path(base).parts:
             raise ValueError(f"the base {base} leads out of the project")
+        emulator.read(about.get("emulator"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"--peft-path={folder}: {ABOUT} is broken ({type(error).__name__}: {error})."
         ) from error
     return about
+
+
+@contextlib.contextmanager
+def plugged(folder: str, full: str | None) -> Iterator[str]:
+    """An adapter's folder; with `full`, one for as long as this lasts that is for that base.
+
+    `full`: the base, a folder or a name of the hub, whose emulator the adapter in `folder` was
+    trained on. Raises `UserError` where it was not, as `read_about` does.
+    """
+    if full is None:
+        yield folder
+        return
+    about = read_about(folder)
+    with tempfile.TemporaryDirectory() as made:
+        out = Path(made) / Path(folder).resolve().name
+        try:
+            weights = Path(cached_file(_source(full), "config.json")).parent
+            others = shutil.ignore_patterns("adapter_*", ABOUT)
+            shutil.copytree(folder, out, ignore=others)
+            emulator.plug(Path(folder), about.pop("emulator", None), weights, out)
+            about["model"]["name"] = portable_name(full)
+            write_json(out / ABOUT, about)
+        except Exception as error:  # whatever the libraries make of a broken folder
+            raise UserError(
+                f"--peft-path={folder} --full={full}: {one_line(error)}"
+            ) from error
+        yield str(out)
 
 
 def open_adapter(
@@ -928,6 +958,11 @@ def open_adapter(
         if settings.task_type != about.get("task", EXAMINED["task"])["model"]:
             raise ValueError("it is for a model of another kind than its task")
         part = "adapter_model.safetensors"
+        if (told := about.get("emulator")) != _emulated(about):
+            raise UserError(
+                f"{about['model']['name']} is not the emulator that the adapter was trained on"
+                f"{', but its base, say: plug it in with --full=...' * bool(told)}"
+            )
         _compare(settings, about, folder)
         part = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -955,6 +990,14 @@ def open_adapter(
             f"--peft-path={folder}: {part} cannot be used ({type(error).__name__}: {error})"
         ) from error
     return model.eval(), tokenizer
+
+
+def _emulated(about: dict[str, Any]) -> Any:
+    """The map of an adapter's base, if that is an emulator."""
+    try:
+        return getattr(_config(about["model"]), "emulator", None)
+    except Exception:  # what is wrong with the base is told when it is loaded
+        return about.get("emulator")
 
 
 def _settings(folder: str) -> peft.PeftConfig:

@@ -3,6 +3,7 @@
 python test.py --peft-path=outputs/.../peft_100 --question="What is the capital of France?"
 python test.py --peft-path=outputs/.../peft_100 --file=questions.jsonl --base
 python test.py --peft-path=outputs/.../peft_100 --tasks=medical,gsm8k
+python test.py --peft-path=outputs/.../peft_100 --full=<the base of its emulator>
 
 Without any of them it is a chat. The base model, its quantisation and the prompt
 template come from the adapter's folder.
@@ -82,18 +83,19 @@ def main() -> None:
             not out.parent.is_dir()
         ):
             raise utils.UserError(f"--out={out}: a file in a folder that is there.")
-        about = model.read_about(options.peft_path)
-        task = (model.EXAMINED | about)["task"]
-        plain = task["model"] == "CAUSAL_LM" or options.file
-        given = {f"--{n}": getattr(options, n) for n in ("system", "temperature")}
-        given["a chat"] = not options.question
-        if not plain and (odd := [name for name in given if given[name]]):
-            raise utils.UserError(
-                f"{odd[0]}: {task['_target_']} answers one record at a time. Ask it with "
-                "--question and --input, or --file."
-            )
-        cfg = file_settings(about, options) if options.file else None
-        net, tokenizer = model.open_adapter(options.peft_path, about, device)
+        with model.plugged(options.peft_path, options.full) as folder:
+            about = model.read_about(folder)
+            task = (model.EXAMINED | about)["task"]
+            plain = task["model"] == "CAUSAL_LM" or options.file
+            given = {f"--{n}": getattr(options, n) for n in ("system", "temperature")}
+            given["a chat"] = not options.question
+            if not plain and (odd := [name for name in given if given[name]]):
+                raise utils.UserError(
+                    f"{odd[0]}: {task['_target_']} answers one record at a time. Ask it with "
+                    "--question and --input, or --file."
+                )
+            cfg = file_settings(about, options) if options.file else None
+            net, tokenizer = model.open_adapter(folder, about, device)
         if cfg:
             examine_file((net, tokenizer), cfg, options)
             return

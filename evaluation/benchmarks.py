@@ -24,6 +24,10 @@ def common() -> argparse.ArgumentParser:
         "--base", action="store_true", help="ask the base model beside it"
     )
     parser.add_argument(
+        "--full",
+        help="of an adapter of an emulator (methods.emulator): the base to plug it into",
+    )
+    parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if any)"
     )
     parser.add_argument(
@@ -83,7 +87,15 @@ def evaluate(options: argparse.Namespace) -> None:
     # Imported here, so that --help and a mistyped option answer at once.
     import model
 
-    about = model.EXAMINED | model.read_about(options.peft_path)
+    with model.plugged(options.peft_path, options.full) as folder:
+        _evaluate(options, folder)
+
+
+def _evaluate(options: argparse.Namespace, folder: str) -> None:
+    """Likewise, of the adapter as it is in `folder`."""
+    import model
+
+    about = model.EXAMINED | model.read_about(folder)
     if (kind := about["task"]["model"]) != "CAUSAL_LM":
         raise utils.UserError(
             f"--tasks={','.join(options.tasks)}: benchmarks are for models that go from left "
@@ -102,7 +114,7 @@ def evaluate(options: argparse.Namespace) -> None:
             f"lm-eval is not installed ({error}): pip install {requirement()}"
         ) from error
     titles, tasks = harness.load(options.tasks, options.allow_code_execution)
-    net, tokenizer = model.open_adapter(options.peft_path, about, device)
+    net, tokenizer = model.open_adapter(folder, about, device)
     lm = harness.Adapter(net, tokenizer, about["template"], options.batch_size)
     # lm-eval prints what it is bootstrapping; its progress is on stderr.
     silent = contextlib.redirect_stdout(io.StringIO())

@@ -45,6 +45,7 @@ class Card:
     run: Path  # the run's folder, whose figures are taken as far as they are there
     local: bool  # the base is a folder on this machine
     client: str | None = None  # whose own adapter it is (client_3), if not that of all
+    plugged: bool = False  # into the base, and the run's scores are of its emulator
 
     def __post_init__(self) -> None:
         from records import templates
@@ -168,6 +169,8 @@ class Card:
         yield "method", ", ".join([self.method, *parts])
         if self.cfg:
             yield from self.settings_of_the_run()
+        if self.plugged:
+            yield "trained on", "an emulator of the base, which clients did not have"
         if self.chosen:
             weight = self.chosen["personal_weight"]
             yield (
@@ -223,6 +226,8 @@ class Card:
 
     def figures(self) -> dict[str, tuple[str, str]]:
         """By its name each score of this round, of the base (if it is known) and tuned."""
+        if self.plugged:
+            return {}
         figures = {
             name: ("", f"{self.entry[name]:.4g}")
             for name in runs.UNITS

@@ -3,6 +3,7 @@
 python -m reporting.export --peft-path=outputs/.../peft_100            # the adapter, as it is
 python -m reporting.export --peft-path=outputs/.../peft_100 --merge    # a model of its own
 python -m reporting.export --peft-path=outputs/.../personal/client_3   # one client's adapter
+python -m reporting.export --peft-path=outputs/.../peft_100 --full=<base>   # an emulator's
 
 An adapter needs its base beside it (PEFT, vLLM's LoRA flag); a merged model stands alone
 (transformers, vLLM, llama.cpp).
@@ -44,6 +45,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--merge", action="store_true", help="add it to the base: one plain model"
     )
     parser.add_argument(
+        "--full",
+        help="of an adapter of an emulator (methods.emulator): the base to plug it into",
+    )
+    parser.add_argument(
         "--out", help="the new folder (default: adapter_100 or merged_100 beside it)"
     )
     parser.add_argument(
@@ -77,13 +82,21 @@ def export(options: argparse.Namespace) -> Path:
     adapter, and with `--merge` for a method that no weight of the base can take up.
     """
     # Imported here, so that --help and a mistyped option answer at once.
+    import model
+
+    with model.plugged(options.peft_path, options.full) as read:
+        return _export(options, Path(read).resolve())
+
+
+def _export(options: argparse.Namespace, read: Path) -> Path:
+    """Likewise, of the adapter as it is in the folder `read`."""
     from transformers import AutoTokenizer, GenerationConfig
 
     import model
     from records import templates
     from reporting.card import HUB_NAME, Card
 
-    about = model.read_about(options.peft_path)
+    about = model.read_about(str(read))
     source = Path(options.peft_path).resolve()
     kind = "merged" if options.merge else "adapter"
     # <run>/peft_100, or <run>/personal/client_3.
@@ -94,7 +107,7 @@ def export(options: argparse.Namespace) -> Path:
             f"{folder} exists already. Remove it, or name another folder: --out=..."
         )
     device = model.chosen_device(options.device)
-    path = source / "adapter_config.json"
+    path = read / "adapter_config.json"
     settings = runs.fit(utils.read_json(path), Settings, path)
     base = str(about["model"]["name"])
     if not utils.local_path(base) and not HUB_NAME.fullmatch(public(base)):
@@ -105,7 +118,7 @@ def export(options: argparse.Namespace) -> Path:
         raise utils.UserError(
             f"{folder.name!r}, or the base's name, holds control characters: rename it."
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(read, trust_remote_code=False)
     asked = (settings.get("task_type") or "CAUSAL_LM") == "CAUSAL_LM"
     if asked:  # older adapters carry their base's
         template = templates.chat_template(about["template"], tokenizer)
@@ -122,17 +135,18 @@ def export(options: argparse.Namespace) -> Path:
         tokenizer=tokenizer,
         run=source.parents[1] if own else source.parent,
         client=own,
+        plugged=options.full is not None,
         local=utils.local_path(base) is not None or public(base) != base,
     )
     with utils.commit(folder) as temporary:
         if options.merge:
-            model.merge(str(source), adapter, device, temporary)
+            model.merge(str(read), adapter, device, temporary)
             if asked:
                 generation = GenerationConfig.from_pretrained(temporary)
                 end_with(generation, tokenizer, about["template"])
                 generation.save_pretrained(temporary)
         else:
-            shutil.copy(source / "adapter_model.safetensors", temporary)
+            shutil.copy(read / "adapter_model.safetensors", temporary)
             utils.write_json(temporary / "adapter_config.json", settings)
             utils.write_json(temporary / model.ABOUT, about)
         save_tokenizer(tokenizer, temporary)

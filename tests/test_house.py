@@ -37,7 +37,10 @@ MAY = {
         *("model", "dataset", "methods", "records", "compute", "evaluation.examine"),
         *("tasks", "utils"),
     },
-    "model": {"methods.base", "methods.wire", "records", "compute", "utils"},
+    "model": {
+        *("methods.base", "methods.emulator", "methods.wire", "records", "compute"),
+        "utils",
+    },
     "dataset": {"records", "tasks", "utils"},
     "methods": {"utils"},
     "records": {"utils"},

@@ -16,7 +16,9 @@ from settings.compose import compose, resolve
 from utils import PROJECT, Settings, construct
 
 CPU = torch.device("cpu")
-METHODS = sorted(path.stem for path in (PROJECT / "conf/peft").glob("*.yaml"))
+METHODS = sorted(
+    {path.stem for path in (PROJECT / "conf/peft").glob("*.yaml")} - {"outer"}
+)  # which needs an emulator as its base (tests/test_emulator.py)
 # Classes without a file in conf/ that the table of `model.LINEAR` or of the docs names.
 OTHERS = {
     "WAVEFT": {"n_frequency": 50},

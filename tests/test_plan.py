@@ -207,10 +207,9 @@ def test_plan_by_epochs_takes_the_client_with_most_records():
 
 
 def test_every_peft_method_has_a_plan():
-    for method in (utils.PROJECT / "conf/peft").glob("*.yaml"):
-        text = plan.show(
-            configuration(f"peft={method.stem} strategy.fraction_evaluate=1")
-        )
+    methods = {path.stem for path in (utils.PROJECT / "conf/peft").glob("*.yaml")}
+    for method in methods - {"outer"}:  # which needs an emulator as its base
+        text = plan.show(configuration(f"peft={method} strategy.fraction_evaluate=1"))
         assert "memory a client" in text
         assert "evaluation" in text
 

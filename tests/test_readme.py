@@ -14,6 +14,7 @@ from flwr.common.config import parse_config_args
 import test as ask
 import utils
 from evaluation import audit, benchmarks
+from methods import emulator
 from node import permit
 from reporting import export, report
 from settings.compose import compose
@@ -27,7 +28,7 @@ for _blank, _value in BLANKS.items():
 SCRIPTS = {
     *("python main.py", "python test.py", "python benchmarks/", "deploy/certs/make.sh"),
     *("python -m reporting.export", "python -m reporting.report"),
-    "python -m evaluation.audit",
+    *("python -m evaluation.audit", "python -m methods.emulator"),
     *("flwr run", "flower-supernode"),
 }
 OTHERS = {
@@ -78,6 +79,11 @@ def test_each_export_is_parsed(command):
 @pytest.mark.parametrize("command", commands(r"python -m evaluation\.audit"))
 def test_each_audit_is_parsed(command):
     assert audit.parse(words(command)[3:]).run
+
+
+@pytest.mark.parametrize("command", commands(r"python -m methods\.emulator"))
+def test_each_emulator_is_parsed(command):
+    assert emulator.parse(words(command)[3:]).out
 
 
 def test_each_report_is_parsed(monkeypatch, capsys):
