@@ -441,6 +441,10 @@ def training_arguments(
     settings = {name: value for name, value in given if value is not None}
     settings["learning_rate"] = learning_rate(cfg, server_round)
     settings |= {"report_to": "none", "save_strategy": "no"}
+    # A step waits for nothing of a GPU: batches are copied from pinned memory while it works,
+    # and no loss is looked at. (One that is not finite makes an adapter that nobody takes.)
+    settings |= {"accelerator_config": {"non_blocking": True}}
+    settings.setdefault("logging_nan_inf_filter", False)
     # `draw` has made the passes over the data already.
     settings["num_train_epochs"] = 1
     arguments = TrainingArguments(

@@ -41,13 +41,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-import peft
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import (
     AttentionInterface,
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -57,6 +55,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import dataset
 import model
 import utils
+from assets.testbed import loops
 from compute import patches
 from records import templates
 from records.batches import Collator
@@ -230,22 +229,14 @@ def padding(found: list[Batch]) -> float:
 
 
 def load_4bit(cfg: dict[str, Any], dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        utils.local_path(cfg["model"]["name"]),
-        quantization_config=model.quantization_config(4, dtype),
-        dtype=dtype,
-    )
+    name = utils.local_path(cfg["model"]["name"])
+    return loops.load(name, 4, dtype, torch.device("cpu"))
 
 
 def same_arithmetic_model(cfg: dict[str, Any]) -> torch.nn.Module:
     AttentionInterface.register("sdpa", sdpa_attention_forward)  # transformers' own
-    base = peft.prepare_model_for_kbit_training(
-        load_4bit(cfg, torch.bfloat16),
-        use_gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
-    base.config.use_cache = False
-    return peft.get_peft_model(base, utils.construct(cfg["peft"], "peft"))
+    base = load_4bit(cfg, torch.bfloat16)
+    return loops.adapted(base, utils.construct(cfg["peft"], "peft"))
 
 
 def same_arithmetic_loss(net: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -24,7 +24,9 @@ CHUNK = 1024  # positions whose logits exist at one time
 
 Inputs = dict[str, torch.Tensor]
 
-Way = Callable[[Any, Any, Inputs, torch.Tensor], torch.Tensor]
+Kept = tuple[torch.Tensor, torch.Tensor]
+
+Way = Callable[[Any, Any, Inputs, Kept], torch.Tensor]
 
 _WAYS: WeakKeyDictionary[Any, Way] = WeakKeyDictionary()  # by base
 
@@ -41,11 +43,12 @@ def answer_loss(
     """
     inner, labels, inputs = _parts(net, batch)
     head, way = _head(inner, inputs)
-    targets = labels[labels != IGNORED]
+    kept = _kept(labels)
+    targets = labels[kept]
     if way is _hidden:
-        total = _total(head, way(net, head, inputs, labels), targets)
+        total = _total(head, way(net, head, inputs, kept), targets)
     else:
-        logits = way(net, head, inputs, labels)
+        logits = way(net, head, inputs, kept)
         total = cross_entropy(logits.float(), targets, reduction="sum")
     return total / (len(targets) if num_items is None else num_items)
 
@@ -58,9 +61,9 @@ def answer_sums(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     inner, labels, inputs = _parts(net, batch)
     head, way = _head(inner, inputs)
-    kept = labels != IGNORED
-    targets, rows = labels[kept], kept.nonzero()[:, 0]
-    found = way(net, head, inputs, labels)
+    kept = _kept(labels)
+    targets, rows = labels[kept], kept[0]
+    found = way(net, head, inputs, kept)
     if way is _hidden:
         nats = _total(head, found, targets, each=True)
     else:
@@ -138,9 +141,9 @@ def _answers(
     """Logits, token and example of each labelled token, up to `CHUNK` of them at a time."""
     inner, labels, inputs = _parts(net, batch)
     head, way = _head(inner, inputs)
-    kept = labels != IGNORED
-    targets, rows = labels[kept], kept.nonzero()[:, 0]
-    logits = way(net, head, inputs, labels).split(CHUNK)
+    kept = _kept(labels)
+    targets, rows = labels[kept], kept[0]
+    logits = way(net, head, inputs, kept).split(CHUNK)
     if way is _hidden:
         logits = map(head, logits)
     yield from zip(logits, targets.split(CHUNK), rows.split(CHUNK), strict=True)
@@ -158,9 +161,9 @@ def hidden_states(net: Any, ids: torch.Tensor) -> torch.Tensor:
     )
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     try:
-        states = _hidden(net, base.get_output_embeddings(), inputs, labels)
+        states = _hidden(net, base.get_output_embeddings(), inputs, _kept(labels))
     except Exception:  # a model may fail in any way on zero positions
-        states = _plain(net, None, inputs, labels)
+        states = _plain(net, None, inputs, _kept(labels))
     return states.view(*labels.shape, -1)
 
 
@@ -180,7 +183,7 @@ def _parts(
 # Each takes `net` itself: DDP has to be called, or the gradients would not be averaged.
 
 
-def _hidden(net: Any, head: Any, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
+def _hidden(net: Any, head: Any, inputs: Inputs, kept: Kept) -> torch.Tensor:
     """The head's input at the answers' positions, (answer tokens, hidden); no logits."""
     taken: list[torch.Tensor] = []
 
@@ -191,22 +194,19 @@ def _hidden(net: Any, head: Any, inputs: Inputs, labels: torch.Tensor) -> torch.
     with _before(head, take):
         net(**inputs, use_cache=False)
     [states] = taken
-    return _aligned(states, labels)[labels != IGNORED]
+    return _foretelling(states, kept)
 
 
-def _narrowed(
-    net: Any, head: Any, inputs: Inputs, labels: torch.Tensor
-) -> torch.Tensor:
+def _narrowed(net: Any, head: Any, inputs: Inputs, kept: Kept) -> torch.Tensor:
     """The model's own logits, with the head applied to the answers' positions alone."""
-    kept = labels != IGNORED
-    with _before(head, lambda states: _aligned(states, labels)[kept].unsqueeze(0)):
+    with _before(head, lambda states: _foretelling(states, kept).unsqueeze(0)):
         return net(**inputs, use_cache=False).logits.squeeze(0)
 
 
-def _plain(net: Any, _: Any, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
+def _plain(net: Any, _: Any, inputs: Inputs, kept: Kept) -> torch.Tensor:
     """The model's own logits at all positions, and the answers' out of them."""
     logits = net(**inputs, use_cache=False).logits
-    return _aligned(logits, labels)[labels != IGNORED]
+    return _foretelling(logits, kept)
 
 
 @contextmanager
@@ -250,6 +250,7 @@ def _find_way(inner: Any, head: Any, inputs: Inputs, sharded: bool) -> Way:
         few["decoder_input_ids"] = ids
     labels = ids[:, 1:].clone()
     labels[0, :3] = labels[1, 4:] = IGNORED  # answers of other places and lengths
+    kept = _kept(labels)
     made: list[torch.Tensor] = []
     # Draws of dropout: the same in each try, and none that training would miss.
     with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
@@ -260,12 +261,12 @@ def _find_way(inner: Any, head: Any, inputs: Inputs, sharded: bool) -> Way:
         finally:
             handle.remove()
         untouched = len(made) == 1 and torch.equal(made[0].float(), whole.float())
-        wanted = _aligned(whole, labels)[labels != IGNORED].float()
+        wanted = _foretelling(whole, kept).float()
         # FSDP gathers a sharded head's weights only inside the model's own forward.
         for way in (_hidden, _narrowed) if untouched and not sharded else (_narrowed,):
             torch.manual_seed(0)
             try:
-                found = way(inner, head, few, labels)
+                found = way(inner, head, few, kept)
                 found = head(found) if way is _hidden else found
             except Exception:  # a model may fail in any way on fewer positions
                 continue
@@ -281,9 +282,20 @@ def _sharded(base: Any) -> bool:
     return isinstance(base, FSDPModule)
 
 
-def _aligned(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The positions that predict `labels`; prompt tuning prepends virtual tokens."""
-    return states[:, states.shape[1] - labels.shape[1] - 1 : -1]
+def _kept(labels: torch.Tensor) -> Kept:
+    """Where a token is foretold: each one's row, and its column counted from the end.
+
+    Places and not a mask, for which a GPU would be waited for once more at each use, and again
+    in the backward pass.
+    """
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    return rows, columns - labels.shape[1]
+
+
+def _foretelling(states: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """The states, or logits, before those tokens; prompt tuning prepends virtual tokens."""
+    rows, ends = kept
+    return states[rows, ends + states.shape[1] - 1]
 
 
 def _total(

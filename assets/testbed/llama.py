@@ -4,14 +4,16 @@ Needs neither Flower nor Hydra nor datasets.
 """
 
 from functools import lru_cache
+from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from compute.loss import IGNORED, answer_loss
 from compute.patches import release_inputs
+from utils import PROJECT
 
 PROMPT = 16  # tokens of each example that the loss leaves out
 
@@ -29,6 +31,21 @@ def build(shape: tuple[int, ...], bits: int, device: torch.device) -> peft.PeftM
     # What peft asks for its layers on quantised weights.
     setattr(base, f"is_loaded_in_{bits}bit", True)
     return _adapted(base)
+
+
+def write(shape: tuple[int, ...], folder: Path, device: torch.device) -> None:
+    """A LLaMA of random weights as a folder, in bfloat16, with the tiny base's tokenizer.
+
+    They are drawn on `device`, where that takes seconds for billions of them.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets/tiny_llama")
+    base = _on_meta(shape)
+    _materialise(base, device)
+    base.config.bos_token_id = tokenizer.bos_token_id
+    base.config.eos_token_id = tokenizer.eos_token_id
+    base.config.pad_token_id = tokenizer.pad_token_id
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def skeleton(shape: tuple[int, ...]) -> peft.PeftModel:
