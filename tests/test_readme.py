@@ -14,7 +14,7 @@ from flwr.common.config import parse_config_args
 import test as ask
 import utils
 from evaluation import audit, benchmarks
-from node import permit
+from node import permit, processes
 from reporting import export, report
 from settings.compose import compose
 
@@ -27,7 +27,7 @@ for _blank, _value in BLANKS.items():
 SCRIPTS = {
     *("python main.py", "python test.py", "python benchmarks/", "deploy/certs/make.sh"),
     *("python -m reporting.export", "python -m reporting.report"),
-    "python -m evaluation.audit",
+    *("python -m evaluation.audit", "python -m node.processes"),
     *("flwr run", "flower-supernode"),
 }
 OTHERS = {
@@ -78,6 +78,11 @@ def test_each_export_is_parsed(command):
 @pytest.mark.parametrize("command", commands(r"python -m evaluation\.audit"))
 def test_each_audit_is_parsed(command):
     assert audit.parse(words(command)[3:]).run
+
+
+@pytest.mark.parametrize("command", commands(r"python -m node\.processes [0-9]"))
+def test_each_part_of_a_team_is_parsed(command):
+    assert processes.parse(words(command)[3:]).host >= 1
 
 
 def test_each_report_is_parsed(monkeypatch, capsys):
