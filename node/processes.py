@@ -209,16 +209,14 @@ class Team:
                     wait(knocks, 10)  # seconds, for a stranger may say nothing
                     connection.deliver_challenge(line, key)
                     connection.answer_challenge(line, key)
-                    rank = int(line.recv_bytes(8))
-                    wait(knocks, 0)
-                except (AuthenticationError, EOFError, OSError, ValueError):
-                    rank = -1  # a stranger, or one that is gone again
-                knocks.close()
-                if rank in wanted and rank not in came:
-                    came[rank] = line
+                    # ValueError where it is none of them.
+                    rank = wanted[wanted.index(int(line.recv_bytes(8)))]
                     line.send_bytes(str(store).encode())
-                else:
-                    line.close()
+                    wait(knocks, 0)
+                    came[rank] = line
+                except (AuthenticationError, EOFError, OSError, ValueError):
+                    line.close()  # a stranger, or one that is gone again
+                knocks.close()
         self.members |= {came[rank]: None for rank in wanted}
 
     def ask(self, *job: Any) -> Any:
@@ -306,6 +304,7 @@ def join(address: str, host: int, hosts: int, here: int, threads: int) -> None:
         for member, (mine, _) in zip(members, pipes, strict=True):
             member.wait()
             mine.close()
+        time.sleep(1)
 
 
 def reach(address: str) -> tuple[int, connection.Connection]:

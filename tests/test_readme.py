@@ -80,7 +80,7 @@ def test_each_audit_is_parsed(command):
     assert audit.parse(words(command)[3:]).run
 
 
-@pytest.mark.parametrize("command", commands(r"python -m node\.processes [0-9]"))
+@pytest.mark.parametrize("command", commands(r"python -m node\.processes [0-9.]+"))
 def test_each_part_of_a_team_is_parsed(command):
     assert processes.parse(words(command)[3:]).host >= 1
 
