@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from transformers import (
 import dataset
 import model
 import tasks
-from compute import patches
+from compute import patches, zero
 from evaluation import examine
 from methods import dpsgd, lora, personal, privacy, scaffold, sharing
 from methods.base import State
@@ -100,7 +100,8 @@ def train(
         )
         examples = dataset.group_by_length(examples, batch, seed)
     drawn = [one for one in encoded.values() if one] if mechanism else examples
-    _refer(cfg, net, task, drawn, tokenizer)
+    with zero.awake(net, divided(cfg) if task.refers else None):
+        _refer(cfg, net, task, drawn, tokenizer)
     clock.lap("tokenise")
     trains = sharing.build(cfg.sharing).trains(state.keys(), server_round)
     kind = partial(NoisyTrainer, mechanism=mechanism) if mechanism else LocalTrainer
@@ -128,6 +129,8 @@ def train(
             trainer.add_callback(correct)
             loss = trainer.mean(trainer.train().training_loss)
             gradients.update(correct.means())
+            if divided(cfg):
+                zero.end(trainer)
             return loss
 
     loss = None
@@ -302,11 +305,13 @@ def _scores(
 ) -> torch.Tensor:
     """`examine.score` with this adapter, or with none."""
     net = _load(cfg, state).eval()
-    _refer(cfg, net, task, examples, tokenizer)
-    model.set_adapter_state(net, state)
     size = cfg.train.training_arguments.per_device_train_batch_size
-    # Disabled: a fresh LoRA changes nothing, but a fresh prompt or prefix does.
-    with net.disable_adapter() if base else nullcontext():
+    with ExitStack() as held:
+        held.enter_context(zero.awake(net, divided(cfg)))
+        _refer(cfg, net, task, examples, tokenizer)
+        model.set_adapter_state(net, state)
+        if base:  # a fresh LoRA changes nothing, but a fresh prompt or prefix does
+            held.enter_context(net.disable_adapter())
         collate = task.collator(tokenizer, cfg.train.padding_side)
         return examine.score(net, task, examples, collate, size)
 
@@ -445,6 +450,10 @@ def training_arguments(
     # and no loss is looked at. (One that is not finite makes an adapter that nobody takes.)
     settings |= {"accelerator_config": {"non_blocking": True}}
     settings.setdefault("logging_nan_inf_filter", False)
+    device = model.default_device()
+    settings["use_cpu"] = device.type == "cpu"
+    if zeros := divided(cfg):
+        settings |= zero.training(zeros, model.compute_dtype(device))
     # `draw` has made the passes over the data already.
     settings["num_train_epochs"] = 1
     arguments = TrainingArguments(
@@ -453,7 +462,6 @@ def training_arguments(
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         disable_tqdm=True,
-        use_cpu=model.default_device().type == "cpu",
         **settings,
     )
     patches.use_one_gpu(arguments)
@@ -507,9 +515,16 @@ def _load(cfg: Settings, state: State) -> torch.nn.Module:
     model.use_cpus(cfg.client_resources.num_cpus)
     net = model.build_once(cfg.model, cfg.peft, cfg.seed, model.default_device())
     trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    if (rank := lora.rank(state)) != lora.rank(trained) and rank:
+    with zero.whole(trained.values()):
+        own = lora.rank(trained)
+    if (rank := lora.rank(state)) != own and rank:
         model.set_rank(net, cfg.peft, rank)
     return net
+
+
+def divided(cfg: Settings) -> Settings | None:
+    """DeepSpeed's settings, in a process of a team that is divided by it."""
+    return cfg.model.get("deepspeed")
 
 
 def _tokenizer(cfg: Settings) -> Any:

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from compute import heads, patches
+from compute import heads, patches, zero
 from compute.loss import decoding, hidden_states
 from methods import emulator
 from methods.base import State
@@ -59,6 +59,7 @@ from utils import (
 )
 
 patches.attend_in_blocks()
+patches.import_deepspeed_for_itself_only()
 
 
 class Misfit(Refusal, ValueError):
@@ -194,13 +195,15 @@ def load_base(
     shards: int = 1,
     kind: str = "CAUSAL_LM",
     labels: Sequence[str] | None = None,
+    deepspeed: Settings | None = None,
 ) -> torch.nn.Module:
     """Load a base of this `kind` with frozen weights, quantised, from safetensors only.
 
     `labels`: what its head tells apart, if it is of a kind that does; a head's values are of
     no account (`heads.begin` makes them), and are never quantised. `shards`: this is one of
     as many processes, and each loads and holds its part of every weight (FSDP2); more than 1
-    needs `quantization` None. `cache`: a folder that keeps it as quantised, for the next
+    needs `quantization` None. `deepspeed`: its settings, where it divides the weights instead
+    (ZeRO-3). `cache`: a folder that keeps it as quantised, for the next
     process. Raises `UserError` where neither a local folder nor the hub has such weights, or
     not all of them.
     """
@@ -216,20 +219,22 @@ def load_base(
         kept = Path(cache) / _fingerprint(source, quantization, device, made)
     stored = kept is not None and kept.exists()
     sharding = DistributedConfig(fsdp_size=shards) if shards > 1 else None
+    divided = zero.divides_weights(deepspeed)
     try:
-        base, told = CLASSES[kind].from_pretrained(
-            kept if stored else source,
-            config=None if stored else _config({"name": name, "labels": labels}),
-            # A folder of ours says itself how it is quantised, and None would deny it.
-            **({} if stored or not config else {"quantization_config": config}),
-            dtype=compute_dtype(device),
-            device_map={"": device},
-            distributed_config=sharding,
-            use_safetensors=True,
-            trust_remote_code=False,  # None would ask whoever is at the terminal
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with zero.loading(deepspeed, compute_dtype(device)):
+            base, told = CLASSES[kind].from_pretrained(
+                kept if stored else source,
+                config=None if stored else _config({"name": name, "labels": labels}),
+                # A folder of ours says itself how it is quantised, and None would deny it.
+                **({} if stored or not config else {"quantization_config": config}),
+                dtype=compute_dtype(device),
+                device_map=None if divided else {"": device},  # DeepSpeed's affair
+                distributed_config=sharding,
+                use_safetensors=True,
+                trust_remote_code=False,  # None would ask whoever is at the terminal
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         # Transformers would put random values in the place of weights that are not there.
         odd = told["missing_keys"] | {key for key, *_ in told["mismatched_keys"]}
         if kind in HEADED:
@@ -289,6 +294,7 @@ def build(model_cfg: Any, peft_cfg: Any, seed: int, device: torch.device) -> Pef
         model_cfg.get("shards", 1),
         kind_of(peft_cfg),
         model_cfg.get("labels"),
+        model_cfg.get("deepspeed"),
     )
     return _with_adapter(base, model_cfg, peft_cfg, seed)
 
@@ -762,11 +768,12 @@ def autocast(model: torch.nn.Module) -> Iterator[None]:
 
 def adapter_state(model: PeftModel) -> State:
     """A copy of the trainable parameters on the CPU, in float32, by name."""
-    return {
-        name: parameter.detach().to("cpu", torch.float32, copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with zero.whole(parameters.values()):
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in parameters.items()
+        }
 
 
 def set_adapter_state(model: PeftModel, state: State) -> None:
@@ -776,11 +783,11 @@ def set_adapter_state(model: PeftModel, state: State) -> None:
     not finite: another adapter may be fine, so that is no reason to take no more part.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if fault := misshapen(state, parameters):
-        raise Misfit(f"the adapter does not fit the base that is here: {fault}")
-    if fault := mismatch(state, parameters):
-        raise UserError(f"the adapter that came in is broken: {fault}")
-    with torch.no_grad():
+    with zero.whole(parameters.values(), changed=True), torch.no_grad():
+        if fault := misshapen(state, parameters):
+            raise Misfit(f"the adapter does not fit the base that is here: {fault}")
+        if fault := mismatch(state, parameters):
+            raise UserError(f"the adapter that came in is broken: {fault}")
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
 

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -270,6 +271,18 @@ def writing(path: Path) -> Iterator[None]:
 
 
 # --- what a run shows and leaves behind ---------------------------------------------------
+
+
+DEEPSPEED = "deepspeed==0.19.8"  # the extra that launch=zero2 and zero3 need
+
+
+def require(package: str, by: str) -> None:
+    """Raise `UserError` with what to install where a `package` (name==version) is not here."""
+    name = package.partition("==")[0]
+    if find_spec(name) is None:
+        raise UserError(
+            f"{by} needs {name}, which is not installed: pip install {package}"
+        )
 
 
 def quiet() -> None:

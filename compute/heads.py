@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError, mix_seed
 
@@ -63,8 +62,8 @@ def begin(base: Any, seed: int) -> None:
 
 
 def base_of(net: Any) -> Any:
-    """The model of transformers' that is inside of PEFT's and DDP's."""
-    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    """The model of transformers' that is inside of PEFT's, and of DDP's or DeepSpeed's."""
+    inner = getattr(net, "module", net)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 

@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+from compute import zero
 
 IGNORED = torch.nn.CrossEntropyLoss().ignore_index  # -100, as `utils.IGNORED`
 CHUNK = 1024  # positions whose logits exist at one time
@@ -77,7 +78,7 @@ def decoding(net: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     `labels`: (batch, length) with one before each target that is ignored, so that what comes
     at position i of the decoder is label i + 1, as it is where a causal LM reads its answer.
     """
-    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    inner = _unwrapped(net)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     labels = batch["labels"].roll(-1, dims=1)
     # mBART's shift looks for the last token of each row that is no padding.
@@ -170,13 +171,18 @@ def hidden_states(net: Any, ids: torch.Tensor) -> torch.Tensor:
 def _parts(
     net: Any, batch: dict[str, torch.Tensor]
 ) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
-    """The model without DDP, the labels shifted by one, and the model's inputs.
+    """The model without DDP or DeepSpeed, the labels shifted by one, and the model's inputs.
 
     Position i predicts labels[i]; the shifted labels are (batch, length - 1).
     """
-    inner = net.module if isinstance(net, DistributedDataParallel) else net
+    inner = _unwrapped(net)
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     return inner, batch["labels"][:, 1:], inputs
+
+
+def _unwrapped(net: Any) -> Any:
+    """The model in DDP's or DeepSpeed's wrapper, or `net` itself."""
+    return getattr(net, "module", net)
 
 
 # --- three ways to the logits of the answers, (answer tokens, vocabulary) ---------------------
@@ -262,7 +268,7 @@ def _find_way(inner: Any, head: Any, inputs: Inputs, sharded: bool) -> Way:
             handle.remove()
         untouched = len(made) == 1 and torch.equal(made[0].float(), whole.float())
         wanted = _foretelling(whole, kept).float()
-        # FSDP gathers a sharded head's weights only inside the model's own forward.
+        # FSDP and ZeRO-3 gather a sharded head's weights only inside the model's own forward.
         for way in (_hidden, _narrowed) if untouched and not sharded else (_narrowed,):
             torch.manual_seed(0)
             try:
@@ -278,8 +284,8 @@ def _find_way(inner: Any, head: Any, inputs: Inputs, sharded: bool) -> Way:
 
 
 def _sharded(base: Any) -> bool:
-    """Whether each process holds a part of every weight (FSDP2)."""
-    return isinstance(base, FSDPModule)
+    """Whether each process holds a part of every weight (FSDP2, ZeRO-3)."""
+    return isinstance(base, FSDPModule) or zero.in_parts(base)
 
 
 def _kept(labels: torch.Tensor) -> Kept:

@@ -8,11 +8,15 @@ cache in `settings/heterogeneity.py`, `hydra._internal` in `reporting/` and a jo
 `_return_value` in `settings/outputs.py`.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import other
 from peft.tuners.shira import config as shira
 from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 
@@ -25,6 +29,31 @@ def attend_in_blocks() -> None:
     It reaches the models that call that one, by transformers' own choice, and no other.
     """
     AttentionInterface.register("sdpa", cpu.blocked_attention)
+
+
+def import_deepspeed_for_itself_only() -> None:
+    """Keep accelerate from importing DeepSpeed where nothing has yet (accelerate 1.15.0).
+
+    It does so to ask whether a model is DeepSpeed's: 5 s of every process, and a warning.
+    """
+    other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
+
+
+def tell_accelerate_of_processes() -> None:
+    """Let accelerate take over torch's process group as it is (accelerate 1.15.0).
+
+    Left to itself, it takes a process without a GPU in DeepSpeed for the only one.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(backend=torch.distributed.get_backend())
+
+
+def build_no_kernels(deepspeed: Any) -> None:
+    """Keep DeepSpeed on a CPU from compiling its collectives, a minute or more (0.19.8).
+
+    gloo's are there already.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def quicken_dropout(model: torch.nn.Module) -> None:

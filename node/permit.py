@@ -51,6 +51,7 @@ SETTINGS: dict[str, type] = {
     "device": str,  # cpu, cuda, or cuda:1
     "cpus": int,  # threads for one client; all that there are unless given
     "processes": int,  # that train one client together, a GPU each (conf/launch)
+    "rendezvous": str,  # host:port, where those of its other machines come (docs/launch.md)
     "keep-alive": int,  # seconds that its trainer waits for a message; 0: one for each
     "rank": int,  # the highest of its adapter, where a run takes others than its own
     "cache-path": str,  # where the quantised base is kept between messages
@@ -435,6 +436,7 @@ def settle_resources(cfg: Settings, own: dict[str, Any], simulated: bool) -> Non
             raise UserError(f"--node-config: device={own['device']} is not here.")
         cpus = own.get("cpus", os.cpu_count() or 1)
         processes = cfg.launch["processes"] = own.get("processes", 1)
+        cfg.launch["rendezvous"] = own.get("rendezvous")  # never the run's
         gpus = processes if gpu else 0
         cfg["client_resources"] = Settings(num_cpus=cpus, num_gpus=gpus)
 

@@ -21,7 +21,16 @@ from settings.schema import (
     is_number,
     validated,
 )
-from utils import Settings, UserError, local_path, one_line, read_json, say
+from utils import (
+    DEEPSPEED,
+    Settings,
+    UserError,
+    local_path,
+    one_line,
+    read_json,
+    require,
+    say,
+)
 
 
 def check(config: DictConfig, deployed: bool = False) -> Settings:
@@ -47,7 +56,7 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
             check_machine(cfg.client_resources)
         else:
             check_cluster(address)
-    check_launch(cfg)
+    check_launch(cfg, deployed)
     check_strategy(cfg, deployed)
     check_task(cfg)
     cfg = check_privacy(cfg)
@@ -146,35 +155,82 @@ def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> Non
         )
 
 
-def check_launch(cfg: Settings) -> None:
+def check_launch(cfg: Settings, deployed: bool = False) -> None:
     """That each process of a client has its own GPU, or none, and what it needs of the base."""
-    processes = cfg.launch.processes
-    gpus = cfg.client_resources.num_gpus
-    if gpus not in (0, processes) and max(gpus, processes) > 1:
+    launch = cfg.launch
+    processes, zero = launch.processes, launch.deepspeed
+    gpus, here = cfg.client_resources.num_gpus, processes
+    if launch.rendezvous and not deployed:  # where it is each node's own
+        from node.processes import hosts_here, place
+
+        place(launch.rendezvous)
+        here //= hosts_here(processes)
+    if gpus not in (0, here) and max(gpus, here) > 1:
+        also = f", {here} of them on this machine" if here != processes else ""
         raise UserError(
-            f"client_resources.num_gpus={gpus:g}, but launch.processes={processes}: each "
-            "process takes one GPU. Set both to the same number (above 1 with launch=ddp or "
-            "launch=fsdp), or client_resources.num_gpus=0."
+            f"client_resources.num_gpus={gpus:g}, but launch.processes={processes}{also}: "
+            "each process takes one GPU. Set both to the same number (above 1 with "
+            "launch=ddp or launch=fsdp), or client_resources.num_gpus=0."
         )
-    if processes == 1 or not cfg.launch.sharded:
+    if processes == 1:
         return
+    if zero:
+        check_zero(cfg, f"launch=zero{zero.zero_optimization.stage}", deployed)
+    if not launch.sharded:
+        return
+    by = "launch=zero3" if zero else "launch=fsdp"
     if bits := cfg.model.quantization:
         raise UserError(
-            f"launch=fsdp with model.quantization={bits}: a quantised base cannot be "
+            f"{by} with model.quantization={bits}: a quantised base cannot be "
             "sharded. Set model.quantization=null, or launch=ddp, which holds it whole on "
             "every GPU."
         )
     if (kind := cfg.task.model) in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         raise UserError(
-            f"launch=fsdp with task.model={kind}: a head is trained whole, and no process has "
+            f"{by} with task.model={kind}: a head is trained whole, and no process has "
             "it whole. Take launch=ddp."
         )
     kind = cfg.peft._target_.removeprefix("peft.")
     whole = "DoRA" if cfg.peft.get("use_dora") else kind
     if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig", "ShiraConfig"):
         raise UserError(
-            f"launch=fsdp: {whole} reads weights of the base that no process has whole. "
+            f"{by}: {whole} reads weights of the base that no process has whole. "
             "Take peft=lora, rslora, ia3, miss or prefix, or launch=ddp."
+        )
+
+
+def check_zero(cfg: Settings, by: str, deployed: bool) -> None:
+    """That DeepSpeed is here, and that what steps of a client need is whole in a process."""
+    from methods import aggregate
+
+    node, divides = cfg.strategy, cfg.launch.deepspeed.zero_optimization.stage == 3
+    if cfg.launch.sharded is not divides:
+        raise UserError(
+            f"launch.sharded={str(cfg.launch.sharded).lower()} with {by}: stage 3 of "
+            "launch.deepspeed divides the base's weights, and stage 2 does not. Take the "
+            "files as they are, launch=zero2 or launch=zero3."
+        )
+    if not deployed:
+        require(DEEPSPEED, by)
+    if aggregate.build(node).corrects:
+        raise UserError(
+            f"{by} with strategy._target_={node._target_}: a client corrects its gradients, "
+            "which DeepSpeed has in parts. Take launch=ddp or launch=fsdp."
+        )
+    drawn = {
+        "strategy.proximal_mu": node.get("proximal_mu", 0),
+        "personal.mu": cfg.personal.get("mu", 0),
+    }
+    for name, value in drawn.items():
+        if value and divides:
+            raise UserError(
+                f"{by} with {name}={value}: the distance of weights that no process has "
+                "whole. Take launch=zero2, ddp or fsdp."
+            )
+    if node.get("ranks") and divides:
+        raise UserError(
+            f"{by} with strategy.ranks: clients put adapters of other ranks on the base that "
+            "is in parts. Take launch=zero2, ddp or fsdp."
         )
 
 

@@ -140,9 +140,27 @@ class Evaluate(Section):
     )
 
 
+class Offload(Section):
+    # DeepSpeed's own nvme names a folder, which no run may choose on a node.
+    device: choice("none", "cpu") = setting("where what is offloaded is kept")
+    pin_memory: bool = False
+
+
+class ZeroOptimization(Open):
+    stage: choice(2, 3) = setting("2: optimizer and gradients in parts; 3: weights too")
+    offload_param: Offload = Offload(device="none")
+    offload_optimizer: Offload = Offload(device="none")
+
+
+class DeepSpeed(Section):
+    zero_optimization: ZeroOptimization
+
+
 class Launch(Section):
     processes: int = setting("processes of one client, a GPU each", ge=1)
     sharded: bool = setting("each process holds a part of the base")
+    deepspeed: DeepSpeed | None = setting("DeepSpeed's own configuration")
+    rendezvous: Name | None = setting("host:port where other machines come", later=True)
 
 
 class Lora(Section):

@@ -74,9 +74,9 @@ def both(cfg: dict[str, Any], sharded: bool) -> tuple[dict[str, Any], dict[str, 
     """The same step of 8 examples as one process takes it, and as two of them."""
     train = cfg["train"]
     settings = train.training_arguments | {"per_device_train_batch_size": 8}
-    alone = {"processes": 1, "sharded": False}
+    alone = cfg.launch | {"processes": 1, "sharded": False}
     one = cfg | {"train": train | {"training_arguments": settings}, "launch": alone}
-    return one, cfg | {"launch": {"processes": 2, "sharded": sharded}}
+    return one, cfg | {"launch": cfg.launch | {"processes": 2, "sharded": sharded}}
 
 
 def adapter(cfg: dict[str, Any]) -> model.State:

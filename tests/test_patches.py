@@ -5,7 +5,10 @@ would only stop to have an effect.
 """
 
 import importlib
+import importlib.util
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -13,6 +16,9 @@ import datasets
 import peft
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import other
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -50,6 +56,34 @@ def test_a_model_that_asks_for_sdpa_gets_attention_in_blocks(monkeypatch):
         monkeypatch.undo()
         patches.attend_in_blocks()
     assert len(called) == base.config.num_hidden_layers
+
+
+def test_deepspeed_is_imported_where_it_is_used_alone():
+    script = """
+import sys, torch, model
+from accelerate.utils import other
+net = torch.nn.Linear(1, 1)
+assert other.extract_model_from_parallel(net) is net
+assert "deepspeed" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=PROJECT, check=True)
+    source = inspect.getsource(other.extract_model_from_parallel)
+    assert "is_deepspeed_available()" in source
+
+
+def test_accelerate_can_be_told_of_the_processes():
+    assert AcceleratorState._reset_state
+    source = inspect.getsource(PartialState.__init__)
+    assert 'original_backend = kwargs.pop("backend", None)' in source
+
+
+def test_deepspeed_asks_which_kernels_it_can_build():
+    found = importlib.util.find_spec("deepspeed") or pytest.skip("not installed")
+    folder = Path(found.origin).parent
+    asks = "deepspeed.ops.__compatible_ops__.get(builder.NAME"
+    assert asks in (folder / "comm/torch.py").read_text()
+    builder = (folder / "ops/op_builder/cpu/comm.py").read_text()
+    assert 'NAME = "deepspeed_shm_comm"' in builder
 
 
 def test_every_dropout_of_lora_is_replaced_and_is_what_its_layers_call(lora):

@@ -15,7 +15,7 @@ import test as ask
 import utils
 from evaluation import audit, benchmarks
 from methods import emulator
-from node import permit
+from node import permit, processes
 from reporting import export, report
 from settings.compose import compose
 
@@ -29,6 +29,7 @@ SCRIPTS = {
     *("python main.py", "python test.py", "python benchmarks/", "deploy/certs/make.sh"),
     *("python -m reporting.export", "python -m reporting.report"),
     *("python -m evaluation.audit", "python -m methods.emulator"),
+    "python -m node.processes",
     *("flwr run", "flower-supernode"),
 }
 OTHERS = {
@@ -84,6 +85,11 @@ def test_each_audit_is_parsed(command):
 @pytest.mark.parametrize("command", commands(r"python -m methods\.emulator"))
 def test_each_emulator_is_parsed(command):
     assert emulator.parse(words(command)[3:]).out
+
+
+@pytest.mark.parametrize("command", commands(r"python -m node\.processes [0-9.]+"))
+def test_each_part_of_a_team_is_parsed(command):
+    assert processes.parse(words(command)[3:]).host >= 1
 
 
 def test_each_report_is_parsed(monkeypatch, capsys):
