@@ -35,7 +35,7 @@ from settings import preflight
 from settings.compose import compose
 from utils import PROJECT, Settings, quiet, read_json, table, write_json
 
-DISTIL = "--steps=100 --learning-rate=1e-3 --batch-size=8 --seq-length=64"
+DISTIL = "--steps=100 --learning-rate=2e-4 --batch-size=8 --seq-length=64"
 
 
 def call(*words: str) -> None:
