@@ -119,6 +119,47 @@ def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
             axes.legend()
 
 
+def plot_search(
+    points: list[tuple[dict[str, Any], float, str]],
+    keys: list[str],
+    metric: str,
+    log: list[str],
+    path: Path,
+) -> None:
+    """Draw what the trials of a search came to over each of the settings that were searched.
+
+    `points`: of each trial its settings, its metric and what became of it; `log`: the settings
+    whose axis is logarithmic.
+    """
+    styles = {  # from the back to the front
+        "running": ("goes on", {"marker": ".", "color": GREY}),
+        "fail": ("failed later", {"marker": "x", "color": COLOURS[3]}),
+        "pruned": (
+            "pruned before its last round",
+            {"marker": "o", "color": GREY, "mfc": "none"},
+        ),
+        "complete": ("complete", {"marker": "o", "color": COLOURS[0]}),
+        "best": ("best", {"marker": "*", "color": COLOURS[1], "markersize": 14}),
+    }
+    values = [value for _, value, _ in points]
+    with figure(path, rows=len(keys), height=0.8 + 3.4 * len(keys)) as each:
+        for axes, key in zip(each, keys, strict=True):
+            for state, (label, style) in styles.items():
+                drawn = [(s[key], value) for s, value, what in points if what == state]
+                if drawn:
+                    label = f"{label} ({len(drawn)})" if state != "best" else label
+                    axes.plot(*zip(*drawn, strict=True), ls="", label=label, **style)
+            if key in log:
+                axes.set_xscale("log")
+            if (
+                0 < 10 * min(values) < max(values)
+            ):  # those near the best would be one line
+                axes.set_yscale("log")
+            axes.set_xlabel(key)
+            axes.set_ylabel(metric)
+        each[0].legend()
+
+
 def plot_sweep(curves: dict[str, dict[int, float]], path: Path) -> None:
     """Draw the smoothed training loss of several runs, by round, and the values in pale."""
     columns = 1 if max(map(len, curves)) > 40 else 2 if len(curves) < 9 else 3

@@ -27,7 +27,7 @@ class Outputs(Callback):
     job: TextIO | None = None  # of the folder of one of its runs
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with _or_exit(), read_write(config.hydra):
+        with or_exit(), read_write(config.hydra):
             saved = Path(str(config.get("resume") or ""), ".hydra/config.yaml")
             if config.get("resume") and saved.is_file() and "${" not in str(saved):
                 # Its log goes on; what it is made of is written when it is known to fit.
@@ -39,7 +39,7 @@ class Outputs(Callback):
             self.lock = own(folder)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with _or_exit(), read_write(config.hydra):
+        with or_exit(), read_write(config.hydra):
             key = "hydra.sweep.dir"
             named = is_named(config.hydra, key)
             self.sweep = begin(Path(config.hydra.sweep.dir), named)
@@ -50,7 +50,7 @@ class Outputs(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if self.sweep:
-            with _or_exit():
+            with or_exit():
                 self.job = own(Path(config.hydra.runtime.output_dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -61,7 +61,8 @@ class Outputs(Callback):
         if job_return.status == JobStatus.FAILED:
             # Hydra itself tells the first failed run's only, and at the very end.
             error = str(job_return._return_value).splitlines() or ["?"]
-            print(f"Run {config.hydra.job.num} failed: {error[0]}", file=sys.stderr)
+            run = Path(config.hydra.runtime.output_dir).name
+            print(f"Run {run} failed: {error[0]}", file=sys.stderr)
         # After each one, because a job that failed keeps Hydra from announcing the end.
         summarise_sweep(self.sweep)
 
@@ -70,7 +71,8 @@ class Outputs(Callback):
 
 
 @contextmanager
-def _or_exit() -> Iterator[None]:
+def or_exit() -> Iterator[None]:
+    """Exit with its text where something is raised: Hydra would warn of it, and go on."""
     try:
         yield
     except Unwritable as error:
