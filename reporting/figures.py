@@ -80,6 +80,15 @@ def count_rounds(axes: Any) -> None:
         axes.set_xticks([first])
 
 
+def count_tens(axis: Any) -> None:
+    """Let a logarithmic axis say 1, 2 and 5 of each power of ten, in plain figures."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
     """Draw the losses of one run over its rounds, in nats per answer token, into a PNG.
 
@@ -121,15 +130,14 @@ def plot_run(history: dict[str, Any], title: str, path: Path) -> None:
 
 def plot_search(
     points: list[tuple[dict[str, Any], float, str]],
-    keys: list[str],
     metric: str,
-    log: list[str],
+    searched: dict[str, bool],
     path: Path,
 ) -> None:
     """Draw what the trials of a search came to over each of the settings that were searched.
 
-    `points`: of each trial its settings, its metric and what became of it; `log`: the settings
-    whose axis is logarithmic.
+    `points`: of each trial its settings, its metric and what became of it; `searched`: the
+    settings by their keys, and whether their axis is logarithmic.
     """
     styles = {  # from the back to the front
         "running": ("goes on", {"marker": ".", "color": GREY}),
@@ -142,19 +150,20 @@ def plot_search(
         "best": ("best", {"marker": "*", "color": COLOURS[1], "markersize": 14}),
     }
     values = [value for _, value, _ in points]
-    with figure(path, rows=len(keys), height=0.8 + 3.4 * len(keys)) as each:
-        for axes, key in zip(each, keys, strict=True):
+    rows = len(searched)
+    with figure(path, rows=rows, height=0.8 + 3.4 * rows) as each:
+        for axes, (key, log) in zip(each, searched.items(), strict=True):
             for state, (label, style) in styles.items():
                 drawn = [(s[key], value) for s, value, what in points if what == state]
                 if drawn:
                     label = f"{label} ({len(drawn)})" if state != "best" else label
                     axes.plot(*zip(*drawn, strict=True), ls="", label=label, **style)
-            if key in log:
+            if log:
                 axes.set_xscale("log")
-            if (
-                0 < 10 * min(values) < max(values)
-            ):  # those near the best would be one line
+                count_tens(axes.xaxis)
+            if 0 < 10 * min(values) < max(values):  # else the best would all look alike
                 axes.set_yscale("log")
+                count_tens(axes.yaxis)
             axes.set_xlabel(key)
             axes.set_ylabel(metric)
         each[0].legend()

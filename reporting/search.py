@@ -26,15 +26,18 @@ class Tried:
 
 
 def summarise_search(
-    trials: list[Tried], best: int | None, metric: str, log: list[str], folder: Path
+    trials: list[Tried],
+    best: int | None,
+    metric: str,
+    searched: dict[str, bool],
+    folder: Path,
 ) -> None:
     """Write `search.csv`, `search.md` and `search.png` over all trials into a search's folder.
 
-    `best`: the number of the best that is complete; `log`: the settings that are drawn evenly
-    in their logarithm.
+    `best`: the number of the best that is complete; `searched`: the settings by their keys,
+    and whether they were drawn evenly in their logarithm.
     """
-    keys = list(trials[0].settings)
-    header = ["trial", *keys, "rounds", metric, "state"]
+    header = ["trial", *searched, "rounds", metric, "state"]
     rows = [
         [
             *(trial.number, *trial.settings.values(), trial.rounds or "", trial.value),
@@ -51,7 +54,7 @@ def summarise_search(
         if trial.value is not None
     ]
     if points:
-        plot_search(points, keys, metric, log, folder / "search.png")
+        plot_search(points, metric, searched, folder / "search.png")
 
 
 def _short(cell: Any) -> str:

@@ -26,6 +26,10 @@ class Outputs(Callback):
     lock: TextIO | None = None  # of the run's folder, or the multirun's
     job: TextIO | None = None  # of the folder of one of its runs
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a launcher's other processes are told: a lock stays with who holds it."""
+        return {"sweep": self.sweep}
+
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         with or_exit(), read_write(config.hydra):
             saved = Path(str(config.get("resume") or ""), ".hydra/config.yaml")

@@ -653,7 +653,7 @@ def check_search(cfg: Settings, searched: Collection[str]) -> None:
             "strategy.fraction_evaluate=0 in a search: no client would hold anything back for "
             "it. Set strategy.fraction_evaluate=1."
         )
-    if privacy.build(cfg.privacy).released:
+    if privacy.build(cfg.privacy).adjacency:
         raise UserError(
             f"privacy._target_={cfg.privacy._target_} in a search: each trial would spend a "
             "budget of its own, on the same records. Search on records that need none, with "

@@ -37,8 +37,9 @@ from reporting.search import Tried, summarise_search
 from server.runs import LEFT_BY_SWEEPS, OVERRIDES, begin, own
 from settings import outputs
 from settings.compose import resolve
-from settings.preflight import check, check_search
-from settings.schema import may_change
+from settings.preflight import check_search
+from settings.schema import may_change, validated
+from settings.start import checked
 from utils import PROJECT, UserError, flat, literal, mix_seed, override, say
 
 STUDY = "search.db"
@@ -100,9 +101,9 @@ class Search(Sweeper):
             key: each.input_line for key, each in by_key.items() if key not in swept
         }
         base = self._composed()
-        check_search(resolve(base), swept)
-        self.cfg = cfg = check(base)
-        whole = cfg.num_rounds
+        check_search(validated(resolve(base)), swept)
+        self.cfg = checked(base)
+        whole = self.cfg.num_rounds
         # By the number of rounds; of two rungs with the same number there is one.
         self.rungs = {
             math.ceil(whole * step / self.steps[-1]): step for step in self.steps
@@ -113,10 +114,11 @@ class Search(Sweeper):
         try:
             while batch := self._next():
                 self._try(batch)
-                self._summarise()
         except (SystemExit, KeyboardInterrupt):
             say("The search goes on by the same command.")
             raise
+        finally:
+            self._summarise()
         self._conclude()
 
     def _composed(self) -> DictConfig:
@@ -173,7 +175,6 @@ class Search(Sweeper):
             jobs = [self._job(trial, rounds) for trial in todo]
             results: Sequence[JobReturn] = []
             if jobs:
-                self.hydra_context.config_loader.load_sweep_config(self.config, jobs[0])
                 results = self.launcher.launch(jobs, initial_job_idx=self.launched)
             self.launched += len(jobs)
             for trial, result in zip(todo, results, strict=True):
@@ -226,7 +227,7 @@ class Search(Sweeper):
             )
             for trial in self.study.get_trials(deepcopy=False)
         ]
-        log = [key for key, each in self.space.items() if getattr(each, "log", False)]
+        log = {key: getattr(each, "log", False) for key, each in self.space.items()}
         best = self._best()
         number = best.number if best else None
         summarise_search(trials, number, self.cfg.optimized_metric, log, self.folder)
@@ -238,7 +239,6 @@ class Search(Sweeper):
 
     def _conclude(self) -> None:
         """Say which trial was best and how to train with its settings. Raises `UserError`."""
-        self._summarise()
         states = Counter(trial.state.name for trial in self.study.get_trials())
         if (best := self._best()) is None:
             raise UserError(
