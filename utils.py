@@ -214,14 +214,15 @@ def cosine(step: int, steps: int, maximum: float, minimum: float) -> float:
 def learning_rate(cfg: Settings, server_round: int) -> float:
     """What clients train with in a round, by the resolved configuration.
 
-    `train.training_arguments.learning_rate`, or the cosine over `num_rounds`.
+    `train.training_arguments.learning_rate`, or the cosine over `train.schedule_rounds`,
+    which are `num_rounds` where it gives none.
     """
     train = cfg.train
     constant = train.training_arguments.get("learning_rate")
     if constant is not None:
         return constant
     low, high = train.learning_rate_min, train.learning_rate_max
-    return cosine(server_round, cfg.num_rounds, high, low)
+    return cosine(server_round, train.schedule_rounds or cfg.num_rounds, high, low)
 
 
 def cohort_size(num_clients: int, fraction: float) -> int:

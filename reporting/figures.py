@@ -78,11 +78,20 @@ def count_rounds(axes: Any) -> None:
         axes.set_xticks([first])
 
 
+def count_tens(axis: Any) -> None:
+    """Let a logarithmic axis say 1, 2 and 5 of each power of ten, in plain figures."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def plot_run(history: dict[str, Any], title: str, per: str, path: Path) -> None:
     """Draw the losses of one run over its rounds, into a PNG.
 
-    `history`: of `history.json`, `per`: what its losses are means over. Training, the test questions, and what clients hold back of
-    their own; as far as they were measured, the last two of the base as well, as round 0.
+    `history`: of `history.json`; `per`: what its losses are means over. Training, the test
+    questions, and what clients hold back of their own; as far as they were measured, the last two of the base as well, as round 0.
     """
     rounds = history["rounds"]
     entries = [history["before"], *rounds] if history.get("before") else rounds
@@ -115,6 +124,47 @@ def plot_run(history: dict[str, Any], title: str, per: str, path: Path) -> None:
         axes.set_title(title, loc="left", fontsize="medium", wrap=True)
         if axes.lines:
             axes.legend()
+
+
+def plot_search(
+    points: list[tuple[dict[str, Any], float, str]],
+    metric: str,
+    searched: dict[str, bool],
+    path: Path,
+) -> None:
+    """Draw what the trials of a search came to over each of the settings that were searched.
+
+    `points`: of each trial its settings, its metric and what became of it; `searched`: the
+    settings by their keys, and whether their axis is logarithmic.
+    """
+    styles = {  # from the back to the front
+        "running": ("goes on", {"marker": ".", "color": GREY}),
+        "fail": ("failed later", {"marker": "x", "color": COLOURS[3]}),
+        "pruned": (
+            "pruned before its last round",
+            {"marker": "o", "color": GREY, "mfc": "none"},
+        ),
+        "complete": ("complete", {"marker": "o", "color": COLOURS[0]}),
+        "best": ("best", {"marker": "*", "color": COLOURS[1], "markersize": 14}),
+    }
+    values = [value for _, value, _ in points]
+    rows = len(searched)
+    with figure(path, rows=rows, height=0.8 + 3.4 * rows) as each:
+        for axes, (key, log) in zip(each, searched.items(), strict=True):
+            for state, (label, style) in styles.items():
+                drawn = [(s[key], value) for s, value, what in points if what == state]
+                if drawn:
+                    label = f"{label} ({len(drawn)})" if state != "best" else label
+                    axes.plot(*zip(*drawn, strict=True), ls="", label=label, **style)
+            if log:
+                axes.set_xscale("log")
+                count_tens(axes.xaxis)
+            if 0 < 10 * min(values) < max(values):  # else the best would all look alike
+                axes.set_yscale("log")
+                count_tens(axes.yaxis)
+            axes.set_xlabel(key)
+            axes.set_ylabel(metric)
+        each[0].legend()
 
 
 def plot_sweep(curves: dict[str, dict[int, float]], path: Path) -> None:

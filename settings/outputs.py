@@ -26,8 +26,12 @@ class Outputs(Callback):
     lock: TextIO | None = None  # of the run's folder, or the multirun's
     job: TextIO | None = None  # of the folder of one of its runs
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a launcher's other processes are told: a lock stays with who holds it."""
+        return {"sweep": self.sweep}
+
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        with _or_exit(), read_write(config.hydra):
+        with or_exit(), read_write(config.hydra):
             saved = Path(str(config.get("resume") or ""), ".hydra/config.yaml")
             if config.get("resume") and saved.is_file() and "${" not in str(saved):
                 # Its log goes on; what it is made of is written when it is known to fit.
@@ -39,7 +43,7 @@ class Outputs(Callback):
             self.lock = own(folder)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with _or_exit(), read_write(config.hydra):
+        with or_exit(), read_write(config.hydra):
             key = "hydra.sweep.dir"
             named = is_named(config.hydra, key)
             self.sweep = begin(Path(config.hydra.sweep.dir), named)
@@ -50,7 +54,7 @@ class Outputs(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if self.sweep:
-            with _or_exit():
+            with or_exit():
                 self.job = own(Path(config.hydra.runtime.output_dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -61,7 +65,8 @@ class Outputs(Callback):
         if job_return.status == JobStatus.FAILED:
             # Hydra itself tells the first failed run's only, and at the very end.
             error = str(job_return._return_value).splitlines() or ["?"]
-            print(f"Run {config.hydra.job.num} failed: {error[0]}", file=sys.stderr)
+            run = Path(config.hydra.runtime.output_dir).name
+            print(f"Run {run} failed: {error[0]}", file=sys.stderr)
         # After each one, because a job that failed keeps Hydra from announcing the end.
         summarise_sweep(self.sweep)
 
@@ -70,7 +75,8 @@ class Outputs(Callback):
 
 
 @contextmanager
-def _or_exit() -> Iterator[None]:
+def or_exit() -> Iterator[None]:
+    """Exit with its text where something is raised: Hydra would warn of it, and go on."""
     try:
         yield
     except Unwritable as error:

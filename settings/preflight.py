@@ -6,7 +6,7 @@ commonest mistakes are answered in a second or two.
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -733,6 +733,56 @@ def check_canaries(cfg: Settings, tokenizer: Any) -> None:
                 f"{key}: a canary is text, and the columns of the records take none "
                 f"({error}). Set audit.canaries=0."
             ) from error
+
+
+def check_search(cfg: Settings, searched: Collection[str]) -> None:
+    """That a search has something to try, and is led by records that clients hold back.
+
+    `cfg` is a run's, without what is `searched`.
+    """
+    from server import runs
+
+    metric = cfg.optimized_metric
+    held_out = [
+        name
+        for name in runs.Summary.__annotations__
+        if name.startswith("eval_") and not name.endswith("_before")
+    ]
+    if not searched:
+        raise UserError(
+            "hydra.sweeper.params: nothing is searched. Give a setting a range: "
+            "'train.learning_rate_max=tag(log,interval(1e-5,1e-1))'"
+        )
+    if "num_rounds" in searched:
+        raise UserError(
+            "num_rounds cannot be searched: hydra.sweeper.rungs are parts of it. Give one number."
+        )
+    if metric not in held_out:
+        raise UserError(
+            f"optimized_metric={metric}: a search is led by what clients hold back, never by "
+            f"the test questions, nor by what was trained on. Take one of {', '.join(held_out)}."
+        )
+    if not cfg.strategy.fraction_evaluate:
+        raise UserError(
+            "strategy.fraction_evaluate=0 in a search: no client would hold anything back for "
+            "it. Set strategy.fraction_evaluate=1."
+        )
+    if privacy.build(cfg.privacy).adjacency:
+        raise UserError(
+            f"privacy._target_={cfg.privacy._target_} in a search: each trial would spend a "
+            "budget of its own, on the same records. Search on records that need none, with "
+            "privacy=none."
+        )
+    if cfg.resume:
+        raise UserError(
+            f"resume={cfg.resume} in a search: its trials begin anew, and a search that was "
+            "stopped goes on by its own command. Leave resume out."
+        )
+    if cfg.dry_run:
+        raise UserError(
+            "dry_run=true in a search: it would plan the same run for each trial. Plan one: "
+            "add hydra.mode=RUN."
+        )
 
 
 def check_progress(cfg: Settings, folder: Path) -> None:

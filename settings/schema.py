@@ -351,6 +351,7 @@ class Train(Section):
     padding_side: choice("left", "right")
     learning_rate_max: float = setting("learning rate of the first round", ge=0)
     learning_rate_min: float = setting("learning rate that the last round nears", ge=0)
+    schedule_rounds: int | None = setting("rounds of the cosine", ge=1)
     training_arguments: TrainingArguments
 
     @model_validator(mode="after")
@@ -401,6 +402,16 @@ class Run(Section):
     task: Task = setting("what is learnt of the records")
     tracking: Target = setting("what follows the run", later=True)
     train: Train
+
+    @model_validator(mode="after")
+    def in_schedule(self) -> "Run":
+        length = self.train.schedule_rounds
+        if length is not None and length < self.num_rounds:
+            raise ValueError(
+                f"train.schedule_rounds={length} with num_rounds={self.num_rounds}: the "
+                f"learning rate would rise again. Set it to {self.num_rounds} or more, or null."
+            )
+        return self
 
 
 # All other fields of transformers' do nothing in this loop, or too much, or fail; and where to

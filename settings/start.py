@@ -43,12 +43,7 @@ def start(
 
                 permit.parse(shlex.join(overrides))  # as every node does
             held.enter_context(runs.own(folder, without=()))
-        if not config.verbose:
-            utils.quiet()
-        here = deployed or config.dataset.get("path")
-        if not (utils.local_path(str(config.model.name)) and here):
-            utils.offline_if_unreachable()
-        cfg = check(config, deployed)
+        cfg = checked(config, deployed)
         if cfg.dry_run:
             from settings import plan
 
@@ -65,6 +60,16 @@ def start(
         train(cfg, folder, overrides)
         journal.report(cfg, folder)
         return metric(cfg.optimized_metric, folder)
+
+
+def checked(config: DictConfig, deployed: bool = False) -> Settings:
+    """`preflight.check`, after the libraries were told to be quiet and what they can reach."""
+    if not config.verbose:
+        utils.quiet()
+    here = deployed or config.dataset.get("path")
+    if not (utils.local_path(str(config.model.name)) and here):
+        utils.offline_if_unreachable()
+    return check(config, deployed)
 
 
 def metric(name: str, folder: Path) -> float:

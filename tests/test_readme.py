@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from flwr.common.config import parse_config_args
+from hydra.core.override_parser.types import Override
 
 import test as ask
 import utils
@@ -17,7 +18,7 @@ from evaluation import audit, benchmarks
 from methods import emulator
 from node import permit, processes
 from reporting import export, report
-from settings.compose import compose
+from settings.compose import compose, parse
 
 PAGES = [utils.PROJECT / "README.md", *sorted(utils.PROJECT.glob("docs/*.md"))]
 BLANKS = {"<date>": "2026-11-20", "<time>": "12-00-00", "<head>": "10.0.0.7"}
@@ -56,12 +57,20 @@ def words(command: str) -> list[str]:
     return shlex.split(command, comments=True)
 
 
+def first(given: Override) -> str:
+    """An override itself; of a sweep, the one with its first value."""
+    if not given.is_sweep_override():
+        return given.input_line
+    if given.is_interval_sweep():
+        return f"{given.get_key_element()}={given.value().start}"
+    return f"{given.get_key_element()}={next(given.sweep_string_iterator())}"
+
+
 @pytest.mark.parametrize("command", commands(r"python main\.py"))
 def test_each_run_composes(command):
     given = [word for word in words(command)[2:] if word not in ("--cfg", "job")]
-    if "--multirun" in given:  # the first value of each sweep
-        given = [word.split(",")[0] for word in given if word != "--multirun"]
-    cfg = compose(" ".join(map(shlex.quote, given)))
+    parsed = [parse(word) for word in given if word != "--multirun"]
+    cfg = compose(shlex.join(map(first, parsed)))
     assert cfg.num_rounds >= 1
 
 
