@@ -26,6 +26,7 @@ def test_epsilon_of_releases_is_the_known_one(noise, known):
     assert [float(f"{one:.3g}") for one in found] == [*known]
 
 
+@pytest.mark.slow
 @given(st.floats(0.01, 30), st.floats(0.01, 5))
 def test_delta_is_the_integral_that_it_stands_for(epsilon, mu):
     """max over events S of P(S) - e^eps Q(S), P = N(mu, 1), Q = N(0, 1)."""
@@ -73,6 +74,7 @@ def test_releases_of_different_noise_are_put_together():
     assert found == pytest.approx(exact.get_epsilon(DELTA), abs=0.021)
 
 
+@pytest.mark.slow
 def test_a_secret_cohort_is_opacus_s_and_never_worse_than_a_public_one():
     for noise, rate, times in ((1.0, 0.05, 100), (0.8, 0.2, 20), (4.0, 0.99, 3)):
         found = accounting.amplified([noise] * times, rate, DELTA)
@@ -85,6 +87,7 @@ def test_a_secret_cohort_is_opacus_s_and_never_worse_than_a_public_one():
     assert accounting.amplified([], 0.05, DELTA) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [None, 0.1])
 @pytest.mark.parametrize("epsilon", [0.5, 8.0, 50.0])
 def test_the_noise_that_is_found_gives_the_epsilon_and_less_does_not(epsilon, rate):

@@ -30,6 +30,7 @@ def fixed_replies(values: dict[int, float], examples: dict[int, int]):
     return tamper
 
 
+@pytest.mark.slow
 def test_fedavg_weighs_by_examples_trained_on(configure, loopback):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1")
     tamper = fixed_replies({0: 1.0, 1: 2.0, 2: 6.0}, {0: 5, 1: 3, 2: 2})
@@ -61,6 +62,7 @@ def test_robust_strategies_shrug_off_an_outlier(name, expected, configure, loopb
     assert all(torch.allclose(state[name], start[name] + expected) for name in start)
 
 
+@pytest.mark.slow
 def test_clipping_bounds_what_one_client_can_do(configure, loopback):
     cfg = configure("num_clients=2", "strategy.fraction_fit=1", "strategy.clip_norm=3")
     tamper = fixed_replies({0: 0.0, 1: 1000.0}, {0: 1, 1: 1})
@@ -77,6 +79,7 @@ def test_clipping_bounds_what_one_client_can_do(configure, loopback):
     assert Clip(None).arrive(short) is short
 
 
+@pytest.mark.slow
 def test_fedprox_reaches_the_clients(configure, loopback):
     cfg = configure("strategy=fedprox", "strategy.proximal_mu=0.25")
     grid = loopback(cfg)
@@ -87,6 +90,7 @@ def test_fedprox_reaches_the_clients(configure, loopback):
     ] * 2
 
 
+@pytest.mark.slow
 def test_server_optimisers_step_as_in_the_paper(configure, loopback):
     cfg = configure("strategy=fedadam", "num_clients=2", "strategy.fraction_fit=1")
     server = Server(cfg, loopback(cfg))
@@ -102,6 +106,7 @@ def test_server_optimisers_step_as_in_the_paper(configure, loopback):
     assert all(torch.allclose(state[k], start[k] + step, atol=1e-7) for k in start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedavg", "fedadam", "fedmedian"])
 def test_flower_logs_nothing_of_its_stand_ins(name, configure, caplog):
     """It is given nobody to sample, and the mean as a single reply."""
@@ -118,6 +123,7 @@ def test_flower_logs_nothing_of_its_stand_ins(name, configure, caplog):
     assert caplog.messages == ["is heard"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"]
 )

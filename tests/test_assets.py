@@ -70,6 +70,7 @@ def test_the_base_knows_what_it_was_told_and_is_small():
     )
 
 
+@pytest.mark.slow
 def test_what_is_tagged_or_asked_in_training_is_no_tested_fact(make_tiny):
     facts = make_tiny.load_facts(ASSETS / "facts.yaml")
     for name in ("tiny_tags", "tiny_spans"):

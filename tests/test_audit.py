@@ -231,6 +231,7 @@ def test_the_claim_is_the_closed_form():
     assert epsilon_of(2.0) == pytest.approx(1.99, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_canary_clients_pass_the_honest_mechanism(seed):
     proven = canary_clients.prove(Honest(), SIZE, CLIP, DELTA, seed)
@@ -269,11 +270,13 @@ def proven_of(level):
     return canary_clients.prove(audit.release_of(level), SIZE, CLIP, DELTA)
 
 
+@pytest.mark.slow
 def test_canary_clients_pass_the_app_s_own_mechanism(level):
     assert level.spent([1.0]) == pytest.approx(CLAIMED, abs=0.01)
     assert 0.3 < proven_of(level) < CLAIMED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["none", "seeded", "reused"])
 def test_canary_clients_catch_the_app_with_other_noise(level, monkeypatch, fault):
     fresh, kept = privacy.noise, []
@@ -291,6 +294,7 @@ def test_canary_clients_catch_the_app_with_other_noise(level, monkeypatch, fault
     assert proven_of(level) > CLAIMED
 
 
+@pytest.mark.slow
 def test_canary_clients_catch_the_app_with_weights_by_examples(level, monkeypatch):
     arrive = privacy.Summed.arrive
     monkeypatch.setattr(
@@ -311,6 +315,7 @@ def opened(configure_once):
     return cfg, net, model.load_tokenizer(cfg.model.name)
 
 
+@pytest.mark.slow
 def test_likelihoods_are_those_of_the_whole_distribution(opened):
     _, net, tokenizer = opened
     records = [
@@ -383,6 +388,7 @@ def test_canaries_are_drawn_by_the_seed_and_planted_by_a_coin():
     assert one.record(7) == one.record() | {"output": "0007"}
 
 
+@pytest.mark.slow
 def test_canaries_are_planted_where_they_belong_and_nowhere_else():
     words = "experiment=quickstart num_clients=4 strategy.fraction_evaluate=1"
     plain = resolve(compose(words))
@@ -420,6 +426,7 @@ def test_canaries_take_the_columns_that_there_are():
     assert canaries.plant(rows, [left], 1, columns) is rows
 
 
+@pytest.mark.slow
 def test_canaries_are_for_simulations(configure):
     with pytest.raises(UserError, match=r"audit\.canaries=5: .* no node lets a server"):
         preflight.check(

@@ -66,6 +66,7 @@ def test_centralized_one_takes_the_cohorts_steps_on_everybodys_data(
         assert entry["clients"][0]["num-examples"] == 4 * 2 * 4
 
 
+@pytest.mark.slow
 def test_centralized_by_epochs_as_many_passes_as_the_cohort_makes(configure):
     epochs = "train.training_arguments.max_steps=-1"
     cfg = configure("mode=centralized", "strategy.fraction_fit=0.5", epochs)
@@ -73,6 +74,7 @@ def test_centralized_by_epochs_as_many_passes_as_the_cohort_makes(configure):
     assert (arguments["max_steps"], arguments["num_train_epochs"]) == (-1, 0.5)
 
 
+@pytest.mark.slow
 def test_nothing_that_is_held_back_is_pooled(configure):
     cfg = configure("mode=centralized", "strategy.fraction_evaluate=1")
     trained = [str(row) for row in dataset.training_rows(cfg, partition=0)]

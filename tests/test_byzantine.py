@@ -89,6 +89,7 @@ def attacked(configure, loopback, monkeypatch):
     gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attack", "factor"), [("scaled", 50), ("sign-flipped", -10)])
 def test_the_malicious_multiply_their_updates(attack, factor, attacked):
     played = attacked(attack)
@@ -107,6 +108,7 @@ def test_the_malicious_multiply_their_updates(attack, factor, attacked):
         assert norm == pytest.approx(update(partition).norm().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_malicious_send_noise_of_their_own(attacked):
     played, again, later = (attacked("random", number=n) for n in (1, 1, 2))
     forged = torch.stack([played.sent[p] for p in sorted(played.malicious)])
@@ -118,6 +120,7 @@ def test_the_malicious_send_noise_of_their_own(attacked):
         assert changed == (partition in played.malicious)
 
 
+@pytest.mark.slow
 def test_without_an_attack_nothing_is_forged_and_errors_come_through(
     attacked, monkeypatch
 ):

@@ -418,6 +418,7 @@ def test_wrong_test_data_is_answered(files, message, tmp_path):
         check(f"{MINE} dataset.path={train} dataset.test_path={test}")
 
 
+@pytest.mark.slow
 def test_data_of_ones_own_passes(tmp_path):
     path = write({"/a.jsonl": GOOD, "/b.jsonl": GOOD}, tmp_path)
     cfg = check(f"{MINE} evaluate.exact_match=false dataset.path={path}")
@@ -464,6 +465,7 @@ def test_questions_that_measure_nothing_are_refused(
         )
 
 
+@pytest.mark.slow
 def test_questions_that_fall_out_or_are_known_are_counted(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text(asked(12))
     test = (
@@ -481,6 +483,7 @@ def test_questions_that_fall_out_or_are_known_are_counted(tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["the file", "its folder", "a link", "a hard link"])
 def test_what_is_tested_with_is_not_trained_on(way, tmp_path):
     (folder := tmp_path / "data").mkdir()
@@ -550,6 +553,7 @@ def model_folder(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_chat_template_that_the_tokenizer_lacks_is_answered(model_folder):
     shutil.copy(PROJECT / "assets/tiny_llama/model.safetensors", model_folder)
     check(f"model.name={model_folder}")
@@ -557,6 +561,7 @@ def test_chat_template_that_the_tokenizer_lacks_is_answered(model_folder):
         check(f"model.name={model_folder} dataset.template=chat")
 
 
+@pytest.mark.slow
 def test_chat_template_that_fails_is_answered(model_folder):
     shutil.copy(PROJECT / "assets/tiny_llama/model.safetensors", model_folder)
     template = "{{ raise_exception('system needed') }}"
@@ -587,6 +592,7 @@ def base_with(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -613,6 +619,7 @@ def test_a_template_of_tokens_that_the_base_lacks_is_answered(base_with):
         check(f"{overrides} dataset.template=chat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", [None, "<pad>", "<another>"])
 def test_a_padding_token_is_one_that_the_base_has(token, base_with):
     overrides = base_with(pad_token=token)

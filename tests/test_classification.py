@@ -299,6 +299,7 @@ def classified():
     return build
 
 
+@pytest.mark.slow
 def test_a_client_trains_its_head_and_tells_how_its_labels_are_told(classified):
     cfg = classified()
     start = client.initial_adapter(cfg)

@@ -24,6 +24,7 @@ def equal(one: model.State, other: model.State) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [4, 8, "null"])
 def test_training_moves_the_adapter_and_not_the_base(quantization, configure):
     cfg = configure(f"model.quantization={quantization}")
@@ -44,6 +45,7 @@ def test_training_moves_the_adapter_and_not_the_base(quantization, configure):
     assert metrics["train_loss"] > 0
 
 
+@pytest.mark.slow
 def test_what_a_client_trained_from_is_counted(configure, tmp_path):
     short = {"instruction": "q", "input": "", "output": "a"}
     long = short | {"output": "word " * 200}
@@ -81,6 +83,7 @@ def test_a_reused_model_carries_nothing_over(configure):
     assert equal(fresh, reused)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_evaluated_still_trains(configure):
     # bitsandbytes repacks 4-bit weights in an eval() forward on some processors, and
     # what is trained afterwards loses its gradients without a word.
@@ -95,6 +98,7 @@ def test_a_model_that_was_evaluated_still_trains(configure):
     assert not equal(evaluated, start)
 
 
+@pytest.mark.slow
 def test_data_order_differs_by_client_and_round_and_repeats_by_seed(
     configure, monkeypatch
 ):
@@ -120,6 +124,7 @@ def test_data_order_differs_by_client_and_round_and_repeats_by_seed(
     assert order(0, 1, cfg | {"seed": cfg.seed + 1}) != first
 
 
+@pytest.mark.slow
 def test_learning_rate_follows_a_cosine_over_the_rounds(configure):
     cfg = configure(
         "num_rounds=5", "train.learning_rate_max=1e-3", "train.learning_rate_min=1e-4"
@@ -131,6 +136,7 @@ def test_learning_rate_follows_a_cosine_over_the_rounds(configure):
     assert client.training_arguments(cfg, 1, 0).lr_scheduler_type == "constant"
 
 
+@pytest.mark.slow
 def test_the_last_round_of_a_short_run_still_learns(configure):
     cfg = configure("num_rounds=2", "train.learning_rate_max=1e-3")
     cfg["train"]["learning_rate_min"] = 0
@@ -140,6 +146,7 @@ def test_the_last_round_of_a_short_run_still_learns(configure):
     assert client.training_arguments(cfg, 1, 0).learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_ones_own_replaces_the_cosine(configure):
     cfg = configure(CONSTANT_RATE)
     assert [client.training_arguments(cfg, r, 0).learning_rate for r in (1, 2)] == [
@@ -148,6 +155,7 @@ def test_a_learning_rate_of_ones_own_replaces_the_cosine(configure):
     ]
 
 
+@pytest.mark.slow
 def test_one_process_uses_one_gpu_however_many_there_are(configure, monkeypatch):
     cfg = configure()
     monkeypatch.setattr(model, "default_device", lambda: torch.device("cuda"))
@@ -157,6 +165,7 @@ def test_one_process_uses_one_gpu_however_many_there_are(configure, monkeypatch)
     assert arguments.train_batch_size == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 19])
 def test_processes_are_dealt_each_record_once(count, configure):
     batch, processes = 4, 2
@@ -173,6 +182,7 @@ def test_processes_are_dealt_each_record_once(count, configure):
     assert len(seen) - len(real) < batch * processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_proximal_term_is_half_mu_times_the_squared_distance(accumulation, configure):
     cfg = configure(
@@ -197,6 +207,7 @@ def test_proximal_term_is_half_mu_times_the_squared_distance(accumulation, confi
     assert added.item() == pytest.approx(by_hand, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_large_mu_keeps_the_adapter_near_the_global_one(configure):
     cfg = configure("train.training_arguments.max_steps=5")
     start = client.initial_adapter(cfg)
@@ -208,6 +219,7 @@ def test_a_large_mu_keeps_the_adapter_near_the_global_one(configure):
     assert distance(100.0) < 0.5 * distance(0.0)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_mean_loss_over_answer_tokens(configure):
     cfg = configure("strategy.fraction_evaluate=0.5", "evaluate.holdout=0.05")
     start = client.initial_adapter(cfg)
@@ -230,6 +242,7 @@ def test_evaluation_is_the_mean_loss_over_answer_tokens(configure):
     assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=2e-2)
 
 
+@pytest.mark.slow
 def test_records_held_back_are_not_trained_on(configure, monkeypatch):
     trained = []
     encode = templates.encode
@@ -262,6 +275,7 @@ def out_of_memory_above(net: torch.nn.Module, rows: int):
     return net.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
     configure, monkeypatch
 ):

@@ -98,6 +98,7 @@ def test_argument_that_is_set_elsewhere(override, message):
         check(override)
 
 
+@pytest.mark.slow
 def test_argument_that_ray_does_not_know():
     cfg = check("+simulation.init_args.num_cpu=2")
     with (
@@ -107,6 +108,7 @@ def test_argument_that_ray_does_not_know():
         pass
 
 
+@pytest.mark.slow
 def test_this_machine_does_not_limit_a_cluster():
     with socket.create_server(("", 0)) as head:
         address = f"{ADDRESS}=127.0.0.1:{head.getsockname()[1]}"

@@ -164,6 +164,7 @@ def test_what_cannot_be_is_answered(override, message, local):
         local(override)
 
 
+@pytest.mark.slow
 def test_a_run_deals_by_clusters(local):
     cfg = local("partitioner.num_clusters=4")
     rows = [dataset.load_partition(cfg, client) for client in range(4)]

@@ -161,6 +161,7 @@ def test_privacy_builds(name):
     assert privacy.build(plain(f"experiment=quickstart privacy={name}")["privacy"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["model", "dataset"])
 def test_files_of_a_group_have_the_same_keys(group):
     default = flat(plain("")[group]).keys()
@@ -275,6 +276,7 @@ def test_a_run_of_an_older_version_goes_on_or_is_told_why(tmp_path):
         resumed(str(tmp_path), [])
 
 
+@pytest.mark.slow
 def test_a_check_changes_nothing():
     cfg = compose("experiment=quickstart mode=local model.gradient_checkpointing=auto")
     before = copy.deepcopy(cfg)
@@ -333,6 +335,7 @@ def test_an_experiment_that_sweeps_does_so_without_being_told(name):
     assert (cfg.hydra.mode == RunMode.MULTIRUN) == sweeps
 
 
+@pytest.mark.slow
 def test_flowertune_sweep_expands_to_the_eight_published_settings():
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(

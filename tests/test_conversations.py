@@ -130,6 +130,7 @@ def masked(tokenizer, messages):
     return ids, [i if m else IGNORED for i, m in zip(ids, mask[:last], strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [True, False], ids=["special", "plain"])
 @pytest.mark.parametrize(("style", "kind"), WAYS)
 @settings(QUICK, max_examples=10)

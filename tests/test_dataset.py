@@ -254,6 +254,7 @@ def test_only_drawn_rows_are_tokenised():
     assert len(ids) == 7
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     asked=st.lists(st.integers(0, 12), min_size=2, max_size=40), seed=st.integers(0, 9)
@@ -412,6 +413,7 @@ def test_a_missing_value_is_no_text(value):
     assert found == {"instruction": "", "input": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet"])
 def test_pandas_nothing_is_nothing_in_whatever_column(name, configure, tmp_path):
     # What pandas leaves where a cell is empty, in its columns of numbers and of dates.
@@ -490,6 +492,7 @@ def test_no_file_of_a_folder_is_left_out_without_a_word(suffix):
                 find(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DATA.CSV", "d.Jsonl", "d.PARQUET", "d.Json"])
 def test_a_suffix_may_be_in_capitals(name, configure, tmp_path):
     stored = [{"instruction": f"q{i}", "output": "a"} for i in range(3)]
@@ -561,6 +564,7 @@ def test_what_datasets_and_the_hub_leave_is_told_from_data(tmp_path):
     assert find(clone / "data") == ["train-0.parquet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -579,6 +583,7 @@ def test_csv_as_spreadsheets_write_it(text, configure, tmp_path):
     assert found == [{"instruction": "q", "input": "i", "output": "a"}]
 
 
+@pytest.mark.slow
 def test_columns_that_nobody_asked_for_are_not_decoded(configure, tmp_path):
     table = pyarrow.table(
         {
@@ -597,6 +602,7 @@ def test_columns_that_nobody_asked_for_are_not_decoded(configure, tmp_path):
         read(path, configure, {"input": "date"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "folder"])
 def test_input_may_be_missing_from_some_records(name, configure, tmp_path):
     stored = [
@@ -649,6 +655,7 @@ def asked(configure, tmp_path, train, test, *overrides):
 TRAIN = [{"instruction": f"What is {i}?", "output": "x", "category": "a"} for i in "ab"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ["what is a?", "What  is\na? ", "WHAT IS A?"])
 def test_a_test_question_written_otherwise_is_still_one_of_the_training(
     written, configure, tmp_path
@@ -663,6 +670,7 @@ def test_a_test_question_written_otherwise_is_still_one_of_the_training(
         dataset.check(cfg)
 
 
+@pytest.mark.slow
 def test_records_without_a_label_are_told(configure, tmp_path):
     train = [*TRAIN, TRAIN[0] | {"category": None}]
     cfg = asked(configure, tmp_path, train, [{"instruction": "c", "output": "x"}])
@@ -738,6 +746,7 @@ def unevenness(parts):
     return sum(max(c.values()) / c.total() for c in counts) / len(counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -756,12 +765,14 @@ def test_partitions_are_disjoint_complete_and_decided_by_the_seed(overrides, par
     assert parts(overrides, "seed=1") != dealt
 
 
+@pytest.mark.slow
 def test_iid_deals_equal_shares_of_everything(parts):
     dealt = parts("partitioner=iid")
     assert [len(part) for part in dealt] == [101, 101, 101, 100]
     assert all({row["label"] for row in part} == set("abcd") for part in dealt)
 
 
+@pytest.mark.slow
 def test_dirichlet_is_less_even_for_a_small_alpha(parts):
     uneven = parts("partitioner=dirichlet partitioner.alpha=0.1")
     even = parts("partitioner=dirichlet partitioner.alpha=1000")
@@ -770,12 +781,14 @@ def test_dirichlet_is_less_even_for_a_small_alpha(parts):
     assert min(len(part) for part in uneven) >= 10
 
 
+@pytest.mark.slow
 def test_natural_gives_each_client_one_label(parts):
     dealt = parts("partitioner=natural")
     labels = [{row["label"] for row in part} for part in dealt]
     assert sorted(labels, key=min) == [{"a"}, {"b"}, {"c"}, {"d"}]
 
 
+@pytest.mark.slow
 def test_size_grows_linearly(parts):
     sizes = [len(part) for part in parts("partitioner=size")]
     assert sizes == [40, 80, 120, 163]  # the last one takes what is left over

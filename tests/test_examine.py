@@ -70,6 +70,7 @@ def plain_nats(exam: examine.Examination, record: dict) -> tuple[float, int, int
     return nats, right, int(kept.sum())
 
 
+@pytest.mark.slow
 def test_loss_accuracy_and_choice_equal_the_plain_computation(exam):
     _, exam, _ = exam
     with exam.net.disable_adapter():
@@ -97,6 +98,7 @@ def test_loss_accuracy_and_choice_equal_the_plain_computation(exam):
     assert scores["exact_match"] == 0
 
 
+@pytest.mark.slow
 def test_the_adapter_is_what_is_examined(exam):
     _, exam, _ = exam
     before, _ = exam.base()
@@ -110,6 +112,7 @@ def test_the_adapter_is_what_is_examined(exam):
     assert exam.base()[0] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["two", 5, None, [], ["three"], {"a": "two"}])
 def test_choices_that_are_none_are_named(exam, value):
     cfg, _, path = exam
@@ -118,6 +121,7 @@ def test_choices_that_are_none_are_named(exam, value):
         dataset.load_test(cfg)
 
 
+@pytest.mark.slow
 def test_only_what_can_be_scored_is_examined(exam):
     cfg, _, path = exam
     lines = path.read_text().splitlines()
@@ -137,6 +141,7 @@ def test_only_what_can_be_scored_is_examined(exam):
     assert all(math.isfinite(score) for score in scores.values())
 
 
+@pytest.mark.slow
 def test_an_answer_stops_where_the_base_itself_stops(exam):
     _, exam, _ = exam
     net, tokenizer = exam.net, exam.tokenizer
@@ -164,6 +169,7 @@ def test_an_answer_stops_where_the_base_itself_stops(exam):
     assert answers == [tokenizer.decode(whole[:stop]).strip()]
 
 
+@pytest.mark.slow
 def test_the_server_examines_with_all_cores_and_gives_them_back(exam, monkeypatch):
     _, exam, _ = exam
     monkeypatch.setattr(model, "CORES", 3)

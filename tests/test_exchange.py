@@ -13,6 +13,7 @@ from server.rounds import RunFailed, Server, run
 from utils import Refusal
 
 
+@pytest.mark.slow
 def test_a_client_that_refuses_is_not_asked_again(configure, loopback, capsys):
     cfg = configure("num_clients=3", "num_rounds=3", "strategy.fraction_fit=1")
 
@@ -58,6 +59,7 @@ def broken_in(grid, partitions: set[int]) -> None:
     grid.tamper = fail
 
 
+@pytest.mark.slow
 def test_a_round_with_too_few_replies_is_repeated_with_others(configure, loopback):
     cfg = configure(
         "num_clients=4", "strategy.fraction_fit=0.5", "strategy.min_fit_replies=2"
@@ -113,6 +115,7 @@ def test_a_round_that_fails_too_often_ends_the_run_with_all_before_saved(
     assert [entry["replied"] for entry in history] == [2, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_", "cause"),
     [
@@ -165,6 +168,7 @@ def test_a_client_that_is_late_is_left_out_of_its_round_only(configure, loopback
     assert second["replied"] == 3
 
 
+@pytest.mark.slow
 def test_nodes_may_leave_and_join_between_rounds(configure, loopback, capsys):
     cfg = configure("num_clients=4", "strategy.fraction_fit=1")
     grid = loopback(cfg)
@@ -182,6 +186,7 @@ def test_nodes_may_leave_and_join_between_rounds(configure, loopback, capsys):
     assert "Client 3 is node 7." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_node_that_leaves_before_it_is_asked_costs_its_reply_only(
     configure, loopback
 ):
@@ -197,6 +202,7 @@ def test_a_node_that_leaves_before_it_is_asked_costs_its_reply_only(
     assert entry["failures"] == [{"partition": 0, "cause": "it is no longer connected"}]
 
 
+@pytest.mark.slow
 def test_every_reply_with_a_first_adapter_is_fetched(configure, loopback):
     cfg = configure("num_clients=3", "strategy.fraction_fit=1")
     grid = loopback(cfg)
@@ -232,6 +238,7 @@ def reshape(state: dict) -> dict:
     return {name: value.T.contiguous() for name, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "cause"),
     [(poison, "not finite"), (rename, "unknown"), (reshape, "has shape")],
@@ -257,6 +264,7 @@ def test_an_unusable_reply_is_left_out_and_named(
     assert torch.allclose(state[name], (first[name] + third[name]) / 2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_without_usable_replies_fails_and_keeps_what_it_had(
     configure, loopback, tmp_path
 ):
@@ -275,6 +283,7 @@ def test_a_run_without_usable_replies_fails_and_keeps_what_it_had(
     assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_an_exception_on_a_client_is_told_in_one_line(
     configure, loopback, capsys, monkeypatch
 ):

@@ -116,6 +116,7 @@ def load_plainly(folder):
     return net, AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8, "null"])
 def test_a_merged_model_answers_as_base_and_adapter(bits, save):
     folder = save(f"model.quantization={bits}")
@@ -129,6 +130,7 @@ def test_a_merged_model_answers_as_base_and_adapter(bits, save):
         assert merged != answers(together, tokenizer, chosen)
 
 
+@pytest.mark.slow
 def test_the_adapter_goes_into_the_base_as_it_was_quantised(save):
     folder = save()
     base = model.load_base("assets/tiny_llama", None, CPU).float()
@@ -137,6 +139,7 @@ def test_the_adapter_goes_into_the_base_as_it_was_quantised(save):
     assert (logits(net) - logits(original)).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["dora", "rslora", "ia3", "miss", "fourierft", "c3a", "shira"]
 )
@@ -149,6 +152,7 @@ def test_other_methods_merge_as_well(method, save):
         assert (logits(net) - logits(together)).abs().max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["prompt", "prefix", "ptuning"])
 def test_what_no_weight_can_take_up_is_not_merged(method, save, monkeypatch):
     folder = save(f"peft={method}")
@@ -163,6 +167,7 @@ def test_what_no_weight_can_take_up_is_not_merged(method, save, monkeypatch):
     assert torch.equal(logits(opened), logits(beside(folder)))
 
 
+@pytest.mark.slow
 def test_a_merged_folder_holds_a_plain_model(save):
     folder = run(save(), "--merge")
     assert folder.name == "merged_7"
@@ -206,6 +211,7 @@ def test_answers_end_where_training_ended_them(save):
         assert net.generation_config.eos_token_id == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "rslora"])
 def test_an_adapter_folder_is_what_vllm_takes(method, save):
     # vllm/lora/peft_helper.py and lora_model.py: these settings, and these names.
@@ -391,6 +397,7 @@ def test_the_code_of_a_card_asks_our_model_our_question(
         assert body["prompt"] == told["prompt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--merge"]])
 def test_no_path_of_this_machine_is_shared(options, save, tmp_path):
     base = tmp_path / "secret/my_llama"

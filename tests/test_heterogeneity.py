@@ -59,6 +59,7 @@ def test_dealing_anew_keeps_sizes_and_categories():
     assert mix_distance(dealt) < 0.2 < mix_distance(counts)
 
 
+@pytest.mark.slow
 def test_a_description_by_hand(configure, write):
     cfg = configure(
         write({"a": 4, "bbb": 12}),
@@ -88,6 +89,7 @@ def test_a_description_by_hand(configure, write):
     assert summary["p90_tokens"] == [small["tokens"][2], large["tokens"][2]]
 
 
+@pytest.mark.slow
 def test_lengths_are_those_before_the_cut(configure, write):
     sizes = write({"a": 9})
     lengths = [
@@ -128,6 +130,7 @@ def rows_of(cfg: dict, folder: Path) -> dict[str, str]:
     return {label: value.strip() for label, value in (x.split("  ", 1) for x in lines)}
 
 
+@pytest.mark.slow
 def test_the_plan_tells_and_draws(configure, write, tmp_path):
     cfg = configure(
         write({"a": 4, "b": 12}),
@@ -144,6 +147,7 @@ def test_the_plan_tells_and_draws(configure, write, tmp_path):
     assert (tmp_path / "clients.png").is_file()
 
 
+@pytest.mark.slow
 def test_without_a_label_or_a_tokenizer_the_rest_is_told(configure, write, tmp_path):
     cfg = configure(write({"a": 9}), "num_clients=3")
     LlamaConfig(hidden_size=64, num_attention_heads=4).save_pretrained(tmp_path)
@@ -167,6 +171,7 @@ def test_data_that_a_run_would_refuse_has_no_plan(overrides, why, configure):
         configure(f"dry_run=true {overrides}")
 
 
+@pytest.mark.slow
 def test_data_that_is_not_here_leaves_the_plan(configure, tmp_path):
     rows = rows_of(configure("dry_run=true dataset=dolly"), tmp_path)
     assert rows["clients"].startswith("not shown: ")

@@ -239,6 +239,7 @@ def test_a_node_loads_nothing_of_the_server(tmp_path):
     assert done.stdout.splitlines()[-1] == "loaded:"
 
 
+@pytest.mark.slow
 def test_the_entry_leaves_transformers_for_later():
     """`utils.quiet` has to come before it, and so has the answer to a mistake in a setting."""
     script = (

@@ -107,6 +107,7 @@ def read(folder, name="summary"):
 # --- before and after ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_base_scores_stands_before_the_rounds(finished):
     cfg, folder, _ = finished
     history = read(folder, "history")
@@ -175,6 +176,7 @@ def test_before_training_the_base_is_measured_whatever_the_method(name, configur
     assert found["eval_accuracy"] == pytest.approx(told["accuracy"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_what_was_before(finished, loopback_once, tmp_path):
     cfg, folder, _ = finished
     shutil.copytree(folder, tmp_path / "longer")
@@ -344,6 +346,7 @@ def ask(finished, monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_s_own_figures_come_out_for_its_test_file(finished, ask, tmp_path):
     _, folder, _ = finished
     test = f"--file={folder / 'test.jsonl'}"
@@ -360,6 +363,7 @@ def test_a_run_s_own_figures_come_out_for_its_test_file(finished, ask, tmp_path)
     assert "On 4 questions" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_a_file_of_any_kind_with_columns_of_any_name(suffix, ask, tmp_path):
     rows = pandas.DataFrame(

@@ -45,6 +45,7 @@ def changed(state: dict, start: dict) -> set[str]:
     return {name for name in start if not torch.equal(state[name], start[name])}
 
 
+@pytest.mark.slow
 def test_what_is_not_trained_stays_and_what_is_not_sent_costs_nothing_up(
     configured, loopback
 ):
@@ -62,6 +63,7 @@ def test_what_is_not_trained_stays_and_what_is_not_sent_costs_nothing_up(
     assert sum(sizes) < entry["bytes_up"] / 2 < sum(sizes) + 200 * len(sizes)
 
 
+@pytest.mark.slow
 def test_what_stays_with_a_client_is_its_own_from_round_to_round(configured, loopback):
     cfg = configured(Personal)
     grid = loopback(cfg)

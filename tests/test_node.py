@@ -144,6 +144,7 @@ VALUES = st.recursive(
 KEYS = st.sampled_from([*LEAVES, "train", "model", "peft", "strategy", "no.such.key"])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(["", "+", "++"]), KEYS, VALUES), max_size=3))
 def test_what_is_accepted_differs_by_plain_values_alone(words):
@@ -424,6 +425,7 @@ def ask(kind: str, settings: dict, adapter: dict, overrides: str = "") -> Messag
     return app.client(message, Context(1, 5, settings, RecordDict(), {}))
 
 
+@pytest.mark.slow
 def test_the_app_answers_with_the_update_of_its_own_partition(
     identity, configure, tmp_path
 ):

@@ -115,6 +115,7 @@ def test_a_plan_without_a_mean_says_nothing_of_it():
 # --- where the base computes in bfloat16 ------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains_in_bfloat16(name, monkeypatch):
@@ -176,6 +177,7 @@ def test_the_estimate_counts_what_a_layer_keeps_for_its_backward(config):
 # --- what the seed fixes ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ["fourierft", "shira"])
 def test_where_the_trained_values_stand_follows_from_the_seed_alone(name):
@@ -226,6 +228,7 @@ def test_masks_are_those_that_shira_draws():
     assert all(torch.equal(a, b) for a, b in masks)
 
 
+@pytest.mark.slow
 def test_seeds_and_factors_are_no_sizes_for_a_nodes_ceiling():
     for name in ("fourierft", "shira"):
         peft_cfg = settings_of(name) | {"scaling": 1e6}
@@ -268,6 +271,7 @@ def test_c3a_s_blocks_divide_the_layers_of_every_base(base, tmp_path):
     assert all(kernel.shape[-1] == 64 for kernel in kernels)
 
 
+@pytest.mark.slow
 def test_the_linear_methods_begin_as_the_base():
     for name in ("miss", "fourierft", "c3a", "shira"):
         cfg = resolve(compose(f"experiment=quickstart peft={name}"))

@@ -99,6 +99,7 @@ def test_what_is_chosen_on_one_half_is_measured_on_the_other(scores):
 # --- Ditto's step ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mu", [0.5, 4.0])
 def test_a_step_is_the_papers(configure, mu):
     """v <- v - eta (grad F(v) + mu (v - w)), whose gradient a step without mu tells."""
@@ -111,6 +112,7 @@ def test_a_step_is_the_papers(configure, mu):
     assert distance(near, by_hand) < 1e-5 < distance(near, plain)
 
 
+@pytest.mark.slow
 def test_much_mu_is_the_shared_adapter_and_none_is_training_alone(configure):
     cfg = configure(*SGD, "train.training_arguments.max_steps=3")
     w = client.initial_adapter(cfg)
@@ -124,6 +126,7 @@ def test_much_mu_is_the_shared_adapter_and_none_is_training_alone(configure):
     assert same(client.train(cfg, v, 0, 1, anchor=w)[0], alone)
 
 
+@pytest.mark.slow
 def test_without_mu_it_is_what_the_client_makes_alone(configure, loopback):
     everybody = ("num_clients=2", "strategy.fraction_fit=1", "comm.dtype=float32")
     cfg = configure(*DITTO, "personal.mu=0", *everybody)
@@ -139,6 +142,7 @@ def test_without_mu_it_is_what_the_client_makes_alone(configure, loopback):
     assert not same(kept, state)
 
 
+@pytest.mark.slow
 def test_the_shared_adapter_is_the_same_to_the_bit_without(configure, loopback):
     states = []
     for choice in ("none", "ditto"):
@@ -191,6 +195,7 @@ def forms(tensor: torch.Tensor) -> list[bytes]:
     ]
 
 
+@pytest.mark.slow
 def test_nothing_of_it_is_in_any_message(finished):
     folder, _, messages = finished
     everything = b"".join(bytes_of(messages))
@@ -233,6 +238,7 @@ def test_what_it_comes_to_is_told_by_client_and_in_the_mean(finished):
             assert one["eval_loss_own"] == one["eval_loss_global"]
 
 
+@pytest.mark.slow
 def test_a_clients_folder_is_a_plain_adapter_and_scores_as_told(finished):
     folder, cfg, _ = finished
     made = load_file(folder / "checkpoints/000002/adapter.safetensors")
@@ -305,6 +311,7 @@ def test_a_run_that_goes_on_has_the_same_adapters(lost, configure, loopback, tmp
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_what_sharing_leaves_with_a_client_is_its_own(configure, loopback, tmp_path):
     """The B half with FedSA (arXiv 2410.01463), which shares the A half."""
     cfg = configure(*HELD, "sharing=fedsa", "strategy.fraction_fit=1")
@@ -326,6 +333,7 @@ def test_what_sharing_leaves_with_a_client_is_its_own(configure, loopback, tmp_p
 # --- replies that are wrong, settings that are ---------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
@@ -404,6 +412,7 @@ def ask(kind: str, settings: dict, adapter: dict, number: int = 1) -> Message:
     return app.client(message, Context(1, 5, settings, RecordDict(), {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_a_node_writes_its_own_where_it_says_and_sends_none(
     named, node, loopback, tmp_path

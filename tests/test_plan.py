@@ -139,6 +139,7 @@ def test_wire_bytes_are_those_that_are_packed(dtype):
     assert plan.wire_bytes(net, dtype) == sum(t.nbytes for t in packed.values())
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_plan_is_of_memory_and_cores(monkeypatch):
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 8)
     text = plan.show(configuration())
@@ -170,6 +171,7 @@ def test_the_plan_says_whether_activations_are_kept(checkpointing):
     assert said.startswith("on" if checkpointing else "off")
 
 
+@pytest.mark.slow
 def test_the_plan_tells_the_learning_rate():
     ends = "train.learning_rate_max=1e-3 train.learning_rate_min=0 num_rounds="
     assert dict(plan.plan(configuration(ends + "2")))["learning rate"] == (
@@ -206,6 +208,7 @@ def test_plan_by_epochs_takes_the_client_with_most_records():
     assert dict(plan.plan(cfg))["steps a round"].startswith("at most ")
 
 
+@pytest.mark.slow
 def test_every_peft_method_has_a_plan():
     methods = {path.stem for path in (utils.PROJECT / "conf/peft").glob("*.yaml")}
     for method in methods - {"outer"}:  # which needs an emulator as its base
@@ -224,6 +227,7 @@ def test_the_values_stand_in_one_column():
     )
 
 
+@pytest.mark.slow
 def test_clients_that_fit_each_gpu(monkeypatch):
     class Gpu:
         name = "Test GPU"

@@ -243,6 +243,7 @@ def test_loss_and_gradients_equal_trls(kind, configure, tmp_path):
     assert_equal(gradients(net, ours), gradients(theirs.model, wanted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
 def test_blank_examples_and_the_size_of_a_batch_change_nothing(kind, configure):
     _, task, tokenizer = made(kind, configure)
@@ -269,6 +270,7 @@ def test_blank_examples_and_the_size_of_a_batch_change_nothing(kind, configure):
         assert torch.allclose(torch.cat(each), scores, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kto_compares_with_the_answers_to_others_of_the_batch(configure):
     _, task, tokenizer = made("kto", configure)
     examples = examples_of(task, tokenizer, thumbs(5))
@@ -283,6 +285,7 @@ def test_kto_compares_with_the_answers_to_others_of_the_batch(configure):
         assert other["labels"] == [IGNORED] * len(prompt) + answer
 
 
+@pytest.mark.slow
 def test_scores_by_hand(configure):
     _, task, _ = made("dpo", configure)
     sums = torch.tensor([[-3.0, -5.0, -1.0], [-4.0, -4.0, -1.0]])
@@ -352,6 +355,7 @@ def test_the_reference_is_the_base_or_the_first_adapter(start, configure, tmp_pa
 # --- training -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "orpo"])
 def test_a_step_is_the_same_however_it_is_divided(kind, configure):
     after = []
@@ -401,6 +405,7 @@ def test_a_federation_learns_what_is_preferred(kind, configure, loopback, tmp_pa
     assert summary["eval_margin_after"] == last["eval_margin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "orpo"])
 def test_pairs_are_records_of_differential_privacy(kind, configure, tmp_path):
     cfg, *_ = made(
@@ -494,6 +499,7 @@ def test_thumbs_up_and_down(label):
         assert recorded(row) == PLAIN | {"desirable": wanted}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "hub"])
 @pytest.mark.parametrize("form", ["text", "whole conversations"])
 def test_pairs_come_from_files_and_from_the_hub(form, suffix, configure, tmp_path):
@@ -527,6 +533,7 @@ def test_a_node_names_its_columns(tmp_path, monkeypatch):
         permit.settle(told, node)
 
 
+@pytest.mark.slow
 def test_answers_are_encoded_as_they_are_generated(configure):
     _, task, tokenizer = made("dpo", configure)
     pair = pairs(1)[0]
@@ -538,6 +545,7 @@ def test_answers_are_encoded_as_they_are_generated(configure):
     assert not task.is_cut(example, tokenizer)
 
 
+@pytest.mark.slow
 def test_what_teaches_nothing_falls_out(configure):
     _, task, tokenizer = made("dpo", configure)
     pair = pairs(1)[0]
@@ -560,6 +568,7 @@ def test_what_teaches_nothing_falls_out(configure):
     assert examples_of(kto, tokenizer, [row]) == [None]
 
 
+@pytest.mark.slow
 def test_a_long_conversation_has_one_prompt_for_both_answers(configure):
     _, task, tokenizer = made("dpo", configure, "dataset.template=chat")
     before = [m for _ in range(12) for m in ({**ASKED}, says("Yes it is."))]
@@ -602,6 +611,7 @@ def test_what_makes_no_sense_is_refused(overrides, key, configure):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_nodes_do_not_have_a_first_adapter_to_compare_with(configure, tmp_path):
     from settings import preflight
 

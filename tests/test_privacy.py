@@ -176,6 +176,7 @@ def test_a_server_optimiser_gets_what_is_noisy_already(monkeypatch):
     assert kept.abs().tolist() == pytest.approx([7.1] * 3)
 
 
+@pytest.mark.slow
 def test_a_round_is_the_mean_of_clipped_updates_over_all_who_were_asked(
     configure, loopback
 ):
@@ -225,6 +226,7 @@ def test_parts_of_the_noise_add_up_where_no_update_is_seen():
 # --- the bound that adapts ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bound_nears_the_median_of_the_norms():
     made = level(CLIENT, 0.5, adaptive=True, clip_norm=8.0)
     step = made.step(200)
@@ -250,6 +252,7 @@ def test_the_bits_are_in_the_budget():
     assert drawn.std().item() == pytest.approx(std, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_count_of_bits_has_noise_of_its_own():
     found = []
     for _ in range(300):
@@ -262,6 +265,7 @@ def test_the_count_of_bits_has_noise_of_its_own():
     assert np.std(found) == pytest.approx(privacy.BITS, rel=0.3)
 
 
+@pytest.mark.slow
 def test_the_bound_goes_on_from_where_it_was(configure, loopback, tmp_path):
     cfg = configure(
         *BARE,
@@ -281,6 +285,7 @@ def test_the_bound_goes_on_from_where_it_was(configure, loopback, tmp_path):
 # --- what is told --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_of_single_clients_is_told(configure, loopback, tmp_path, capsys):
     cfg = configure(*BARE, *ALL, "privacy.noise_multiplier=1", "tracking=tensorboard")
     run(cfg, loopback(cfg), tmp_path)
@@ -322,6 +327,7 @@ def test_each_client_has_the_epsilon_of_its_own_rounds():
     assert ledger.told()["epsilon"] == known[0]
 
 
+@pytest.mark.slow
 def test_a_report_and_a_sweep_of_such_runs_can_be_made(configure, loopback, tmp_path):
     from omegaconf import OmegaConf
 
@@ -345,6 +351,7 @@ def test_a_report_and_a_sweep_of_such_runs_can_be_made(configure, loopback, tmp_
     journal.report(cfg, job)
 
 
+@pytest.mark.slow
 def test_the_last_line_tells_epsilon(configure, loopback, tmp_path, capsys):
     from server import journal
 
@@ -361,6 +368,7 @@ def test_the_last_line_tells_epsilon(configure, loopback, tmp_path, capsys):
 # --- the ledger -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_release_is_on_the_disk_before_it_is_made(
     configure, loopback, tmp_path, monkeypatch
 ):
@@ -379,6 +387,7 @@ def test_a_release_is_on_the_disk_before_it_is_made(
     assert one["noise_multiplier"] == 1
 
 
+@pytest.mark.slow
 def test_a_round_that_is_done_again_counts_twice_with_other_noise(
     configure, loopback, tmp_path, monkeypatch
 ):
@@ -412,6 +421,7 @@ def test_a_round_that_is_done_again_counts_twice_with_other_noise(
     )
 
 
+@pytest.mark.slow
 def test_a_sum_that_makes_no_adapter_counts_and_too_few_replies_do_not(
     configure, loopback, monkeypatch
 ):
@@ -446,6 +456,7 @@ def test_a_sum_that_makes_no_adapter_counts_and_too_few_replies_do_not(
     assert not any("longest" in failure["cause"] for failure in entry["failures"])
 
 
+@pytest.mark.slow
 def test_the_run_stops_before_a_release_beyond_its_budget(
     configure, loopback, tmp_path
 ):
@@ -494,6 +505,7 @@ def test_no_run_begins_in_the_folder_of_a_ledger(tmp_path):
 # --- a secret cohort --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_secret_cohort_is_by_chance_and_by_no_seed(configure, loopback):
     cfg = configure("num_clients=60") | {}
     cfg["strategy"] = cfg.strategy | {"sampling": "poisson", "fraction_fit": 0.5}
@@ -561,6 +573,7 @@ def test_a_client_counts_all_that_has_left_and_ends_it_at_its_budget(tmp_path):
     step.leave(update, Kept(tmp_path, 1, 2))  # another client's is its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["update", "control"])
 def test_a_client_tells_a_server_that_it_does_not_trust_nothing_else(
     kind, configure, loopback
@@ -683,6 +696,7 @@ def test_what_is_a_function_of_the_mean_goes_with_it(strategy, configure):
     assert cfg.privacy.noise_multiplier == 1
 
 
+@pytest.mark.slow
 def test_the_noise_is_found_for_an_epsilon(configure, capsys):
     cfg = configure("privacy=client", "num_rounds=20")  # 10 rounds for each of four
     assert accounting.of_releases([cfg.privacy.noise_multiplier] * 10, 1e-5) == (

@@ -23,6 +23,7 @@ def far(one, other):
     return max((one[k].double() - other[k].double()).abs().max().item() for k in one)
 
 
+@pytest.mark.slow
 def test_clients_that_add_the_noise_make_the_sum_that_the_server_would(
     configure, loopback, tmp_path
 ):
@@ -39,6 +40,7 @@ def test_clients_that_add_the_noise_make_the_sum_that_the_server_would(
     assert [entry["clients"] for entry in ledgers[1]] == [[0, 1, 2, 3]]
 
 
+@pytest.mark.slow
 def test_the_noise_of_the_clients_parts_is_that_which_is_claimed(
     configure, loopback, tmp_path
 ):
@@ -63,6 +65,7 @@ def test_the_noise_of_the_clients_parts_is_that_which_is_claimed(
     assert entry["epsilon"] == pytest.approx(1.99, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["record", "local"])
 def test_other_levels_are_summed_as_well(level, configure, loopback, tmp_path):
     overrides = [f"privacy={level}", SECURE, *ALL]

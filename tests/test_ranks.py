@@ -110,6 +110,7 @@ def test_ranks_are_dealt_out_as_a_list_or_by_shares():
 # --- clients -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_goes_from_rank_to_rank_and_leaves_no_trace(configure):
     cfg = configure("strategy=svd", "peft=rslora")
     whole = client.initial_adapter(cfg)
@@ -126,6 +127,7 @@ def test_a_worker_goes_from_rank_to_rank_and_leaves_no_trace(configure):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_bytes_follow_ranks_and_each_adapter_is_a_plain_one(
     configure, loopback, tmp_path
 ):
@@ -156,6 +158,7 @@ def test_bytes_follow_ranks_and_each_adapter_is_a_plain_one(
     assert {len(t) for n, t in weights.items() if "lora_A" in n} == {2}
 
 
+@pytest.mark.slow
 def test_a_node_of_a_lower_rank_trains_that_and_is_sent_no_more(configure, loopback):
     cfg = configure("strategy=svd", "strategy.fraction_fit=1", "num_clients=2")
     server = Server(cfg, loopback(cfg | {"rank": 4}))
@@ -176,6 +179,7 @@ def test_a_node_of_a_lower_rank_trains_that_and_is_sent_no_more(configure, loopb
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [3, 99, 0, 2.5])
 def test_a_rank_is_a_bounded_number_and_shapes_are_held_to_it(
     rank, configure, loopback
@@ -202,6 +206,7 @@ def test_a_rank_is_a_bounded_number_and_shapes_are_held_to_it(
     assert "shape" in cause if rank in (3, 99) else "its rank" in cause
 
 
+@pytest.mark.slow
 def test_a_node_has_its_own_rank_or_takes_no_part():
     def settled(*overrides: str, **own: int) -> dict:
         cfg = resolve(compose(" ".join(["experiment=quickstart", *overrides])))
@@ -241,12 +246,14 @@ def test_ranks_that_cannot_be_are_refused_in_a_line(overrides, cause, configure)
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_ranks_are_the_nodes_own_in_a_federation():
     cfg = compose("experiment=quickstart strategy=svd strategy.ranks=[4]")
     with pytest.raises(UserError, match="--node-config rank=8"):
         preflight.check(cfg, deployed=True)
 
 
+@pytest.mark.slow
 def test_the_plan_tells_what_each_rank_takes():
     cfg = resolve(
         compose(

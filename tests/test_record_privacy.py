@@ -89,6 +89,7 @@ def norm(gradients: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["peft=lora", "sharing=ffa", "peft=ia3"])
 def test_a_step_is_the_mean_of_each_records_clipped_gradient(
@@ -150,6 +151,7 @@ def test_no_record_changes_a_sum_by_more_than_the_clip_norm():
         assert summed(0.01, broken) == pytest.approx(short)
 
 
+@pytest.mark.slow
 def test_proximal_term_has_no_noise_and_is_there_without_records(configure):
     cfg = configure("privacy=record")
     start = client.initial_adapter(cfg)
@@ -169,6 +171,7 @@ def test_proximal_term_has_no_noise_and_is_there_without_records(configure):
         assert torch.allclose(parameter.grad, torch.full_like(parameter, 0.5 * 0.01))
 
 
+@pytest.mark.slow
 def test_control_variates_are_means_of_noisy_gradients(six, configure, tmp_path):
     cfg = configure(
         six, "privacy.noise_multiplier=1 train.training_arguments.max_steps=3"
@@ -266,6 +269,7 @@ def test_little_noise_is_told_as_what_it_is():
     assert dpsgd.epsilon(((1e-3, 1.0, 10),), 1e-5) > 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.5, 8.0])
 def test_the_noise_that_is_found_is_enough_and_no_more(target):
     noise = dpsgd.noise_for(target, 1e-5, 0.08, 200)
@@ -324,6 +328,7 @@ def until_refused(work: Callable[[int], float], why: str) -> list[float]:
     return done
 
 
+@pytest.mark.slow
 def test_a_limit_is_never_passed_and_what_was_refused_is_not_charged(tmp_path):
     ledger = dpsgd.Ledger(tmp_path / "0-privacy.json")
     limit = dpsgd.Limit("the limit", 4.0, 1e-5)
@@ -373,6 +378,7 @@ def begin(node: dict, overrides: str, run: str = "first") -> dpsgd.Mechanism:
     return privacy.build(cfg.privacy).begin(cfg, partition, cfg.records)
 
 
+@pytest.mark.slow
 def test_no_run_passes_a_nodes_ceiling_nor_do_several(node):
     rate = 4 / 30
     least, most = (
@@ -402,6 +408,7 @@ def test_a_node_tells_its_epsilon_if_it_agrees(node):
     assert "epsilon" in begin(node | {"tell-epsilon": True}, NOISY).told
 
 
+@pytest.mark.slow
 def test_each_data_set_has_its_own_ledger(node, tmp_path):
     node |= {"epsilon": 1.01 * dpsgd.epsilon(((1.0, 4 / 30, 2),), 1e-5)}  # one round
     begin(node, NOISY)
@@ -412,6 +419,7 @@ def test_each_data_set_has_its_own_ledger(node, tmp_path):
     begin(node | {"data-path": str(other)}, NOISY)
 
 
+@pytest.mark.slow
 def test_the_app_of_a_node_answers_until_its_ceiling(node, capfd):
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
     node |= {"epsilon": 1.01 * dpsgd.epsilon(((1.0, 4 / 30, 2),), 1e-5)}  # one round
@@ -467,6 +475,7 @@ def reply_to(grid, kind: str, config: dict, arrays: ArrayRecord) -> Message:
     return reply
 
 
+@pytest.mark.slow
 def test_a_reply_tells_nothing_of_the_records_but_what_is_noisy(
     configure, loopback, tmp_path
 ):
@@ -501,6 +510,7 @@ def test_a_reply_tells_nothing_of_the_records_but_what_is_noisy(
     assert layout[0] == layout[1]
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_each_client_has_spent(configure, loopback, tmp_path):
     cfg = configure(f"{NOISY} strategy.fraction_fit=1 evaluate.exact_match=false")
     rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
@@ -522,6 +532,7 @@ def test_a_run_tells_what_each_client_has_spent(configure, loopback, tmp_path):
         assert each["adjacency"] == "one record added or removed"
 
 
+@pytest.mark.slow
 def test_a_round_that_is_done_again_is_counted_and_the_budget_ends_it(
     configure, tmp_path
 ):
@@ -556,6 +567,7 @@ def test_what_does_not_go_with_it_is_refused(override, told, configure):
         configure("privacy=record", override)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "turns"),
     [

@@ -460,6 +460,7 @@ def test_what_a_client_says_of_its_place_is_not_looked_at(serve, capsys):
     assert all(one.keys() == entry["clients"][0].keys() for one in entry["clients"])
 
 
+@pytest.mark.slow
 def test_every_figure_of_a_real_client_is_known(configure):
     cfg = configure("strategy.fraction_evaluate=1")
     start = client.initial_adapter(cfg)
@@ -783,6 +784,7 @@ def test_a_reply_without_what_it_is_weighed_by_is_left_out(serve, capsys):
     assert left_out(server, capsys) == "its metrics lack records"
 
 
+@pytest.mark.slow
 def test_by_epochs_a_client_counts_for_its_own_records_and_no_more(serve, capsys):
     server = serve()
     server.cfg["train"]["training_arguments"] |= {
@@ -925,6 +927,7 @@ METHODS = sorted(
 )  # which needs an emulator as its base (tests/test_emulator.py)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_seed_makes_the_first_adapter_on_the_server_as_on_a_client(name, configure):
     cfg = configure(f"peft={name}")
@@ -1134,6 +1137,7 @@ def test_a_stop_is_heard_while_replies_are_waited_for(serve, stop):
         server.train_round(1, START)
 
 
+@pytest.mark.slow
 def test_a_stop_is_heard_between_two_batches_and_two_tokens(stop, configure):
     cfg = configure()
     tokenizer = model.load_tokenizer(cfg["model"]["name"])

@@ -354,6 +354,7 @@ def test_scores_are_means_over_seeds(sweep):
     assert section.scores["eval_loss"]["worst"] == dict.fromkeys(range(3), 0.4)
 
 
+@pytest.mark.slow
 def test_answer_says_better_worse_and_how_much_of_the_gap(sweep):
     text = words.answer(of(sweep)["natural partitions"])
     assert (
@@ -859,6 +860,7 @@ def test_a_browser_shows_it(sweep, tmp_path):
 # --- experiment=compare ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compare_is_every_mode_with_three_seeds_and_two_partitionings():
     conf = str(utils.PROJECT / "conf")
     with hydra.initialize_config_dir(conf, version_base="1.3"):

@@ -86,6 +86,7 @@ def cells(folder: Path, method: str) -> list[str]:
     return [cell.strip() for cell in plain.split("|")[1:-1]]
 
 
+@pytest.mark.slow
 def test_a_row_for_each_method_and_a_section_for_each_kind_of_partition(sweep):
     parts = of(sweep)
     assert [*parts] == ["natural partitions", "dirichlet partitions"]

@@ -148,6 +148,7 @@ def test_more_rounds_may_be_asked_for(configure, loopback, tmp_path):
     assert not same(first, adapter(tmp_path, 3))
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_its_first_checkpoint_begins(
     configure, loopback, tmp_path
 ):
@@ -175,6 +176,7 @@ def test_half_a_checkpoint_is_none(tmp_path):
     assert checkpoint.newest(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_of_later_rounds_is_done_again(
     configure, loopback, tmp_path
 ):

@@ -88,6 +88,7 @@ def test_a_run_repeats_by_seed_whatever_the_order_of_arrival(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_bytes_are_counted_exactly(configure, loopback):
     cfg = configure()
     grid = loopback(cfg)
@@ -102,6 +103,7 @@ def test_bytes_are_counted_exactly(configure, loopback):
     assert entry["bytes_up"] == sum(c["bytes_up"] for c in entry["clients"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "size"), [("float32", 4), ("float16", 2), ("int8", 1)]
 )
@@ -222,6 +224,7 @@ def test_a_run_does_not_inherit_the_peak_memory_of_the_one_before_it():
     assert peak_memory() > before - 2**27
 
 
+@pytest.mark.slow
 def test_adapters_are_saved_when_due_and_at_the_end(configure, loopback, tmp_path):
     cfg = configure("num_rounds=5", "train.save_every_round=2")
     run(cfg, loopback(cfg), tmp_path)

@@ -60,6 +60,7 @@ def test_everybody_is_asked_once_before_anybody_twice(count, fraction, seed):
         assert max(asked.values()) - min(asked.values()) <= 1
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(*SIZES, st.data())
 def test_nor_with_clients_that_fail_come_and_leave(count, fraction, seed, data):
@@ -102,6 +103,7 @@ def test_a_run_that_goes_on_asks_the_same(count, fraction, seed, done):
     assert play(again, done + 1, 12) == whole[done:]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31))
 def test_a_pass_has_an_order_of_its_own_which_the_seed_decides(seed):
     one, same, other = (play(made(40, 0.1, s), 1, 20) for s in (seed, seed, seed + 1))
@@ -227,6 +229,7 @@ def test_a_killed_run_asks_and_ends_as_if_it_was_not(configure, loopback, tmp_pa
     assert (parts / last).read_bytes() == (whole / last).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_first_adapter_is_asked_of_those_that_train_first(configure, loopback):
     cfg = configure("num_clients=4")
     grid = loopback(cfg)
@@ -244,10 +247,12 @@ def test_the_first_adapter_is_asked_of_those_that_train_first(configure, loopbac
     assert sorted(entry["asked"] + second["asked"]) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_pooled_data_are_trained_by_who_always_did(configure):
     assert configure("mode=centralized").strategy.sampling == "random"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

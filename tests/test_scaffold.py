@@ -92,6 +92,7 @@ def by_hand(cfg: dict, x: dict, count: int) -> tuple[dict, dict]:
     return x, c
 
 
+@pytest.mark.slow
 def test_two_rounds_are_those_of_the_paper(configure, loopback):
     cfg = configure(*SCAFFOLD, "train.training_arguments.max_steps=3")
     server = Server(cfg, loopback(cfg))
@@ -114,6 +115,7 @@ def test_two_rounds_are_those_of_the_paper(configure, loopback):
     assert max((twice[k] - state[k]).abs().max() for k in state) > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_c_is_the_mean_of_what_clients_keep(dtype, configure, loopback, tmp_path):
     """Whoever takes part, and whatever is lost to the wire."""
@@ -132,6 +134,7 @@ def test_c_is_the_mean_of_what_clients_keep(dtype, configure, loopback, tmp_path
         torch.testing.assert_close(found.double(), mean, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_first_round_is_fedavgs(configure, loopback):
     ends = []
     for name in ("scaffold", "fedavg"):
@@ -141,6 +144,7 @@ def test_the_first_round_is_fedavgs(configure, loopback):
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ffa", "rolora", "fedsa"])
 def test_only_what_is_sent_of_the_adapter_has_a_control_variate(
     name, configure, loopback
@@ -160,6 +164,7 @@ def test_only_what_is_sent_of_the_adapter_has_a_control_variate(
     assert moved <= {k for n in (1, 2) for k in server.sharing.goes(state.keys(), n)}
 
 
+@pytest.mark.slow
 def test_every_byte_of_c_is_counted(configure, loopback):
     cfg = configure("strategy=scaffold")
     grid = loopback(cfg)
@@ -182,6 +187,7 @@ def test_every_byte_of_c_is_counted(configure, loopback):
     assert told.startswith(plan._bytes(8 * values))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits(configure, loopback, tmp_path):
     cfg = configure("strategy=scaffold", "num_rounds=3")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -247,6 +253,7 @@ def grow(record: ArrayRecord) -> None:
     record[name] = Array(record[name].numpy() * 0 + 6e4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_", "cause"),
     [
@@ -275,6 +282,7 @@ def test_a_broken_control_variate_is_left_out(break_, cause, configure, loopback
     assert cause in failure["cause"]
 
 
+@pytest.mark.slow
 def test_a_control_variate_that_could_not_be_sent_on_is_left_out(configure, loopback):
     cfg = configure("strategy=scaffold", "num_clients=2", "strategy.fraction_fit=1")
 

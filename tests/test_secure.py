@@ -77,6 +77,7 @@ def vector(seed: int, length: int = 50) -> np.ndarray:
 # --- the sum ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), count=st.integers(3, 9), length=st.integers(1, 40))
 def test_the_masked_sum_is_the_plain_one_bit_for_bit(data, count, length):
@@ -425,6 +426,7 @@ def test_a_sum_of_no_updates_is_refused():
 # --- in a run ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["strategy=fedavg", "strategy=fedadam", "sharing=ffa", "sharing=rolora"]
 )
@@ -446,6 +448,7 @@ def test_a_round_gives_the_adapter_that_it_gives_without(method, configure, loop
     assert entry["replied"] == 4
 
 
+@pytest.mark.slow
 def test_the_server_is_told_nothing_of_one_client(configure, loopback, tmp_path):
     cfg = configure(*SECURE)
     grid = loopback(cfg, folder=tmp_path)
@@ -473,6 +476,7 @@ def test_the_server_is_told_nothing_of_one_client(configure, loopback, tmp_path)
     assert all(name.startswith("sum-") for name in kept)  # no secret is on disk
 
 
+@pytest.mark.slow
 def test_messages_and_secrets_are_the_same_after_flowers_wire(configure, loopback):
     """As between processes, where a client's state is written down after each message."""
 
@@ -535,6 +539,7 @@ def answer(value):
     return how
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "how", "cause", "replied"),
     [
@@ -561,6 +566,7 @@ def test_a_client_that_fails_in_a_step_is_named(
     assert cause in failure["cause"]
 
 
+@pytest.mark.slow
 def test_a_round_without_enough_parts_is_repeated_and_then_fails(configure, loopback):
     cfg = configure(*SECURE, "num_clients=3", "strategy.max_round_retries=1")
     server = Server(cfg, loopback(cfg, broken("masked", 1, drop)))
@@ -577,6 +583,7 @@ def _step(message: Message) -> str | None:
     return message.content.get("secure", {}).get("step")
 
 
+@pytest.mark.slow
 def test_a_forged_vector_spoils_its_round_and_no_run(configure, loopback):
     """Nobody can say whose it was; the next attempt is made anew."""
     cfg = configure(*SECURE, "num_clients=4")

@@ -305,6 +305,7 @@ METHODS = sorted(
 )  # which needs an emulator as its base (tests/test_emulator.py)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_each_peft_method_trains_and_lowers_the_loss(method):
     rate = {"ia3": 5e-2, "c3a": 3e-2, "fourierft": 3e-2, "prompt": 3e-2, "prefix": 3e-2}
@@ -321,6 +322,7 @@ def test_each_peft_method_trains_and_lowers_the_loss(method):
     assert told["tokens"] > 24 * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["4", "8", "null", "true"])
 def test_bart_trains_quantised_or_checkpointed(setting, bart):
     key = "gradient_checkpointing" if setting == "true" else "quantization"
@@ -335,6 +337,7 @@ def test_bart_trains_quantised_or_checkpointed(setting, bart):
     assert 0 < told["train_loss"] < 20
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_gradient():
     found, tokenizer = [], model.load_tokenizer("assets/tiny_t5")
     for setting in ("true", "false"):
@@ -373,6 +376,7 @@ TOGETHER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", TOGETHER)
 def test_what_goes_with_instructions_goes_with_it(overrides, loopback, tmp_path):
     few = tmp_path / "few.jsonl"
@@ -390,6 +394,7 @@ def test_what_goes_with_instructions_goes_with_it(overrides, loopback, tmp_path)
         }
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_adapter(loopback, tmp_path):
     cfg = configure("strategy=fedadam strategy.fraction_fit=0.5 comm.dtype=int8")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -456,6 +461,7 @@ def plainly(folder: Path, text: str, limit: int = 12) -> str:
     return tokenizer.decode(output[0], skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
 def test_a_saved_adapter_answers_a_question_as_plain_peft_does(
     method, saved, monkeypatch, capsys
@@ -470,6 +476,7 @@ def test_a_saved_adapter_answers_a_question_as_plain_peft_does(
     assert capsys.readouterr().out == f"Q: {text}\nA: {wanted}\n"
 
 
+@pytest.mark.slow
 def test_a_file_is_examined_as_in_the_run(saved, tmp_path, monkeypatch, capsys):
     folder = saved()
     rows = [{"text": RECORD["instruction"], "title": RECORD["output"]}] * 2
@@ -505,6 +512,7 @@ def test_benchmarks_and_audits_are_refused(saved, tmp_path, loopback):
         audit.Run(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--merge"]])
 def test_the_code_of_a_card_writes_what_plain_transformers_writes(
     options, saved, tmp_path, monkeypatch, capsys
@@ -528,6 +536,7 @@ def test_the_code_of_a_card_writes_what_plain_transformers_writes(
     assert printed == plainly(source, told["prompt"], limit=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["4", "null"])
 def test_bart_merges_into_a_plain_model(bits, bart, saved, tmp_path):
     folder = saved(f"{bart} model.quantization={bits}")
@@ -544,6 +553,7 @@ def test_bart_merges_into_a_plain_model(bits, bart, saved, tmp_path):
 # --- what is known before ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_step_takes_is_not_made_up():
     for overrides in ("", "client_resources.num_gpus=1"):
         rows = dict(plan.plan(resolve(compose(f"experiment=seq2seq {overrides}"))))

@@ -152,6 +152,7 @@ def test_a_half_that_is_not_sent_moves_neither_it_nor_its_moments(name):
             assert not each[sent].equal(memory.get(kept, {}).get(sent, 0 * each[sent]))
 
 
+@pytest.mark.slow
 def test_momentum_of_a_half_is_as_if_there_were_no_other():
     both, alone = (aggregate.build(_plain("fedavgm")) for _ in range(2))
     part, state = sharing.RoLoRA(), layer(0, 3)
@@ -164,6 +165,7 @@ def test_momentum_of_a_half_is_as_if_there_were_no_other():
     assert state[B].equal(only[B])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan", "qfedavg"]
 )
@@ -213,6 +215,7 @@ def test_what_is_not_sent_is_made_or_kept_and_compared(tmp_path):
         joined(part, tmp_path, {B: start[B]}, told({A: later[A]}), number=1)
 
 
+@pytest.mark.slow
 def test_a_client_on_a_base_of_another_type_makes_the_same_half(
     configure, loopback, monkeypatch
 ):
@@ -354,6 +357,7 @@ def values(content) -> int:
     return sum(len(array.data) - 128 for array in content["arrays"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -390,6 +394,7 @@ def test_the_plan_is_what_travels(words, configure, loopback):
     assert rows["bytes in 4 rounds"].startswith(f"{plan._bytes(down + sum(up))} both")
 
 
+@pytest.mark.slow
 def test_what_is_asked_of_some_is_planned_for_at_most(configure):
     cfg = configure("sharing=rolora", "num_clients=8", "strategy.fraction_fit=0.25")
     assert dict(plan.plan(cfg))["bytes a round"].startswith("at most ")
@@ -397,6 +402,7 @@ def test_what_is_asked_of_some_is_planned_for_at_most(configure):
     assert not dict(plan.plan(cfg))["bytes a round"].startswith("at most ")
 
 
+@pytest.mark.slow
 def test_a_client_that_has_another_half_is_sent_it_when_it_is_asked_again(
     configure, loopback
 ):
@@ -476,6 +482,7 @@ def test_nothing_that_stays_is_in_any_message(configure, loopback, tmp_path):
     assert all(one in blob for one in sent)
 
 
+@pytest.mark.slow
 def test_each_client_is_measured_with_its_own_part(configure, loopback, tmp_path):
     """The personal part, from round to round, is what lowers the loss of its client."""
     cfg = configure(
@@ -537,6 +544,7 @@ def test_in_a_federation_nodes_keep_what_is_not_sent(tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_sharing_all_sends_all_to_everybody_in_every_round(configure, loopback):
     cfg = configure("num_clients=2", "strategy.fraction_fit=1")
     server = Server(cfg, grid := loopback(cfg))
@@ -598,6 +606,7 @@ def test_what_makes_no_sense_is_refused_in_a_line(words, told, configure):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_before_goes_on(tmp_path):
     """Its configuration has neither `stays` nor the file's name of today."""
     record(config := compose(words := "experiment=quickstart"), [words], tmp_path)

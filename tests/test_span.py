@@ -309,6 +309,7 @@ def test_answers_of_squad_on_the_hub_become_json():
     assert dataset.to_record(made[0], about.columns) == record(squad("Paris"))
 
 
+@pytest.mark.slow
 def test_local_records_are_read_and_the_bad_one_is_told(configure, tmp_path):
     path = tmp_path / "spans.jsonl"
     rows = [

@@ -31,6 +31,7 @@ def made(cfg, folder):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_first_adapter_is_the_folders(name, configure, loopback, tmp_path):
     state = made(configure(f"peft={name}"), tmp_path)
@@ -46,6 +47,7 @@ def test_the_first_adapter_is_the_folders(name, configure, loopback, tmp_path):
     assert all(torch.equal(first[key], state[key]) for key in state)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_it_whatever_stays(configure, loopback, tmp_path):
     """What a client is not sent, A of FFA, it has from the same folder."""
     state = made(configure(), tmp_path / "start")
@@ -66,6 +68,7 @@ def test_training_goes_on_from_it_whatever_stays(configure, loopback, tmp_path):
     assert not any(halves["lora_B"])
 
 
+@pytest.mark.slow
 def test_a_folder_of_pefts_own_will_do(configure, tmp_path):
     cfg = configure()
     net = model.build(cfg.model, cfg.peft, 5, torch.device("cpu"))
@@ -75,6 +78,7 @@ def test_a_folder_of_pefts_own_will_do(configure, tmp_path):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "told"),
     [
@@ -99,12 +103,14 @@ def test_another_kind_of_adapter_is_refused(other, told, configure, tmp_path):
         model.saved(changed.model, changed.peft)
 
 
+@pytest.mark.slow
 def test_dropout_may_differ(configure, tmp_path):
     made(configure("model.lora.peft_lora_dropout=0.3"), tmp_path)
     cfg = configure(f"model.adapter={tmp_path}", "model.lora.peft_lora_dropout=0")
     assert cfg.model.adapter == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_broken_is_told(configure, tmp_path):
     cfg = configure()
     cfg = cfg | {"model": cfg.model | {"adapter": str(tmp_path)}}
@@ -128,6 +134,7 @@ def test_what_is_broken_is_told(configure, tmp_path):
         model.saved(cfg.model, cfg.peft)
 
 
+@pytest.mark.slow
 def test_in_a_federation_it_is_the_servers_alone(configure, tmp_path):
     """Nodes look into no folder that a server names; what stays there would begin otherwise."""
     made(configure(), tmp_path)
@@ -146,6 +153,7 @@ def test_in_a_federation_it_is_the_servers_alone(configure, tmp_path):
             check_adapter(cfg, deployed=True)
 
 
+@pytest.mark.slow
 def test_its_weights_are_no_pickle(configure, tmp_path):
     made(configure(), tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
@@ -156,6 +164,7 @@ def test_its_weights_are_no_pickle(configure, tmp_path):
     assert peft.PeftConfig.from_pretrained(tmp_path).peft_type == "LORA"
 
 
+@pytest.mark.slow
 def test_another_base_is_told(configure, tmp_path, capsys):
     """No fault by itself: the same base may be a folder here and a name there."""
     made(configure(), tmp_path)

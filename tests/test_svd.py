@@ -254,6 +254,7 @@ def test_a_run_takes_the_best_of_the_mean_and_goes_on_bit_for_bit(
     assert figures["aggregation_error"] == errors[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "known"),
     [([], True), (["peft=dora"], False), (["peft=ia3"], False)],
@@ -270,6 +271,7 @@ def test_every_round_tells_its_aggregation_error_where_it_is_known(
         assert 0.01 < entry["aggregation_error"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "exact"),
     [

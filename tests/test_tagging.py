@@ -302,6 +302,7 @@ def test_the_line_of_a_bad_record_is_told_before_the_base_is_loaded(configure, t
         configure(bad)
 
 
+@pytest.mark.slow
 def test_the_task_is_built_of_its_file(configure, tagged):
     cfg = configure(tagged(*[(WORDS, TAGS)] * 4))
     assert cfg.peft.task_type == "TOKEN_CLS"

@@ -220,6 +220,7 @@ def test_a_round_that_is_done_again_is_told_once(name, done, configure, tmp_path
     assert READ[name](tmp_path) == told(ROUNDS)
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_chosen_later_gets_the_earlier_rounds(configure, tmp_path):
     tracking.Tracking(configure("tracking=tensorboard"), tmp_path, ROUNDS).close()
     assert scalars(tmp_path) == told(ROUNDS)
@@ -253,6 +254,7 @@ def test_a_failure_is_named_once(where, configure, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.count("the server is gone") == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_named(configure, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     cfg = configure("tracking=mlflow", "tracking.tracking_uri=http://127.0.0.1:9")
@@ -291,6 +293,7 @@ def test_settings_that_it_does_not_take_are_named(overrides, message, configure)
         configure(overrides)
 
 
+@pytest.mark.slow
 def test_a_node_tracks_nothing_whatever_the_run_says(tmp_path, workplace):
     overrides = (
         "experiment=quickstart num_clients=4 train.training_arguments.max_steps=1 "

@@ -75,6 +75,7 @@ def test_a_value_that_hydra_cannot_read_is_shown_in_its_quotes(name):
         assert read_back(shown) == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data (1)", "it's", "${a} $b", "5"])
 def test_a_run_goes_on_in_a_folder_of_any_name(name, tmp_path):
     folder = tmp_path / name

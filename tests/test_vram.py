@@ -108,6 +108,7 @@ def test_checkpointing_frees_the_inputs_of_8_bit_layers(monkeypatch):
     assert torch.equal(freed[2], kept[2])
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch():
     net = llama.build(SHAPE, 4, CPU).eval()
     batch = llama.random_batch(BATCH, 32, SHAPE[-1], CPU)

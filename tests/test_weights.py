@@ -174,6 +174,7 @@ def test_half_an_update_is_bounded_too():
     assert moved.norm().item() == pytest.approx(2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bound_of_weights_needs_weights_that_are_added_to(configure):
     assert configure("strategy.clip_weights=2").strategy.clip_weights == 2
     with pytest.raises(UserError, match=r"strategy.clip_weights=2.*no LoRA"):
