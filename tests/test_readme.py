@@ -43,6 +43,7 @@ MADE = (
     "multirun/",
     "conf/experiment/mine.yaml",
     "llama.cpp/",
+    "bytes/",
     "deploy/certs/",
 )
 
