@@ -50,6 +50,11 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
             f"resume={folder}: no run to go on with is here ({error}). Give the folder "
             "that the run named as its results, outputs/<date>/<time>."
         ) from error
+    if any(Path(folder, "residuals").glob("*.safetensors")):
+        raise UserError(
+            f"resume={folder}: an earlier version of this program began it, which kept what "
+            "clients keep elsewhere. It goes on with that version alone."
+        )
     ours = re.compile(r"resume|hydra[./].*")
     own = [not ours.fullmatch(key) for key in keys]
     chosen = list(itertools.compress(words, own))

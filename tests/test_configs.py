@@ -275,6 +275,10 @@ def test_a_run_of_an_older_version_goes_on_or_is_told_why(tmp_path):
     record(before, [*words, "train.old_setting=5"], tmp_path)
     with pytest.raises(UserError, match="begun with other settings than conf/ has now"):
         resumed(str(tmp_path), [])
+    (tmp_path / "residuals").mkdir()
+    (tmp_path / "residuals/0-residual-000001.safetensors").touch()
+    with pytest.raises(UserError, match="goes on with that version alone"):
+        resumed(str(tmp_path), [])
 
 
 @pytest.mark.slow
