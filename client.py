@@ -446,12 +446,12 @@ def training_arguments(
     settings = {name: value for name, value in given if value is not None}
     settings["learning_rate"] = learning_rate(cfg, server_round)
     settings |= {"report_to": "none", "save_strategy": "no"}
-    # A step waits for nothing of a GPU: batches are copied from pinned memory while it works,
-    # and no loss is looked at. (One that is not finite makes an adapter that nobody takes.)
-    settings |= {"accelerator_config": {"non_blocking": True}}
-    settings.setdefault("logging_nan_inf_filter", False)
     device = model.default_device()
     settings["use_cpu"] = device.type == "cpu"
+    # A step waits for nothing of a GPU: batches are copied from pinned memory while it works,
+    # and no loss is looked at. (One that is not finite makes an adapter that nobody takes.)
+    settings["accelerator_config"] = {"non_blocking": not settings["use_cpu"]}
+    settings.setdefault("logging_nan_inf_filter", False)
     if zeros := divided(cfg):
         settings |= zero.training(zeros, model.compute_dtype(device))
     # `draw` has made the passes over the data already.

@@ -324,7 +324,7 @@ def test_who_is_asked_again_gets_changes_and_has_what_the_server_sends(
         sent = server.downlink.view
         for one in entry["clients"]:
             down_bytes.append(one["bytes_down"])
-            file = f"{one['partition']}-view-{number:06d}.safetensors"
+            file = f"{one['partition']}/view-{number:06d}.safetensors"
             held = load_file(grid.folder / "residuals" / file)
             assert down.printed(held) == sent.prints[number - 1]
     # Everybody once, and then what at most three rounds have changed.
@@ -334,7 +334,7 @@ def test_who_is_asked_again_gets_changes_and_has_what_the_server_sends(
     assert max(down_bytes[4:]) < 0.5 * whole
     behind = sparse.flat(state) - sparse.flat(sent.state)
     assert behind.abs().max() > 0  # which waits
-    for file in grid.folder.glob("residuals/1-view-*"):
+    for file in grid.folder.glob("residuals/1/view-*"):
         file.unlink()
     entries = []
     for number in range(5, 9):
