@@ -17,7 +17,6 @@ from transformers.integrations.deepspeed import (
 )
 
 from compute import patches
-from utils import DEEPSPEED, require
 
 Config = Mapping[str, Any]
 
@@ -60,6 +59,11 @@ def training(settings: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _library() -> Any:
+    from utils import (
+        DEEPSPEED,
+        require,
+    )  # and with it Hydra, which the loss alone needs not
+
     require(DEEPSPEED, "launch.deepspeed")
     import deepspeed
 

@@ -866,7 +866,7 @@ def test_an_update_that_would_not_arrive_is_left_out(dtype, value, serve, capsys
     assert f"beyond comm.dtype={dtype}" in failure["cause"]
     assert wire.lost(state, dtype) is None
     # Clipped it can do no harm, and is taken.
-    server.steps = steps.Steps(steps.Clip(1e-3), steps.Wire(dtype))
+    server.steps = steps.Steps(steps.Clip(1e-3), steps.travels(server.cfg.comm))
     server.grid.tamper = fill({HOSTILE: value / 2}, dtype)
     _, entry = server.train_round(1, {k: v * 0 for k, v in start.items()})
     assert entry["replied"] == 4

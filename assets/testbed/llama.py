@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from compute.loss import IGNORED, answer_loss
 from compute.patches import release_inputs
-from utils import PROJECT
 
 PROMPT = 16  # tokens of each example that the loss leaves out
 
@@ -38,7 +37,7 @@ def write(shape: tuple[int, ...], folder: Path, device: torch.device) -> None:
 
     They are drawn on `device`, where that takes seconds for billions of them.
     """
-    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "assets/tiny_llama")
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tiny_llama")
     base = _on_meta(shape)
     _materialise(base, device)
     base.config.bos_token_id = tokenizer.bos_token_id
