@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from assets.testbed.federation import ONLINE, Federation
+from assets.testbed.federation import ONLINE, Federation, wait_until
 from utils import PROJECT
 
 pytestmark = pytest.mark.slow
@@ -142,6 +142,8 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         )
         run.wait_for(r"round 1/6 .* 3 of 3 clients")
         nodes[1].wait_for(r"(?s)(Receiving: train message.*Start .flwr-clientapp.*){2}")
+        # Of one that has not taken its message yet Flower 1.41 never tells that it is gone.
+        wait_until(lambda: asks(nodes[1]), 60, nodes[1].tail)
         signal_training(nodes[1], signal.SIGSTOP)
         nodes[2].wait_for(r"(?s)(Receiving: train message.*){2}")
         killed = nodes[2].wait_for(ONLINE)[1]
@@ -159,6 +161,16 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         later = [{c["partition"] for c in entry["clients"]} for entry in history[2:]]
         assert {0, 1, 2, 3} - {int(number)} in later
         assert "Client 3 is node" in output
+
+
+def asks(process) -> bool:
+    """Whether a message's process of this SuperNode has handed it to the node's trainer."""
+    for each in psutil.Process(process.popen.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            files = [Path(file.path) for file in each.open_files()]
+            if any("llm-flowertune-" in f.parent.name for f in files):
+                return True
+    return False
 
 
 def signal_training(process, signal_number: int) -> None:
