@@ -59,10 +59,8 @@ def training(settings: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _library() -> Any:
-    from utils import (
-        DEEPSPEED,
-        require,
-    )  # and with it Hydra, which the loss alone needs not
+    # Here, because it brings in Hydra, which the loss alone does not need.
+    from utils import DEEPSPEED, require
 
     require(DEEPSPEED, "launch.deepspeed")
     import deepspeed
