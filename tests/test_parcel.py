@@ -59,6 +59,8 @@ def test_what_is_no_parcel_is_left_as_it_is():
         forged([["a", "int8", [-3], "numpy.ndarray", 3]], b"abc"),
         forged([["a", "int8", 3, "numpy.ndarray", 3]], b"abc"),
         forged([[7, "int8", [3], "numpy.ndarray", 3]], b"abc"),
+        forged([["a", "int8", [0], "numpy.ndarray", 0]] * 2, b""),
+        forged([[f"{i}", "int8", [0], "", 0] for i in range(50_000)], b""),
         forged({"a": 1}, b""),
         forged("abc", b""),
     ],
