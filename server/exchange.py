@@ -232,6 +232,9 @@ class Downlink:
     def move(self, state: State) -> None:
         """A round has made this state."""
 
+    def finish(self) -> None:
+        """The last round is done: what is sent from now on is what the run leaves."""
+
     def memory(self) -> dict[str, State]:
         return {}
 
@@ -260,9 +263,10 @@ class Changes(Downlink):
 
     keeps = ("view",)
     view: down.View | None = None
+    finished = False
 
     def pack(self, down: dict[int, State]) -> dict[int, tuple[ArrayRecord, Told]]:
-        if not any(down.values()):
+        if self.finished or not any(down.values()):
             return super().pack(down)
         view = self.view = self.view or self._view(next(iter(down.values())))
         whole = self._arrays(self._whole(view.state)[0])
@@ -280,6 +284,9 @@ class Changes(Downlink):
 
     def move(self, state: State) -> None:
         self.view.move(state)
+
+    def finish(self) -> None:
+        self.finished = True
 
     def fail(self, partition: int) -> None:
         super().fail(partition)

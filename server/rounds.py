@@ -388,6 +388,8 @@ class Server:
         error = exactness.error(state, new_state)
         self.downlink.close_round()
         self.downlink.move(new_state)
+        if server_round == self.cfg.num_rounds:
+            self.downlink.finish()
         seconds_aggregate += time.monotonic() - received
         clients.sort(key=lambda client: client.get("partition", -1))
         arguments = self.cfg.train.training_arguments

@@ -311,7 +311,7 @@ def test_who_is_asked_again_gets_changes_and_has_what_the_server_sends(
 ):
     cfg = configure(
         *("comm.top_k=0.1", "comm.delta_down=true", f"comm.compress={compress}"),
-        *("num_clients=4", "strategy.fraction_fit=0.5", "num_rounds=6"),
+        *("num_clients=4", "strategy.fraction_fit=0.5", "num_rounds=8"),
     )
     grid = loopback(cfg)
     server = Server(cfg, grid)
@@ -345,6 +345,26 @@ def test_who_is_asked_again_gets_changes_and_has_what_the_server_sends(
     assert "changes were sent is not here as the server has it" in failure["cause"]
     mine = [c for e in entries for c in e["clients"] if c["partition"] == 1]
     assert compress == "zlib" or mine[0]["bytes_down"] > whole
+
+
+@pytest.mark.slow
+def test_after_the_last_round_clients_measure_the_adapter_that_is_saved(
+    configure, loopback
+):
+    words = ("comm.top_k=0.05", "num_rounds=3", "strategy.fraction_evaluate=1")
+    cfg = configure(*words, "comm.delta_down=true")
+    server = Server(cfg, loopback(cfg))
+    state = server.initial_adapter()
+    for number in (1, 2):
+        state, _ = server.train_round(number, state)
+    behind = server.evaluate_round(2, state)["eval_loss"]
+    whole = Server(cfg := configure(*words), loopback(cfg))  # which sends all of it
+    whole.initial_adapter()
+    assert behind != pytest.approx(whole.evaluate_round(2, state)["eval_loss"])
+    state, _ = server.train_round(3, state)
+    measured = server.evaluate_round(3, state)
+    assert measured["evaluate_failures"] == []
+    assert measured["eval_loss"] == whole.evaluate_round(3, state)["eval_loss"]
 
 
 @settings(max_examples=25, deadline=None)
