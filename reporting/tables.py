@@ -157,7 +157,7 @@ def samples(section: Section) -> str:
         f"Of {len(answers)} test questions with seed {seed}, {len(differ)} are answered "
         "rightly by some tuned adapters and not by others. Here are up to six of these, then "
         "up to three of the rest, evenly spaced in the order of the test file. Local is the "
-        "client in the middle by exact match."
+        "client in the middle by loss."
     )
     header = ["question", "expected", "base", *(MODES[mode] for mode in tuned)]
     return f"{how}\n\n{table(header, body, numbers=False)}"

@@ -184,7 +184,7 @@ def conclude(
         clients = [{"partition": i, **scores} for i, scores in enumerate(each)]
         told["clients"] = clients
     if cfg.evaluate.exact_match:
-        after.sort(key=lambda examined: examined[0]["exact_match"])
+        after.sort(key=lambda examined: -examined[0]["test_loss"])
         _, answers = after[len(after) // 2]
         write_json(
             folder / "answers.json", examination.side_by_side(before[1], answers)

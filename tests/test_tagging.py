@@ -15,13 +15,14 @@ import tasks
 import test as ask
 from assets.testbed import bases, families
 from node import permit
+from server import rounds
 from settings import preflight
 from settings.compose import compose, resolve
 from settings.schema import validated
 from tasks import pieces
 from tasks.base import Unsuited
 from tasks.tagging import Tagging
-from utils import IGNORED, Refusal, Settings, UserError, cohort_size
+from utils import IGNORED, PROJECT, Refusal, Settings, UserError, cohort_size
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 WORDS = ["Ada", "Lovelace", "lived", "in", "Port-au-Prince", ",", "Haiti", "."]
@@ -373,3 +374,25 @@ def test_a_client_learns_to_name_things_and_its_adapter_says_them(
     [told] = tasks.build(cfg).told(net, tokenizer, [one], 256)
     assert f"A: {told}\n" in said
     assert told.startswith("The/O capital/O of/O Jamaica/")
+
+
+@pytest.mark.slow
+def test_a_run_in_which_each_trains_alone_leaves_the_answers_of_one(loopback, tmp_path):
+    lines = (PROJECT / "assets/tiny_tags/test.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    cfg = preflight.check(
+        compose(
+            "experiment=tagging mode=local num_clients=3 num_rounds=1 "
+            f"train.training_arguments.max_steps=8 dataset.test_path={tmp_path}/few.jsonl"
+        )
+    )
+    rounds.run(cfg, loopback(cfg), tmp_path)
+    told = json.loads((tmp_path / "summary.json").read_text())["clients"]
+    losses = sorted(one["test_loss"] for one in told)
+    middle = next(i for i, one in enumerate(told) if one["test_loss"] == losses[1])
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    given, wanted = (
+        [json.loads(a[key]) for a in answers] for key in ("tuned", "output")
+    )
+    assert told[middle]["test_entity_f1"] == pytest.approx(f1_score(wanted, given))
+    assert len({one["test_entity_f1"] for one in told}) == 3
