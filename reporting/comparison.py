@@ -12,14 +12,12 @@ from reporting.runs import PerClient, Section
 from reporting.scores import (
     MODES,
     ROWS,
-    SCORES,
     Estimate,
     count,
     lower_is_better,
     scale,
     show,
 )
-from server.runs import per
 
 COLOURS = {
     "base": GREY,
@@ -54,7 +52,9 @@ def draw_methods(parts: list[Section], name: str, path: Path) -> None:
             titles.append("\n".join(filter(None, lines)))
         axes.set_xticks(range(len(parts)), titles)
         axes.set_xlim(-0.5, len(parts) - 0.5)
-        axes.set_ylabel(SCORES[name] + " (lower is better)" * lower_is_better(name))
+        axes.set_ylabel(
+            parts[0].named(name) + " (lower is better)" * lower_is_better(name)
+        )
         axes.margins(y=0.1)
         axes.figure.legend(loc="outside upper center", ncols=4)
 
@@ -124,7 +124,7 @@ def draw_clients(section: Section, path: Path) -> bool:
                 label = f"{len(ranks)} clients, from the weakest alone to the strongest"
             axes.set_xlabel(label)
             axes.set_xlim(-0.6, len(ranks) - 0.4)
-            unit = SCORES[name].replace(", on own", ",\non own")
+            unit = section.named(name).replace(", on own", ",\non own")
             axes.set_ylabel(unit + "\n(lower is better)" * lower_is_better(name))
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return True
@@ -162,7 +162,7 @@ def draw_losses(section: Section, path: Path) -> None:
                 axes.axhline(fmean(base), color=GREY, ls=":", lw=1, marker="")
             count_rounds(axes)
             axes.set_title(titles[name], fontsize="medium")
-        panels[0].set_ylabel(f"loss, nats per {per(section.runs[0].history)}")
+        panels[0].set_ylabel(f"loss, nats per {section.runs[0].per}")
         named = {
             label: handle
             for axes in panels

@@ -8,7 +8,7 @@ from pandas import DataFrame
 
 from reporting.figures import figure
 from reporting.runs import Run, Section
-from reporting.scores import SCORES, Estimate, lower_is_better, scale, show
+from reporting.scores import Estimate, lower_is_better, scale, show
 from reporting.tables import by_client
 from utils import table
 
@@ -44,9 +44,9 @@ def method_table(section: Section) -> str:
     """Scores, each with its interval and its difference to the first method, and costs."""
     name, taken = section.headline, costs(section)
     first, *_ = methods = rows(section)
-    title = f"{SCORES[name]} ({section.basis(name)})" if name else "score"
+    title = f"{section.named(name)} ({section.basis(name)})" if name else "score"
     header = ["method", title, f"less {first}"]
-    header += [SCORES["eval_loss"], f"own loss below {first}'s", *taken]
+    header += [section.named("eval_loss"), f"own loss below {first}'s", *taken]
     body = []
     for method in methods:
         error, *spent = taken.loc[method]
@@ -87,7 +87,7 @@ def answer(section: Section) -> str:
     sign = -1 if lower_is_better(name) else 1
     best = max(known, key=lambda method: sign * known[method].value)
     percent, points = (" %", " points") if scale(name) == 100 else ("", "")
-    score = SCORES[name].removesuffix(", %")
+    score = section.named(name).removesuffix(", %")
     text = f"{best} has the best {score}: {show(name, known[best])}{percent}."
     gaps = {m: section.less(name, best, m) for m in known if m != best}
     alike = [m for m, gap in gaps.items() if gap is None or not gap.apart()]
@@ -136,7 +136,7 @@ def draw_costs(parts: list[Section], name: str, path: Path) -> None:
             axes.set_xlabel("MB a run, both ways")
             axes.set_title(section.title or "all runs", fontsize="medium")
         panels[0].set_ylabel(
-            SCORES[name] + " (lower is better)" * lower_is_better(name)
+            parts[0].named(name) + " (lower is better)" * lower_is_better(name)
         )
         named = dict(
             pair[::-1]

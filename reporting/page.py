@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from reporting import comparison, methods, tables, words
 from reporting.runs import Run, sections
-from reporting.scores import SCORES, count
+from reporting.scores import count
 from reporting.templates import fill
 from utils import FEW, public_values
 
@@ -42,7 +42,7 @@ def write(
         seeds=sorted({run.cfg.seed for run in runs}),
         absent=absent,
         sections=parts,
-        headline=SCORES.get(headline),
+        headline=headline and runs[0].named(headline),
         with_clients=with_clients,
         budgets=dict.fromkeys(map(words.budget, parts)),
         few=FEW,
@@ -73,7 +73,7 @@ def write_methods(
         seeds=sorted({run.cfg.seed for run in runs}),
         absent=absent,
         sections=parts,
-        headline=SCORES.get(headline),
+        headline=headline and runs[0].named(headline),
         about=about,
         count=count,
         methods=methods,

@@ -30,6 +30,7 @@ from server.runs import (
     Questions,
     Summary,
     by_key,
+    per,
     read_overrides,
     telling,
     varied,
@@ -61,6 +62,15 @@ class Run:
     @property
     def last(self) -> dict[str, Any]:
         return self.rounds[-1]
+
+    @property
+    def per(self) -> str:
+        """What losses are means over, and accuracies shares of."""
+        return per(self.history)
+
+    def named(self, name: str) -> str:
+        """What a score is called, with its unit."""
+        return SCORES[name].format(per=self.per.removeprefix("answer "))
 
     def score(self, name: str) -> float | None:
         """Of the adapter that the run ended with."""
@@ -188,6 +198,9 @@ class Section:
             if any(rows.values()):
                 self.scores[name] = rows
         self.headline = next(iter(self.scores), None)
+
+    def named(self, name: str) -> str:
+        return self.runs[0].named(name)
 
     def of(self, row: str) -> list[Run]:
         return [run for run in self.runs if self.row(run) == row]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-# The answer is about the first that was measured.
+# The answer is about the first that was measured. `{per}`: what the task counts (a token, a pair).
 SCORES = {
     "test_entity_f1": "entity F1, %",
     "exact_match": "exact match, %",
@@ -14,14 +14,14 @@ SCORES = {
     "f1": "F1, %",
     "rouge_l": "ROUGE-L, %",
     "test_mcc": "MCC",
-    "test_accuracy": "token accuracy, %",
+    "test_accuracy": "{per} accuracy, %",
     "test_margin": "reward margin",
     "test_loss": "loss, nats",
     "test_perplexity": "perplexity",
     "eval_macro_f1": "macro-F1 on own records, %",
     "eval_entity_f1": "entity F1 on own records, %",
     "eval_mcc": "MCC on own records",
-    "eval_accuracy": "token accuracy on own records, %",
+    "eval_accuracy": "{per} accuracy on own records, %",
     "eval_margin": "reward margin on own records",
     "eval_loss": "loss, nats, on own records",
 }

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pandas import DataFrame
 
 from reporting.runs import Run, Section, varied_keys
-from reporting.scores import MODES, ROWS, SCORES, Estimate, show
+from reporting.scores import MODES, ROWS, Estimate, show
 from server.runs import trained_records
 from utils import code, public, table
 
@@ -44,7 +44,7 @@ def score_table(section: Section) -> str:
             cells.append(show(name, section.less(name, "federated", other), sign="+"))
         # A narrow page breaks a line before an interval, not in it.
         cells = [cell.replace(", ", ",\u00a0") for cell in cells]
-        body.append([f"{SCORES[name]} ({section.basis(name)})", *cells])
+        body.append([f"{section.named(name)} ({section.basis(name)})", *cells])
     less = [f"federated less {MODES[mode]}" for mode in ("local", "centralized")]
     counts = ", ".join(
         f"{title} {len(section.of(mode))}" for mode, title in MODES.items()
@@ -98,7 +98,9 @@ def run_table(runs: list[Run], name: str | None) -> str:
         settings = [public(run.overrides.get(key, "")) for key in keys]
         seconds = f"{run.summary['seconds']:.0f}"
         body.append([run.folder.name, *settings, seconds, shown])
-    return table(["run", *keys, "seconds", SCORES.get(name, "score")], body)
+    return table(
+        ["run", *keys, "seconds", runs[0].named(name) if name else "score"], body
+    )
 
 
 def client_table(section: Section) -> str:
@@ -109,7 +111,12 @@ def client_table(section: Section) -> str:
         for client, n in run.held().items()
     }
     cells = [
-        (seed, client, f"{MODES[mode]}: {SCORES[name]}", show(name, Estimate(value)))
+        (
+            seed,
+            client,
+            f"{MODES[mode]}: {section.named(name)}",
+            show(name, Estimate(value)),
+        )
         for name in {section.headline: None, "eval_loss": None}
         for mode in MODES
         for seed, scores in section.clients(name, mode).items()

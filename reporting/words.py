@@ -1,7 +1,7 @@
 """What a sweep's runs say of each other, in plain words."""
 
 from reporting.runs import Section
-from reporting.scores import ROWS, SCORES, Estimate, count, lower_is_better, scale, show
+from reporting.scores import ROWS, Estimate, count, lower_is_better, scale, show
 from utils import FEW
 
 
@@ -15,7 +15,7 @@ def answer(section: Section) -> str:
         row: show(name, section.score(name, row)) + percent for row in ROWS if rows[row]
     }
     seeds = len(rows["federated"])
-    title = SCORES[name].removesuffix(", %").removesuffix(", on own records")
+    title = section.named(name).removesuffix(", %").removesuffix(", on own records")
     title += f"; {section.basis(name)}, {count(seeds, 'seed')}"
     title += "; lower is better" * lower_is_better(name)
     text = f"The federated adapter scores {said['federated']} ({title})."
