@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 
+from assets.testbed.loopback import killed_in
 from methods import deflate, down, sharing, sparse, steps, wire
 from methods.base import Contribution, Unusable
 from methods.store import Kept
@@ -254,24 +255,6 @@ COMBINED = [
 ]
 
 
-class Killed(BaseException):
-    """Ends a run in this process as suddenly as a signal would."""
-
-
-def killed_in(loopback, cfg: dict, folder: Path, last: int) -> None:
-    seen = []
-
-    def kill(partition: int, reply):
-        if "train_loss" in reply.content.get("metrics", {}):
-            seen.append(partition)
-            if len(seen) == 2 * last:
-                raise Killed
-        return reply
-
-    with pytest.raises(Killed):
-        rounds.run(cfg, loopback(cfg, kill, folder), folder)
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -287,7 +270,7 @@ def test_a_run_that_was_killed_ends_bit_identical_and_learns(
     whole.mkdir()
     parts.mkdir()
     rounds.run(cfg, loopback(cfg, folder=whole), whole)
-    killed_in(loopback, cfg, parts, last=3)
+    killed_in(cfg, parts, replies=6)  # in its third round
     again = cfg | {"resume": str(parts)}
     rounds.run(again, loopback(again, folder=parts), parts)
     file = "peft_4/adapter_model.safetensors"

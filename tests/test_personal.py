@@ -15,6 +15,7 @@ import app
 import client
 import model
 from assets.testbed.federation import Federation
+from assets.testbed.loopback import killed_in
 from methods import personal, wire
 from methods.store import Kept
 from node import permit
@@ -274,10 +275,6 @@ def test_it_is_exported_with_its_own_figures(finished, tmp_path):
     assert f"{summary['eval_loss_global']:.4g}" not in card
 
 
-class Killed(BaseException):
-    """Ends a run in this process as suddenly as a signal would."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1], ids=["killed", "and a checkpoint is lost"])
 def test_a_run_that_goes_on_has_the_same_adapters(lost, configure, loopback, tmp_path):
@@ -286,16 +283,7 @@ def test_a_run_that_goes_on_has_the_same_adapters(lost, configure, loopback, tmp
     whole.mkdir()
     parts.mkdir()
     rounds.run(cfg, loopback(cfg, folder=whole), whole)
-    trained = []
-
-    def kill(partition: int, reply: Message) -> Message:
-        trained.append(reply.metadata.message_type == "train")
-        if sum(trained) == 6:  # both have trained and kept theirs in round 3
-            raise Killed
-        return reply
-
-    with pytest.raises(Killed):
-        rounds.run(cfg, loopback(cfg, kill, parts), parts)
+    killed_in(cfg, parts, replies=6)  # both have trained and kept theirs in round 3
     for newest in sorted((parts / "checkpoints").glob("*"))[2 - lost :]:
         shutil.rmtree(newest)
     again = cfg | {"resume": str(parts)}

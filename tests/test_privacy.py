@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from scipy.stats import kstest
 
 import client
+from assets.testbed.loopback import Killed
 from methods import accounting, aggregate, privacy, steps
 from methods.base import Contribution, clipped, norm
 from methods.store import Kept
@@ -50,10 +51,6 @@ OWN = {
         "peak_memory_client",
     ),
 }
-
-
-class Killed(BaseException):
-    """Ends a run in this process as suddenly as a signal would."""
 
 
 def level(node: dict, noise: float = 1.0, epsilon: float | None = None, **more):

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from assets.testbed.loopback import Killed, killed_in
 from methods import store
 from server import checkpoint, rounds
 from settings.compose import compose, record, resumed
@@ -28,10 +29,6 @@ from settings.preflight import check
 from utils import PROJECT, UserError, command, commit, override
 
 OPTIMISERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedian"]
-
-
-class Killed(BaseException):
-    """Ends a run in this process as suddenly as a signal would."""
 
 
 def adapter(folder: Path, number: int) -> dict[str, torch.Tensor]:
@@ -48,28 +45,14 @@ def losses(folder: Path) -> list[float]:
     return [entry["train_loss"] for entry in history["rounds"]]
 
 
-def killed_in(loopback, cfg: dict, folder: Path, last: int) -> None:
-    """Run until round `last` is under way, with one of its replies in."""
-    seen = []
-
-    def kill(partition: int, reply):
-        if "metrics" in reply.content:
-            seen.append(partition)
-            if len(seen) == 2 * last:  # two clients a round
-                raise Killed
-        return reply
-
-    with pytest.raises(Killed):
-        rounds.run(cfg, loopback(cfg, kill, folder), folder)
-
-
 def whole_and_killed(loopback, cfg: dict, folder: Path) -> tuple[Path, Path]:
-    """The folders of a run that ended, and of the same one killed in its second round."""
+    """The folders of a run that ended, and of the same one killed in its second round, whose
+    two clients have both trained."""
     whole, parts = folder / "whole", folder / "parts"
     whole.mkdir()
     parts.mkdir()
     rounds.run(cfg, loopback(cfg, folder=whole), whole)
-    killed_in(loopback, cfg, parts, last=2)
+    killed_in(cfg, parts, replies=4)
     return whole, parts
 
 
@@ -95,7 +78,7 @@ def test_a_run_that_goes_on_ends_bit_identical(
     )
     whole, parts = whole_and_killed(loopback, cfg, tmp_path)
     again = cfg | {"resume": str(parts)}
-    killed_in(loopback, again, parts, last=2)  # its second round, the third of all
+    killed_in(again, parts, replies=4)  # its second round, the third of all
     rounds.run(again, loopback(again, folder=parts), parts)
     assert same(adapter(whole, 4), adapter(parts, 4))
     assert losses(whole) == losses(parts)

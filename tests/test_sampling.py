@@ -9,6 +9,7 @@ from flwr.app import Error, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assets.testbed.loopback import Killed
 from server import rounds
 from server.cohort import Clients, cohort_size, sample
 from settings import plan
@@ -175,10 +176,6 @@ def test_numbers_that_no_run_has_written_are_refused(content, tmp_path):
 def asked_in(folder) -> list[list[int]]:
     history = json.loads((folder / "history.json").read_text())
     return [entry["asked"] for entry in history["rounds"]]
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.slow

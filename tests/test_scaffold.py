@@ -11,6 +11,7 @@ import client
 import dataset
 import model
 import tasks
+from assets.testbed.loopback import killed_in
 from compute.loss import answer_loss
 from methods import aggregate, scaffold
 from methods.base import Contribution
@@ -31,10 +32,6 @@ SCAFFOLD = (
     "+train.training_arguments.max_grad_norm=0",
     "model.quantization=null",
 )
-
-
-class Killed(BaseException):
-    """Ends a run in this process as suddenly as a signal would."""
 
 
 @pytest.fixture(autouse=True)
@@ -194,16 +191,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(configure, loopback, tmp_path):
     for folder in (whole, parts):
         folder.mkdir()
     rounds.run(cfg, loopback(cfg, folder=whole), whole)
-    seen = []
-
-    def kill(partition: int, reply: Message) -> Message:
-        seen.append("metrics" in reply.content)
-        if sum(seen) == 6:  # both of the third round have trained
-            raise Killed
-        return reply
-
-    with pytest.raises(Killed):
-        rounds.run(cfg, loopback(cfg, kill, parts), parts)
+    killed_in(cfg, parts, replies=6)  # both of the third round have trained
     again = cfg | {"resume": str(parts)}
     rounds.run(again, loopback(again, folder=parts), parts)
     one, other = (

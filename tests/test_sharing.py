@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import load, load_file
 import client
 import model
 from assets.testbed.federation import Federation
+from assets.testbed.loopback import killed_in
 from methods import aggregate, sharing
 from methods.base import Contribution
 from methods.store import Kept
@@ -288,25 +288,6 @@ COMBINED = [
 ]
 
 
-class Killed(BaseException):
-    """Ends a run in this process as suddenly as a signal would."""
-
-
-def killed_in(loopback, cfg: dict, folder: Path, last: int) -> None:
-    """Run until its round `last` is under way, with one of its two updates in."""
-    seen = []
-
-    def kill(partition: int, reply):
-        if "train_loss" in reply.content.get("metrics", {}):
-            seen.append(partition)
-            if len(seen) == 2 * last:
-                raise Killed
-        return reply
-
-    with pytest.raises(Killed):
-        rounds.run(cfg, loopback(cfg, kill, folder), folder)
-
-
 @pytest.mark.parametrize(
     ("words", "a_stays", "b_stays"),
     [
@@ -322,9 +303,9 @@ def test_a_run_that_was_killed_twice_ends_bit_identical(
     whole.mkdir()
     parts.mkdir()
     rounds.run(cfg, loopback(cfg, folder=whole), whole)
-    killed_in(loopback, cfg, parts, last=2)
+    killed_in(cfg, parts, replies=4)  # in its second round
     again = cfg | {"resume": str(parts)}
-    killed_in(loopback, again, parts, last=3)  # its third round, the fourth of all
+    killed_in(again, parts, replies=6)  # its third round, the fourth of all
     rounds.run(again, loopback(again, folder=parts), parts)
     file = "peft_5/adapter_model.safetensors"
     made = load((whole / file).read_bytes())

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
+from assets.testbed.loopback import killed_in
 from node import permit, processes
 from server import rounds, tracking
 from settings.compose import compose
@@ -20,10 +21,6 @@ NAMES = sorted(path.stem for path in (PROJECT / "conf/tracking").glob("*.yaml"))
 
 # One client measures on its own records, before and after.
 ONE = "strategy.fraction_evaluate=0.25"
-
-
-class Killed(BaseException):
-    """Ends a run in this process as suddenly as a signal would."""
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +110,7 @@ def test_each_choice_is_a_tracker(name):
 
 def stopped_and_gone_on(cfg: dict, loopback, folder: Path) -> None:
     """Run until round 2 is under way, and then on from round 1 to the end."""
-    seen = []
-
-    def kill(partition: int, reply):
-        seen.append(reply)
-        # After the first adapter, the base's evaluation, and round 1 with another.
-        if len(seen) == 2 + 1 + 2 + 1 + 1:
-            raise Killed
-        return reply
-
-    with pytest.raises(Killed):
-        rounds.run(cfg, loopback(cfg, kill, folder), folder)
+    killed_in(cfg, folder, replies=3)  # of two clients a round
     cfg["resume"] = str(folder)
     rounds.run(cfg, loopback(cfg, folder=folder), folder)
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 
 import app
+from server import rounds
 
 
 class LoopbackGrid:
@@ -59,3 +60,25 @@ class LoopbackGrid:
         )
         reply = self.client_app(message, context)
         return [self.tamper(message.content["config"]["partition"], reply)]
+
+
+class Killed(BaseException):
+    """Ends a run in this process as suddenly as a signal would."""
+
+
+def killed_in(cfg: dict[str, Any], folder: Path, replies: int) -> None:
+    """Run in `folder` until so many replies of clients that train have come in."""
+    trained = 0
+
+    def kill(partition: int, reply: Message) -> Message:
+        nonlocal trained
+        trained += reply.metadata.message_type == MessageType.TRAIN
+        if trained == replies:
+            raise Killed
+        return reply
+
+    try:
+        rounds.run(cfg, LoopbackGrid(cfg, kill, folder), folder)
+    except Killed:
+        return
+    raise AssertionError(f"the run ended before {replies} clients had trained")
