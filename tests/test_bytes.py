@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file
 
+from assets.testbed.adapters import same
 from assets.testbed.loopback import killed_in
 from methods import deflate, down, sharing, sparse, steps, wire
 from methods.base import Contribution, Unusable
@@ -35,10 +36,6 @@ shapes = st.dictionaries(
 def drawn(of: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in of.items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(one[k].equal(other[k]) for k in one)
 
 
 def comm(dtype: str, top_k: float | None, compress: str | None) -> Settings:
@@ -383,8 +380,7 @@ def test_whoever_was_away_comes_to_the_same_adapter(
         arrays = ArrayRecord(deflate.deflate(packed) if compress else packed)
         kept.number += 1
         here = down.opened(arrays, {"since": since}, told, None, kept, dict)
-        assert here.keys() == view.state.keys()
-        assert all(here[k].equal(view.state[k]) for k in here)
+        assert same(here, view.state)
         number = view.number
 
 
@@ -423,8 +419,7 @@ def test_what_comes_down_compressed_is_what_would_come(words, dtype, configure):
             found.append(down.opened(arrays, told, one.comm, part, kept, lambda: state))
             one.answer(0)
             one.close_round()
-        assert found[0].keys() == found[1].keys()
-        assert all(found[0][k].equal(found[1][k]) for k in found[0])
+        assert same(*found)
 
 
 # --- the plan, and what makes no sense ---------------------------------------------------------

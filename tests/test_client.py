@@ -12,16 +12,11 @@ import client
 import dataset
 import model
 import tasks
+from assets.testbed.adapters import same
 from records import batches, templates
 from utils import IGNORED, Settings
 
 CONSTANT_RATE = "+train.training_arguments.learning_rate=1e-3"
-
-
-def equal(one: model.State, other: model.State) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(one[k], other[k]) for k in one
-    )
 
 
 @pytest.mark.slow
@@ -80,7 +75,7 @@ def test_a_reused_model_carries_nothing_over(configure):
         client.train(cfg, start, other % 4, server_round=3 + other)
     client.evaluate(cfg, start, partition=3)
     reused, _ = client.train(cfg, start, partition=1, server_round=2)
-    assert equal(fresh, reused)
+    assert same(fresh, reused)
 
 
 @pytest.mark.slow
@@ -94,8 +89,8 @@ def test_a_model_that_was_evaluated_still_trains(configure):
     model.forget()
     client.evaluate(cfg, start, partition=0)
     evaluated, _ = client.train(cfg, start, partition=0, server_round=1)
-    assert equal(fresh, evaluated)
-    assert not equal(evaluated, start)
+    assert same(fresh, evaluated)
+    assert not same(evaluated, start)
 
 
 @pytest.mark.slow

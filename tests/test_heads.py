@@ -14,6 +14,7 @@ from transformers import (
 
 import model
 from assets.testbed import bases
+from assets.testbed.adapters import same
 from compute import heads
 from methods import sharing
 from reporting import export
@@ -70,8 +71,7 @@ def test_all_of_a_head_is_trained_and_made_of_the_seed_alone(name, base, tmp_pat
     assert plain == {f"base_model.model.{part}" for part in HEADS[name]}
     # What the server makes without weights, and what another base's weights give.
     seeded = model.seeded(*settings(base(name)), 3)
-    assert seeded.keys() == state.keys()
-    assert all(torch.equal(seeded[key], state[key]) for key in state)
+    assert same(seeded, state)
     folder = tmp_path / "with a head"
     kind = AutoModelForSequenceClassification
     kind.from_pretrained(base(name), num_labels=3).save_pretrained(folder)

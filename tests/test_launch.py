@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import client
 import model
+from assets.testbed.adapters import adapter, assert_close, same
 from node import processes
 from utils import PROJECT, UserError
 
@@ -79,22 +80,6 @@ def both(cfg: dict[str, Any], sharded: bool) -> tuple[dict[str, Any], dict[str, 
     return one, cfg | {"launch": cfg.launch | {"processes": 2, "sharded": sharded}}
 
 
-def adapter(cfg: dict[str, Any]) -> model.State:
-    """One in which every weight has a gradient, as LoRA's A has not at its start."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: value + 0.02 * torch.randn(value.shape, generator=generator)
-        for name, value in client.initial_adapter(cfg).items()
-    }
-
-
-def assert_close(one: model.State, other: model.State, start: model.State) -> None:
-    assert one.keys() == other.keys() == start.keys()
-    for name, value in one.items():
-        assert (value - start[name]).abs().max() > 1e-4
-        assert torch.allclose(other[name], value, rtol=1e-5, atol=5e-7), name
-
-
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize(
     ("overrides", "proximal_mu", "examples"),
@@ -119,15 +104,14 @@ def test_two_processes_train_as_one(
     assert theirs["num-examples"] == figures["num-examples"] == examples
     # Once more: the base has not moved, and nothing is left of the first time.
     again, _ = processes.train(two, start, 0, 1, proximal_mu)
-    assert all(torch.equal(again[name], value) for name, value in together.items())
+    assert same(again, together)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_begin_and_evaluate_as_one(sharded, configure):
     one, two = both(configure(PLAIN + "strategy.fraction_evaluate=0.5"), sharded)
     alone, together = client.initial_adapter(one), processes.initial_adapter(two)
-    assert alone.keys() == together.keys()
-    assert all(torch.equal(together[name], value) for name, value in alone.items())
+    assert same(alone, together)
     start = adapter(one)
     expected, found = client.evaluate(one, start, 1), processes.evaluate(two, start, 1)
     assert found["num-examples"] == expected["num-examples"]

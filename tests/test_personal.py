@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import app
 import client
 import model
+from assets.testbed.adapters import same
 from assets.testbed.federation import Federation
 from assets.testbed.loopback import killed_in
 from methods import personal, wire
@@ -36,10 +37,6 @@ SGD = (
     "+train.training_arguments.max_grad_norm=0",
 )
 OWN = "0/personal-{:06d}.safetensors"
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(one[k].equal(other[k]) for k in one)
 
 
 def distance(one: dict, other: dict) -> float:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from assets.testbed.adapters import same
 from assets.testbed.loopback import Killed, killed_in
 from methods import store
 from server import checkpoint, rounds
@@ -34,10 +35,6 @@ OPTIMISERS = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedmedia
 def adapter(folder: Path, number: int) -> dict[str, torch.Tensor]:
     # From bytes, because a test below writes into the file.
     return load((folder / f"peft_{number}/adapter_model.safetensors").read_bytes())
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(one[k].equal(other[k]) for k in one)
 
 
 def losses(folder: Path) -> list[float]:

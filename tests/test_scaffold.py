@@ -11,6 +11,7 @@ import client
 import dataset
 import model
 import tasks
+from assets.testbed.adapters import same
 from assets.testbed.loopback import killed_in
 from compute.loss import answer_loss
 from methods import aggregate, scaffold
@@ -138,7 +139,7 @@ def test_the_first_round_is_fedavgs(configure, loopback):
         cfg = configure(f"strategy={name}")
         server = Server(cfg, loopback(cfg))
         ends.append(server.train_round(1, server.initial_adapter())[0])
-    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    assert same(*ends)
 
 
 @pytest.mark.slow
@@ -198,13 +199,13 @@ def test_a_killed_run_goes_on_with_the_same_bits(configure, loopback, tmp_path):
         load_file(folder / "peft_3/adapter_model.safetensors")
         for folder in (whole, parts)
     )
-    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert same(one, other)
     kept = [
         load_file(folder / "checkpoints/000003/strategy.safetensors")
         for folder in (whole, parts)
     ]
     assert kept[0]
-    assert all(torch.equal(kept[0][k], kept[1][k]) for k in kept[0])
+    assert same(*kept)
     losses = [
         [
             e["train_loss"]

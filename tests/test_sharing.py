@@ -11,6 +11,7 @@ from safetensors.torch import load, load_file
 
 import client
 import model
+from assets.testbed.adapters import same
 from assets.testbed.federation import Federation
 from assets.testbed.loopback import killed_in
 from methods import aggregate, sharing
@@ -29,10 +30,6 @@ METHODS = {
     "rolora, B": (sharing.RoLoRA(), 1),
     "rolora, A": (sharing.RoLoRA(), 2),
 }
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(one[k].equal(other[k]) for k in one)
 
 
 def layer(seed: int, rank: int, d: int = 7, k: int = 9) -> dict[str, torch.Tensor]:

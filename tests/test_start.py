@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
+from assets.testbed.adapters import same
 from node import permit
 from server.rounds import Server, run
 from settings.preflight import check_adapter
@@ -43,8 +44,7 @@ def test_the_first_adapter_is_the_folders(name, configure, loopback, tmp_path):
         return
     cfg = configure(*overrides)
     first = Server(cfg, loopback(cfg)).initial_adapter()
-    assert first.keys() == state.keys()
-    assert all(torch.equal(first[key], state[key]) for key in state)
+    assert same(first, state)
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_a_folder_of_pefts_own_will_do(configure, tmp_path):
     net.save_pretrained(tmp_path)
     cfg = configure(f"model.adapter={tmp_path}")
     found, wanted = model.saved(cfg.model, cfg.peft), model.adapter_state(net)
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert same(found, wanted)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
+from assets.testbed.adapters import same
 from assets.testbed.loopback import killed_in
 from node import permit, processes
 from server import rounds, tracking
@@ -161,8 +162,7 @@ def test_mlflow_keeps_the_history_the_settings_the_plot_and_the_adapter(
         load_file(folder / "peft_2/adapter_model.safetensors")
         for folder in (tmp_path, kept)
     )
-    assert own.keys() == theirs.keys()
-    assert all(own[key].equal(theirs[key]) for key in own)
+    assert same(own, theirs)
 
 
 def test_wandb_writes_the_history_into_the_runs_folder(configure, loopback, tmp_path):

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import torch
 
-import client
 import model
 import utils
+from assets.testbed.adapters import adapter, assert_close, same
 from compute import zero
 from node import permit, processes
 from settings import preflight
@@ -82,22 +82,6 @@ def alone(cfg: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def adapter(cfg: dict[str, Any]) -> model.State:
-    """One in which every weight has a gradient, as LoRA's A has not at its start."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: value + 0.02 * torch.randn(value.shape, generator=generator)
-        for name, value in client.initial_adapter(cfg).items()
-    }
-
-
-def assert_close(one: model.State, other: model.State, start: model.State) -> None:
-    assert one.keys() == other.keys() == start.keys()
-    for name, value in one.items():
-        assert (value - start[name]).abs().max() > 1e-4
-        assert torch.allclose(other[name], value, rtol=1e-5, atol=5e-7), name
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
@@ -126,7 +110,7 @@ def test_what_is_divided_trains_and_evaluates_as_one_process(
     assert found["eval_loss"] == pytest.approx(known["eval_loss"], rel=1e-5)
     # Once more: the base has not moved, and no engine of the first round is left on it.
     again, _ = processes.train(two, start, 0, 1)
-    assert all(torch.equal(again[name], value) for name, value in together.items())
+    assert same(again, together)
 
 
 @pytest.mark.slow
