@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compute.loss import base_of
 from utils import UserError, mix_seed
 
 
@@ -59,12 +60,6 @@ def begin(base: Any, seed: int) -> None:
         module, _, own = name.rpartition(".")
         made = torch.nn.Parameter(values.to(old.device), requires_grad=False)
         setattr(base.get_submodule(module), own, made)
-
-
-def base_of(net: Any) -> Any:
-    """The model of transformers' that is inside of PEFT's, and of DDP's or DeepSpeed's."""
-    inner = getattr(net, "module", net)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def logits(net: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

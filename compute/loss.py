@@ -78,8 +78,7 @@ def decoding(net: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     `labels`: (batch, length) with one before each target that is ignored, so that what comes
     at position i of the decoder is label i + 1, as it is where a causal LM reads its answer.
     """
-    inner = _unwrapped(net)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    base = base_of(net)
     labels = batch["labels"].roll(-1, dims=1)
     # mBART's shift looks for the last token of each row that is no padding.
     labels[(labels == IGNORED).all(1), 0] = int(base.config.pad_token_id == 0)
@@ -160,7 +159,7 @@ def hidden_states(net: Any, ids: torch.Tensor) -> torch.Tensor:
         net,
         {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids},
     )
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    base = base_of(inner)
     try:
         states = _hidden(net, base.get_output_embeddings(), inputs, _kept(labels))
     except Exception:  # a model may fail in any way on zero positions
@@ -183,6 +182,12 @@ def _parts(
 def _unwrapped(net: Any) -> Any:
     """The model in DDP's or DeepSpeed's wrapper, or `net` itself."""
     return getattr(net, "module", net)
+
+
+def base_of(net: Any) -> Any:
+    """The model of transformers' that is inside of PEFT's, and of DDP's or DeepSpeed's."""
+    inner = _unwrapped(net)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 # --- three ways to the logits of the answers, (answer tokens, vocabulary) ---------------------
@@ -238,7 +243,7 @@ def _head(inner: Any, inputs: Inputs) -> tuple[Any, Way]:
     Some models scale or cap the logits after the head, and some have no separate head.
     Tried once for each base, on 16 tokens.
     """
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    base = base_of(inner)
     head = base.get_output_embeddings()
     if base not in _WAYS:
         _WAYS[base] = _find_way(inner, head, inputs, _sharded(base))

@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from compute import heads
+from compute.loss import base_of
 from records.batches import Batch, Collate, at_once, batches
 from records.templates import Example, Record
 from tasks import pieces, words
@@ -152,7 +153,7 @@ class Classification(Task):
     def _logits(self, net: Any, batch: Batch) -> torch.Tensor:
         """(rows, labels), in float32."""
         inputs = {name: batch[name] for name in batch if name != "labels"}
-        if (getattr(heads.base_of(net).config, "type_vocab_size", None) or 0) < 2:
+        if (getattr(base_of(net).config, "type_vocab_size", None) or 0) < 2:
             del inputs["token_type_ids"]  # of a base that tells no segments apart
         return heads.logits(net, inputs).float()
 

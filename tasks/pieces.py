@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compute import heads
+from compute.loss import base_of
 from records.batches import Batch, Collate, padded
 from records.templates import Example
 from utils import Settings, UserError
@@ -108,7 +108,7 @@ def segments(net: Any, types: torch.Tensor) -> Iterator[None]:
     By a hook, because PEFT's PeftModelForQuestionAnswering takes token_type_ids and loses
     them (0.21.2). Bases without segments, or with one (RoBERTa's), are not told.
     """
-    base = heads.base_of(net)
+    base = base_of(net)
     if (getattr(base.config, "type_vocab_size", None) or 0) < 2:
         yield
         return
