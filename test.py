@@ -47,14 +47,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--choices", help="the file's column of answers to choose from")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="(default: 256; with --file as the run had)"
+        "--max-new-tokens",
+        type=utils.positive,
+        help="(default: 256; with --file as the run had)",
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) answers greedily"
     )
     options = parser.parse_args(arguments)
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        parser.error("--max-new-tokens must be 1 or more")
     if options.input and not options.question:
         parser.error("--input goes with --question")
     if options.file and (options.question or options.temperature):
@@ -72,12 +72,10 @@ def main() -> None:
     if any(word.startswith("--tasks") for word in sys.argv[1:]):
         return benchmarks.main()
     options = parse()
-    utils.quiet()
-    utils.offline_if_unreachable()
-    # Imported here, so that --help and a mistyped option answer at once.
-    import model
+    with utils.as_command():
+        # Imported here, so that --help and a mistyped option answer at once.
+        import model
 
-    try:
         device = model.chosen_device(options.device)
         if options.out and (out := Path(options.out)).is_dir() | (
             not out.parent.is_dir()
@@ -99,8 +97,6 @@ def main() -> None:
         if cfg:
             examine_file((net, tokenizer), cfg, options)
             return
-    except (utils.UserError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
     options.max_new_tokens = options.max_new_tokens or 256
     if not plain:
         answer(net, tokenizer, about, options)

@@ -3,6 +3,7 @@
 Knows nothing of Flower, of models or of data, and imports none of our modules.
 """
 
+import argparse
 import copy
 import hashlib
 import importlib
@@ -315,6 +316,26 @@ def offline_if_unreachable() -> None:
         socket.create_connection((endpoint.hostname, port), timeout=3).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@contextmanager
+def as_command(code: int = 1) -> Iterator[None]:
+    """What a command has around its work on a model: libraries are quiet, and of a mistake the
+    user is told in a line before the process ends with this exit code."""
+    quiet()
+    offline_if_unreachable()
+    try:
+        yield
+    except (UserError, OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more, a whole number")
+    return int(text)
 
 
 def read_json(path: Path) -> Any:

@@ -47,28 +47,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--limit",
-        type=int,
+        type=utils.positive,
         default=5000,
         help="records of either kind that are looked at, drawn at random (default: 5000)",
     )
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, ... (default: the GPU, if any)"
     )
-    options = parser.parse_args(arguments)
-    if options.limit < 1:
-        parser.error("--limit must be 1 or more")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     options = parse()
-    utils.quiet()
-    utils.offline_if_unreachable()
-    try:
+    with utils.as_command(code=2):
         told = audit(options)
-    except (UserError, OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.exit(int(any(row["verdict"] == BROKEN for row in told["claims"])))
 
 

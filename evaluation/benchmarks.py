@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import io
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +51,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--limit",
-        type=int,
+        type=utils.positive,
         help="no more than the first so many questions of each task",
     )
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=utils.positive, default=16)
     parser.add_argument(
         "--allow-code-execution",
         action="store_true",
@@ -65,21 +64,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.tasks = list(dict.fromkeys(filter(None, options.tasks.split(","))))
     if not options.tasks:
         parser.error("--tasks names none")
-    for name in ("limit", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     return options
 
 
 def main() -> None:
     options = parse()
-    utils.quiet()
-    utils.offline_if_unreachable()
-    try:
+    with utils.as_command():
         evaluate(options)
-    except (utils.UserError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
 
 def evaluate(options: argparse.Namespace) -> None:

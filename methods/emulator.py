@@ -13,7 +13,6 @@ import copy
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -386,7 +385,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", help="the new folder")
     parser.add_argument("--base", required=True, help="a folder, or a name of the hub")
     parser.add_argument(
-        "--keep", type=int, default=2, help="layers at either end that stay whole"
+        "--keep",
+        type=utils.positive,
+        default=2,
+        help="layers at either end that stay whole",
     )
     parser.add_argument(
         "--drop", type=float, default=0.5, help="share of the others that is left out"
@@ -396,16 +398,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="public text, a JSON record a line, on which those that are left learn the work "
         "of all (default: they stay as they are)",
     )
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=utils.positive, default=500)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seq-length", type=int, default=512, help="in tokens")
+    parser.add_argument("--batch-size", type=utils.positive, default=8)
+    parser.add_argument(
+        "--seq-length", type=utils.positive, default=512, help="in tokens"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU, if any)")
     options = parser.parse_args(arguments)
-    for name in ("keep", "steps", "batch_size", "seq_length"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     if not 0 < options.drop < 1:
         parser.error("--drop must be between 0 and 1")
     if not options.learning_rate > 0:
@@ -415,12 +416,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    utils.quiet()
-    utils.offline_if_unreachable()
-    try:
+    with utils.as_command():
         told = make(options)
-    except (UserError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
     kept = ", ".join(f"{name} is {of}" for name, of in told["outer"].items())
     print(f"Written: {options.out}. Whole: {kept}. Train on it with peft=outer.")
 

@@ -12,7 +12,6 @@ An adapter needs its base beside it (PEFT, vLLM's LoRA flag); a merged model sta
 import argparse
 import copy
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired
 
@@ -62,12 +61,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    utils.quiet()
-    utils.offline_if_unreachable()
-    try:
+    with utils.as_command():
         folder = export(options)
-    except (utils.UserError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"Written: {folder} ({size / 1e6:.1f} MB), with a model card, README.md.")
     if not options.license:

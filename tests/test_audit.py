@@ -482,6 +482,14 @@ def test_a_folder_that_holds_no_run_is_named(monkeypatch, tmp_path, capsys):
     assert "config.yaml is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "many", ""])
+def test_a_number_that_counts_is_whole_and_from_1(number, capsys):
+    with pytest.raises(SystemExit):
+        audit.parse(["outputs/run", f"--limit={number}"])
+    assert "--limit: must be 1 or more, a whole number" in capsys.readouterr().err
+    assert audit.parse(["outputs/run", "--limit=7"]).limit == 7
+
+
 @pytest.fixture(scope="module")
 def overfitted(tmp_path_factory, loopback_once) -> Path:
     """A run of two clients that learn a few records, and canaries, by heart."""
