@@ -263,13 +263,17 @@ class Changes(Downlink):
 
     keeps = ("view",)
     view: down.View | None = None
+    packed: tuple[State, ArrayRecord] | None = None  # all of a version, as it is sent
     finished = False
 
     def pack(self, down: dict[int, State]) -> dict[int, tuple[ArrayRecord, Told]]:
         if self.finished or not any(down.values()):
             return super().pack(down)
         view = self.view = self.view or self._view(next(iter(down.values())))
-        whole = self._arrays(self._whole(view.state)[0])
+        if not self.packed or self.packed[0] is not view.state:
+            # Once for the evaluation after a round and the training of the next.
+            self.packed = view.state, self._arrays(self._whole(view.state)[0])
+        whole = self.packed[1]
         ready: dict[int, tuple[ArrayRecord, Told]] = {0: (whole, {})}
         for number in {self.has.get(i, 0) for i in down} - {0}:
             since, packed = view.since(number)

@@ -19,7 +19,7 @@ from methods import deflate, down, sharing, sparse, steps, wire
 from methods.base import Contribution, Unusable
 from methods.store import Kept
 from server import rounds
-from server.exchange import Downlink
+from server.exchange import Changes, Downlink
 from server.rounds import Server
 from settings import plan
 from utils import Settings, UserError
@@ -420,6 +420,23 @@ def test_what_comes_down_compressed_is_what_would_come(words, dtype, configure):
             one.answer(0)
             one.close_round()
         assert same(*found)
+
+
+def test_a_version_is_packed_once_and_the_next_one_anew(configure):
+    cfg = configure("comm.top_k=0.1", "comm.delta_down=true", "comm.compress=zlib")
+    part, here = sharing.build(cfg.sharing), Kept(Path("nowhere"), 0, 1)
+    state = drawn({"a": (30, 9), "b": (7, 30)}, 0)
+    sender = Changes(part, cfg.comm, state)
+    sent = []
+    for seed in (1, 2):
+        first, again = (sender.pack({0: state, 1: state})[0] for _ in "ab")
+        assert again[0] is first[0]
+        assert same(
+            down.opened(*first, cfg.comm, part, here, lambda: state), sender.view.state
+        )
+        sent.append(first[0])
+        sender.move(drawn({"a": (30, 9), "b": (7, 30)}, seed))
+    assert sent[0] is not sent[1]
 
 
 # --- the plan, and what makes no sense ---------------------------------------------------------
