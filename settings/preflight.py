@@ -172,13 +172,19 @@ def check_launch(cfg: Settings, deployed: bool = False) -> None:
             "each process takes one GPU. Set both to the same number (above 1 with "
             "launch=ddp or launch=fsdp), or client_resources.num_gpus=0."
         )
+    by = f"launch=zero{zero.zero_optimization.stage}" if zero else "launch=fsdp"
     if processes == 1:
+        if zero or launch.sharded:
+            raise UserError(
+                f"{by} with launch.processes=1: one process divides nothing, and would train "
+                "as with launch=single, without offload. Set launch.processes=2 or more, or "
+                "take launch=single."
+            )
         return
     if zero:
-        check_zero(cfg, f"launch=zero{zero.zero_optimization.stage}", deployed)
+        check_zero(cfg, by, deployed)
     if not launch.sharded:
         return
-    by = "launch=zero3" if zero else "launch=fsdp"
     if bits := cfg.model.quantization:
         raise UserError(
             f"{by} with model.quantization={bits}: a quantised base cannot be "

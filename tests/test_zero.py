@@ -174,6 +174,9 @@ def checked(overrides: str) -> None:
             "launch.deepspeed.optimizer",
         ),
         ("launch=zero2 launch.deepspeed.zero_optimization.stage=1", "stage=1"),
+        ("launch=zero2 launch.processes=1", "launch=zero2 with launch.processes=1"),
+        ("launch=zero3 launch.processes=1", "Set launch.processes=2 or more"),
+        ("launch=fsdp launch.processes=1", "launch=fsdp with launch.processes=1"),
         ("launch=ddp launch.rendezvous=here", "it must be host:port"),
         ("launch=ddp launch.rendezvous=127.0.0.1:1", "must be the number of machines"),
     ],
@@ -189,6 +192,7 @@ def test_what_can_be_is_not():
         "launch=zero2 model.quantization=4",
         "launch=zero2 strategy=fedprox personal=ditto",
         "launch=zero3 sharing=ffa",
+        "launch=ddp launch.processes=1",
         "launch=zero3 +launch.deepspeed.zero_optimization.overlap_comm=true",
     ):
         checked(overrides)
