@@ -55,6 +55,7 @@ from utils import (
     local_path,
     mix_seed,
     one_line,
+    spelt,
     write_json,
 )
 
@@ -457,7 +458,9 @@ def saved(model_cfg: Any, peft_cfg: Any) -> State:
                     value or None
                 )
             if differs:
-                raise ValueError(f"{name} is {other} in it, and {value} in this run")
+                raise ValueError(
+                    f"{name} is {spelt(other)} in it, and {spelt(value)} in this run"
+                )
         held = load_file(Path(folder) / "adapter_model.safetensors")
         # Each tensor that PEFT would save of the run's own, by its one value, the number of
         # the parameter that it is.

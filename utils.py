@@ -130,6 +130,12 @@ def literal(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
+def spelt(value: Any) -> str:
+    """A setting's value as it is typed: null, true, ["a", "b"]."""
+    other = value is None or isinstance(value, (bool, list))
+    return json.dumps(value, ensure_ascii=False, default=str) if other else str(value)
+
+
 def flat(node: Any, path: str = "") -> dict[str, Any]:
     """The values of a nested configuration by their dotted keys."""
     if not isinstance(node, dict):

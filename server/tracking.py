@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
-from utils import Settings, UserError, construct, flat, git_commit, say
+from utils import Settings, UserError, construct, flat, git_commit, say, spelt
 
 
 class Tracking:
@@ -76,7 +76,7 @@ class Tracker:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name}={value}: text is needed")
+                raise ValueError(f"{name}={spelt(value)}: text is needed")
 
     def start(self, cfg: Settings, folder: Path, last: int) -> int:
         """Begin, or go on with, the run of `folder`.

@@ -25,6 +25,7 @@ from utils import (
     one_line,
     override,
     read_yaml,
+    spelt,
     writing,
 )
 
@@ -36,7 +37,7 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
     with and still be the one that it was.
     """
     if not isinstance(folder, str):
-        raise UserError(f"resume={folder}: the folder of a run is needed.")
+        raise UserError(f"resume={spelt(folder)}: the folder of a run is needed.")
     saved = Path(folder) / ".hydra"
     try:
         before = resolve(OmegaConf.create(read_yaml(saved / "config.yaml", dict)))
@@ -71,7 +72,7 @@ def resumed(folder: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
     old, new = flat(resolve(today)) | flat(before), flat(resolve(config))
     free = tuple(may_change())
     changed = [
-        f"{key} was {old.get(key)} and would be {new.get(key)}"
+        f"{key} was {spelt(old.get(key))} and would be {spelt(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if _name(key, old.get(key)) != _name(key, new.get(key))
         and not key.startswith(free)

@@ -30,6 +30,7 @@ from utils import (
     read_json,
     require,
     say,
+    spelt,
 )
 
 
@@ -212,7 +213,7 @@ def check_zero(cfg: Settings, by: str, deployed: bool) -> None:
     node, divides = cfg.strategy, cfg.launch.deepspeed.zero_optimization.stage == 3
     if cfg.launch.sharded is not divides:
         raise UserError(
-            f"launch.sharded={str(cfg.launch.sharded).lower()} with {by}: stage 3 of "
+            f"launch.sharded={spelt(cfg.launch.sharded)} with {by}: stage 3 of "
             "launch.deepspeed divides the base's weights, and stage 2 does not. Take the "
             "files as they are, launch=zero2 or launch=zero3."
         )
@@ -346,7 +347,7 @@ def check_sharing(cfg: Settings, keeps: tuple[str, ...]) -> None:
     """That what is shared goes with the rest; `keeps`: what the strategy keeps for later."""
     if cfg.sharing.stays and cfg.baseline:
         raise UserError(
-            f"sharing.stays={cfg.sharing.stays} with mode={cfg.mode}: nobody shares anything "
+            f"sharing.stays={spelt(cfg.sharing.stays)} with mode={cfg.mode}: nobody shares anything "
             "there. Set sharing.stays=[], or mode=federated."
         )
     if not (every := cfg.sharing.get("refactor_every")):
@@ -446,7 +447,7 @@ def check_comm(cfg: Settings) -> None:
     comm, node = cfg.comm, cfg.strategy
     if comm.delta_down and not comm.top_k:
         raise UserError(
-            "comm.delta_down=true with comm.top_k=None: then all of the adapter changes in a "
+            "comm.delta_down=true with comm.top_k=null: then all of the adapter changes in a "
             "round, and the changes are no less than the whole. Set comm.top_k=0.1, say."
         )
     made, level = aggregate.build(node), privacy.build(cfg.privacy)
@@ -478,9 +479,9 @@ def check_comm(cfg: Settings) -> None:
                 "it replaces": bool(every),
             }
         for fault in filter(faults.get, faults):
-            value = str(comm[key]).lower()
             raise UserError(
-                f"comm.{key}={value} with {fault}. Leave out the one or the other."
+                f"comm.{key}={spelt(comm[key])} with {fault}. Leave out the one or the "
+                "other."
             )
 
 
@@ -669,7 +670,7 @@ def check_ranks(cfg: Settings, deployed: bool) -> None:
 
     if not (ranks := cfg.strategy.get("ranks")):
         return
-    key = f"strategy.ranks={ranks}"
+    key = f"strategy.ranks={spelt(ranks)}"
     if deployed:
         raise UserError(
             f"{key}: in a federation a node's rank is its own setting, --node-config rank=8. "

@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from utils import Settings, UserError
+from utils import Settings, UserError, spelt
 
 # What Hydra reads as nothing, a truth value or a number.
 NO_NAME = re.compile(r"null|true|false|[\d.+-]+", re.IGNORECASE)
@@ -62,7 +62,7 @@ def _labels(value: Any) -> Any:
         fits and all(isinstance(x, str) and 1 <= len(x) <= 500 for x in each)
     ):
         raise ValueError(
-            f"dataset.labels={str(value)[:200]}: a list of names is needed, 10,000 at most of "
+            f"dataset.labels={spelt(value)[:200]}: a list of names is needed, 10,000 at most of "
             '500 characters at most. A number takes quotes: dataset.labels=\'["0","1"]\''
         )
     return value
@@ -213,7 +213,7 @@ class Personal(Target):
         fit = isinstance(given, list) and 1 <= len(given) <= 20
         if not fit or not all(is_number(x) and 0 <= x <= 1 for x in given):
             raise ValueError(
-                f"personal.interpolate={given}: give 1 to 20 weights of a client's own "
+                f"personal.interpolate={spelt(given)}: give 1 to 20 weights of a client's own "
                 "adapter, from 0 to 1: [0,0.5,1]."
             )
         return self
@@ -242,7 +242,7 @@ class Sharing(Target):
         parts = self.stays if isinstance(self.stays, list) else [None]
         if not all(isinstance(part, str) and PARTS.fullmatch(part) for part in parts):
             raise ValueError(
-                f"sharing.stays={self.stays}: a list of parts of names is needed, "
+                f"sharing.stays={spelt(self.stays)}: a list of parts of names is needed, "
                 "[lora_B] say, or []."
             )
         return self
@@ -274,7 +274,7 @@ class Strategy(Target):
             fits and all(is_number(n) and n > 0 for n in shares)
         ):
             raise ValueError(
-                f"strategy.ranks={ranks}: take a list of whole numbers from 1, or a share "
+                f"strategy.ranks={spelt(ranks)}: take a list of whole numbers from 1, or a share "
                 "above 0 for each, {4: 0.5, 16: 0.5}."
             )
         return ranks
@@ -332,7 +332,7 @@ class Task(Target):
         each = given if isinstance(given, list) and given else [None]
         if given is not None and not all(is_number(x) and x > 0 for x in each):
             raise ValueError(
-                f"task.class_weights={given}: a number above 0 for each of dataset.labels is "
+                f"task.class_weights={spelt(given)}: a number above 0 for each of dataset.labels is "
                 "needed, [1,2.5] say, or null."
             )
         return given
@@ -538,8 +538,8 @@ def check_training_arguments(cfg: Settings) -> None:
         if useless:
             optim = given.get("optim") or defaults["optim"]
             raise UserError(
-                f"train.training_arguments.{name}={given[name]} changes nothing with optim="
-                f"{optim} and lr_scheduler_type={given['lr_scheduler_type']}."
+                f"train.training_arguments.{name}={spelt(given[name])} changes nothing with "
+                f"optim={optim} and lr_scheduler_type={spelt(given['lr_scheduler_type'])}."
             )
 
 
@@ -584,7 +584,8 @@ def _told(model: type[BaseModel], error: dict[str, Any], path: str) -> str:
         field = known.get(name)
         section = _section(field)
     key = ".".join([*filter(None, [path]), *error["loc"]])
-    value, kind = error["input"], error["type"]
+    given, kind = error["input"], error["type"]
+    value = spelt(given)
     if field is None:
         return f"{key}={value}: there is no such setting.{_near(name, known)}"
     if section:
@@ -602,14 +603,13 @@ def _told(model: type[BaseModel], error: dict[str, Any], path: str) -> str:
     }
     meaning = f" ({field.description})" if field.description else ""
     if kind == "literal_error":
-        allowed = ["null" if x is None else x for x in get_args(field.annotation)]
-        words = [str(x).lower() for x in allowed]
+        words = [*map(spelt, get_args(field.annotation))]
         wanted = f"take {' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}"
     elif kind == "bool_type":
         wanted = "take true or false"
     elif kind.startswith("string"):
         wanted = "text is needed"
-        if is_number(value):
+        if is_number(given):
             meaning = f". A number takes quotes: {key}='\"{value}\"'"
     elif kind.startswith("int"):
         wanted = "a whole number is needed"

@@ -18,7 +18,7 @@ from records.batches import Batch, Collate, at_once, batches
 from records.templates import Example, Record
 from tasks import pieces, words
 from tasks.base import Task, Unsuited
-from utils import IGNORED, Settings, UserError
+from utils import IGNORED, Settings, UserError, spelt
 
 SHOWN = 100  # labels that a message names
 
@@ -47,18 +47,18 @@ class Classification(Task):
     # --- records ------------------------------------------------------------------------
 
     def check(self, cfg: Settings) -> None:
-        key = f"dataset.labels={cfg.dataset.labels}"
+        key = f"dataset.labels={spelt(cfg.dataset.labels)}"
         if self.labels and len(self.labels) < self.least:
             raise UserError(f"{key}: {self.least} labels or more are needed.")
         if len(self.numbers) < len(self.labels):
             raise UserError(f"{key}: a label stands there twice.")
         if cfg.model.labels != cfg.dataset.labels:
             raise UserError(
-                f"model.labels={cfg.model.labels}: they are dataset.labels. Set those alone."
+                f"model.labels={spelt(cfg.model.labels)}: they are dataset.labels. Set those alone."
             )
         if self.weights is not None and len(self.weights) != len(self.labels):
             raise UserError(
-                f"task.class_weights={cfg.task.class_weights}: {len(self.labels)} weights "
+                f"task.class_weights={spelt(cfg.task.class_weights)}: {len(self.labels)} weights "
                 "are needed, one for each of dataset.labels."
             )
         if cfg.evaluate.choices:

@@ -18,7 +18,7 @@ from records import templates
 from records.batches import Batch, Collate, Collator, batches
 from records.templates import Example, Record
 from tasks.generation import Generation
-from utils import IGNORED, Settings, UserError
+from utils import IGNORED, Settings, UserError, spelt
 
 INPUTS = ("input_ids", "attention_mask", "labels")  # what a model takes of a batch
 
@@ -57,7 +57,7 @@ class Preference(Generation):
             )
         if self.refers and cfg.model.adapter and cfg.strategy.get("ranks"):
             raise UserError(
-                f"strategy.ranks={cfg.strategy.ranks} with {name} and model.adapter: that "
+                f"strategy.ranks={spelt(cfg.strategy.ranks)} with {name} and model.adapter: that "
                 "adapter is the reference, and clients of lower ranks cannot hold it. Set "
                 "strategy.ranks=null."
             )

@@ -12,7 +12,7 @@ from records.templates import Example, Record
 from tasks import words
 from tasks.base import Task
 from tasks.generation import generate
-from utils import IGNORED, Settings, UserError
+from utils import IGNORED, Settings, UserError, spelt
 
 
 class Seq2Seq(Task):
@@ -28,7 +28,7 @@ class Seq2Seq(Task):
     def __init__(self, cfg: Settings, model: str, prefix: str = "") -> None:
         super().__init__(cfg, model)
         if not isinstance(prefix, str):
-            raise UserError(f"task.prefix={prefix}: text in quotes is needed.")
+            raise UserError(f"task.prefix={spelt(prefix)}: text in quotes is needed.")
         self.prefix = prefix
 
     def check(self, cfg: Settings) -> None:

@@ -14,7 +14,7 @@ from records.batches import Batch, Collate, at_once, batches
 from records.templates import Example, Record
 from tasks import pieces as tokens
 from tasks.base import Metric, Task, Unsuited
-from utils import IGNORED, Settings, UserError
+from utils import IGNORED, Settings, UserError, spelt
 
 # Where an answer stands in a text: its first character, and the one after its last.
 Place = tuple[int, int]
@@ -74,7 +74,7 @@ class Span(Task):
             )
         if cfg.dataset.labels:  # transformers' head would have a row for each
             raise UserError(
-                f"dataset.labels={cfg.dataset.labels}: task=span tells no labels apart. Set "
+                f"dataset.labels={spelt(cfg.dataset.labels)}: task=span tells no labels apart. Set "
                 "dataset.labels=null."
             )
 

@@ -17,7 +17,7 @@ from records.batches import Batch, Collate, at_once, batches
 from records.templates import Example, Record
 from tasks import pieces as tokens
 from tasks.base import Task, Unsuited
-from utils import IGNORED, Settings, UserError
+from utils import IGNORED, Settings, UserError, spelt
 
 TAG = re.compile(r"O|[BI]-.+")
 
@@ -40,10 +40,10 @@ class Tagging(Task):
         self.pieces = pieces
 
     def check(self, cfg: Settings) -> None:
-        key = f"dataset.labels={cfg.dataset.labels}"
+        key = f"dataset.labels={spelt(cfg.dataset.labels)}"
         tokens.check_settings(cfg)
         if self.pieces not in ("first", "all"):
-            raise UserError(f"task.pieces={self.pieces}: take first or all.")
+            raise UserError(f"task.pieces={spelt(self.pieces)}: take first or all.")
         if not self.labels:
             raise UserError(
                 f"{key}: task=tagging needs all tags, in one order for all clients: "
@@ -55,7 +55,7 @@ class Tagging(Task):
             raise UserError(f"{key}: O is missing, outside of all entities.")
         if cfg.model.labels != cfg.dataset.labels:
             raise UserError(
-                f"model.labels={cfg.model.labels}: they are dataset.labels. Set those alone."
+                f"model.labels={spelt(cfg.model.labels)}: they are dataset.labels. Set those alone."
             )
         for label in self.labels:
             begins = label.replace("I-", "B-", 1) if label[:2] == "I-" else label
@@ -88,7 +88,9 @@ class Tagging(Task):
         if (tags := self._tags(told)) is None:
             raise ValueError(f"a list of tags is needed, and {told[:80]} is none")
         if odd := [tag for tag in tags if tag not in self.numbers]:
-            raise ValueError(f"its tag {odd[0]} is not in dataset.labels={self.labels}")
+            raise ValueError(
+                f"its tag {odd[0]} is not in dataset.labels={spelt(self.labels)}"
+            )
         if len(words) != len(tags):
             raise ValueError(f"it has {len(words)} words and {len(tags)} tags")
         return words, tags

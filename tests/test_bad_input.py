@@ -181,8 +181,8 @@ NEWEST, OLDER = "checkpoints/000002", "checkpoints/000001"
 # What is wrong, the overrides of the quickstart, a part of the message.
 SETTINGS = [
     ("no number", "num_rounds=nan", "num_rounds=nan: a whole number is needed"),
-    ("no value", "num_rounds=null", "num_rounds=None: a whole number is needed"),
-    ("true for a number", "num_clients=true", "num_clients=True: a whole number is"),
+    ("no value", "num_rounds=null", "num_rounds=null: a whole number is needed"),
+    ("true for a number", "num_clients=true", "num_clients=true: a whole number is"),
     ("a list for a number", "num_rounds=[1]", "num_rounds=[1]: a whole number is"),
     (
         "an endless learning rate",
@@ -213,7 +213,7 @@ SETTINGS = [
     (
         "no columns",
         "dataset.columns=null",
-        "dataset.columns=None: dataset.columns is a section",
+        "dataset.columns=null: dataset.columns is a section",
     ),
     (
         "an inner section away",
@@ -237,19 +237,19 @@ SETTINGS = [
         "experiment=../../README",
         "Could not find 'experiment/../../README'",
     ),
-    ("no template", "dataset.template=null", "dataset.template=None: text is needed"),
-    ("two templates", "dataset.template=[a,b]", "['a', 'b']: text is needed"),
+    ("no template", "dataset.template=null", "dataset.template=null: text is needed"),
+    ("two templates", "dataset.template=[a,b]", '["a", "b"]: text is needed'),
     (
         "no answers",
         "dataset.columns.output=null",
-        "columns.output=None: text is needed",
+        "columns.output=null: text is needed",
     ),
-    ("two paths", "dataset.path=[a,b]", "dataset.path=['a', 'b']: text is needed"),
+    ("two paths", "dataset.path=[a,b]", 'dataset.path=["a", "b"]: text is needed'),
     ("a number for a name", "model.name=5", "text is needed. A number takes quotes"),
     ("no name", "model.name=''", "model.name=: text is needed"),
     ("no class", "~peft._target_", "peft._target_ is missing, and has no default"),
     ("a number to resume", "resume=5", "resume=5: text is needed"),
-    ("two runs to resume", "resume=[a,b]", "resume=['a', 'b']: text is needed"),
+    ("two runs to resume", "resume=[a,b]", 'resume=["a", "b"]: text is needed'),
     (
         "a word for the strategy's number",
         "strategy=fedadam strategy.eta=fast",

@@ -481,9 +481,9 @@ def test_the_plan_is_what_travels_at_most(words, configure, loopback):
     [
         ("comm.top_k=0", "comm.top_k=0: it must be above 0 and up to 1"),
         ("comm.top_k=1.5", "comm.top_k=1.5: it must be above 0 and up to 1"),
-        ("comm.top_k=true", "comm.top_k=True"),
+        ("comm.top_k=true", "comm.top_k=true: a number"),
         ("comm.compress=gzip", "comm.compress=gzip"),
-        ("comm.delta_down=true", "Set comm.top_k=0.1, say"),
+        ("comm.delta_down=true", "with comm.top_k=null: then all"),
         ("comm.top_k=0.1 comm.delta_down=true comm.dtype=int8", "Take float16"),
         (
             "comm.top_k=0.1 comm.delta_down=true sharing=ffa",

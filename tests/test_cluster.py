@@ -86,7 +86,7 @@ def test_auto_with_an_address_that_is_out_of_date(tmp_path):
     [
         (
             f"{ADDRESS}=null",
-            f"{ADDRESS}=None: text is needed .local, auto or host:port",
+            f"{ADDRESS}=null: text is needed .local, auto or host:port",
         ),
         ("+simulation.init_args.log_to_driver=true", "log_to_driver is set by verbose"),
         ("+simulation.init_args.logging_level=10", "logging_level is set by verbose"),

@@ -413,7 +413,7 @@ def test_a_laptop_trains_a_model_and_records_of_ones_own(loopback, tmp_path, cap
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("model.name", "model.name=None: text is needed"),
+        ("model.name", "model.name=null: text is needed"),
         ("dataset.path", "dataset.path must be given"),
     ],
 )

@@ -571,7 +571,7 @@ def test_sharing_all_sends_all_to_everybody_in_every_round(configure, loopback):
         ("sharing=rolora sharing.stays=[lora_A]", "clients to send in round 2"),
         ("sharing=ffa sharing.stays=[lora_B]", "clients to send in round 1"),
         ("sharing.stays=lora_B", "sharing.stays=lora_B: a list of parts of names"),
-        ("sharing.stays=null", "sharing.stays=None: a list of parts of names"),
+        ("sharing.stays=null", "sharing.stays=null: a list of parts of names"),
         ("sharing.stays=[3]", "a list of parts of names is needed"),
         ("'sharing.stays=[\".*\"]'", "a list of parts of names is needed"),
         ("+sharing.refactor_every=2", "Adapter refuses its settings"),

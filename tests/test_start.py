@@ -85,10 +85,10 @@ def test_a_folder_of_pefts_own_will_do(configure, tmp_path):
         ("model.lora.peft_lora_r=8", "r is 16 in it, and 8 in this run"),
         ("model.lora.peft_lora_alpha=8", "lora_alpha is 32.* in it, and 8"),
         ("model.lora.target_modules=[q_proj]", "target_modules is "),
-        ("peft=rslora", "use_rslora is False in it, and True"),
-        ("peft=dora", "use_dora is False in it, and True"),
+        ("peft=rslora", "use_rslora is false in it, and true"),
+        ("peft=dora", "use_dora is false in it, and true"),
         ("peft=ia3", "it is LORA, not IA3"),
-        ("+peft.init_lora_weights=pissa", "init_lora_weights is True in it, and pissa"),
+        ("+peft.init_lora_weights=pissa", "init_lora_weights is true in it, and pissa"),
         ("+peft.bias=all", "bias is none in it, and all"),
     ],
 )

@@ -56,6 +56,20 @@ def test_a_printed_command_means_what_it_is_printed_for(name):
     check_choices([word])
 
 
+@given(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**9), 10**9)
+    | st.floats(allow_nan=False)
+    | st.lists(st.none() | st.booleans() | st.integers(0, 99) | st.text("ab ,:[1"))
+)
+def test_a_setting_in_a_message_is_what_would_be_typed(value):
+    word = f"key={utils.spelt(value)}"
+    read = OverridesParser.create().parse_override(word).value()
+    assert type(read) is type(value)
+    assert read == value
+
+
 def test_a_plain_name_is_printed_plain():
     told = utils.command("main.py", resume=Path("outputs/2026-11-25/16-47-54"))
     assert told == "python main.py resume=outputs/2026-11-25/16-47-54"
