@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ def light(federation: Federation, count: int, poll: float, overrides: str) -> Pr
     return process
 
 
-def serverapp(superlink: psutil.Process) -> psutil.Process | None:
-    """The process of the run's ServerApp, which the SuperLink's own child starts."""
+def serverapp(superlink: psutil.Process) -> int:
+    """Bytes in memory of the run's ServerApp, which the SuperLink's own child starts."""
     for process in superlink.children(recursive=True):
-        if any("flwr-serverapp" in word for word in process.cmdline()):
-            return process
-    return None
+        with suppress(psutil.Error):  # it has just ended
+            if any("flwr-serverapp" in word for word in process.cmdline()):
+                return process.memory_info().rss
+    return 0
 
 
 def rounds_in(folder: Path) -> list[dict[str, Any]]:
@@ -69,14 +71,19 @@ def measure(nodes: int, cohort: int, rounds: int, poll: float) -> dict[str, floa
         busy: list[
             tuple[float, float]
         ] = []  # by round: when it ended, and used until then
-        while len(entries := rounds_in(federation.superlink.folder)) < rounds:
+        while True:
+            # Asked first: the history is then whole.
+            ended = run.popen.poll() is not None
+            if len(entries := rounds_in(federation.superlink.folder)) >= rounds:
+                break
+            if ended:
+                sys.exit(f"the run has ended after {len(entries)} rounds: {run.tail()}")
             if len(entries) > len(busy):
                 busy.append((time.monotonic(), sum(superlink.cpu_times()[:2])))
             count = len(superlink.net_connections("tcp"))
             most["connections"] = max(most["connections"], count)
             most["superlink"] = max(most["superlink"], superlink.memory_info().rss)
-            if app := serverapp(superlink):
-                most["serverapp"] = max(most["serverapp"], app.memory_info().rss)
+            most["serverapp"] = max(most["serverapp"], serverapp(superlink))
             time.sleep(0.5)
         passed = time.monotonic() - busy[0][0]
         used = sum(superlink.cpu_times()[:2]) - busy[0][1]
@@ -98,6 +105,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--poll", type=float, default=3.0, help="seconds")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be 2 or more: the first one is not counted")
     print(
         "| nodes | replies of a round | seconds | of it aggregation | SuperLink's "
         "processor seconds | of a core | SuperLink, MiB | ServerApp, MiB | connections |"
