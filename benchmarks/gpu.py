@@ -505,7 +505,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], help="the GPU, if any")
-    parser.add_argument("--sections", type=int, nargs="+", help="1 to 6; default all")
+    parser.add_argument(
+        "--sections",
+        type=int,
+        nargs="+",
+        choices=range(1, len(SECTIONS) + 1),
+        help="of the six, these (default: all)",
+    )
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

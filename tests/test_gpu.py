@@ -1,6 +1,7 @@
 """pytest tests/test_gpu.py: the arithmetic of the GPU's limits, and the benchmarks' CPU modes."""
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -147,6 +148,15 @@ def test_every_section_runs_on_a_cpu():
     assert titles == list("123456")
     passed, checks = map(int, re.search(r"(\d+) of (\d+) checks ok", said).groups())
     assert passed == checks >= 7
+
+
+def test_a_section_that_is_none_is_refused(monkeypatch, capsys):
+    for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "1")  # as it was, afterwards
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device=cpu", "--sections", "7"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(PROJECT / "benchmarks/gpu.py"), run_name="__main__")
+    assert "--sections: invalid choice: 7" in capsys.readouterr().err
 
 
 @pytest.mark.slow
