@@ -37,19 +37,32 @@ MOST = 100  # records that are held out
 
 
 def apart(data: Path, folder: Path) -> tuple[Path, Path]:
-    """A file to train on and one to test on, of the records in `data`."""
+    """A file to train on and one to test on, of the records in `data`.
+
+    Raises `UserError` for too few of them, and where `folder` has those of other data.
+    """
     names = tuple(files.names(str(data), "--data"))
     rows = [
-        row
+        # Lists may be conversations; all else is text in the end, dates of parquet too.
+        {k: v if isinstance(v, dict | list) else files.text(v) for k, v in row.items()}
         for file in files.find(str(data), "--data")
         for _, row, _ in files.READERS[file.suffix.lower()](file, names)
     ]
     random.Random(0).shuffle(rows)
-    held = min(len(rows) // 10, MOST)
-    paths = folder / "train.json", folder / "test.json"
-    for path, part in zip(paths, (rows[held:], rows[:held]), strict=True):
+    if not (held := min(len(rows) // 10, MOST)):
+        raise UserError(
+            f"--data={data}: a tenth of {len(rows)} records is none to test on. Give 10 or "
+            "more, or name others with --test."
+        )
+    parts = {
+        folder / "train.json": rows[held:],
+        folder / "test.json": rows[:held],
+    }
+    for path, part in parts.items():
+        if path.exists() and read_json(path) != part:
+            raise UserError(f"{path} is of other records. Name another folder: --out")
         write_json(path, part)
-    return paths
+    return tuple(parts)
 
 
 def scores(summary: dict[str, Any], when: str) -> list[str]:
@@ -91,9 +104,10 @@ def main() -> None:
         settings = [
             *("experiment=laptop", "partitioner=clusters"),
             *(f"model.name={options.model.resolve()}", f"dataset.path={data}"),
-            *(f"dataset.test_path={test}", "evaluate.exact_match=true"),
+            f"dataset.test_path={test}",
             "strategy.fraction_evaluate=0",  # the held-out records are to tell
             *options.overrides,
+            "evaluate.exact_match=true",  # which the table shows
         ]
         rows = []
         for name, mode in MODES.items():
@@ -101,7 +115,10 @@ def main() -> None:
             summary = run(folder, *settings, f"mode={mode}")
             if not rows:
                 asked = summary["test_questions"]
-                print(f"{options.model.name}, {asked} held-out records\n", flush=True)
+                print(
+                    f"{options.model.resolve().name}, {asked} held-out records\n",
+                    flush=True,
+                )
                 rows.append(["base", *scores(summary, "before"), *["-"] * 4])
             rows.append([name, *scores(summary, "after"), *costs(summary, folder)])
         print(table(HEAD, rows))

@@ -1,17 +1,21 @@
 """pytest tests/test_gpu.py: the arithmetic of the GPU's limits, and the benchmarks' CPU modes."""
 
+import datetime
+import json
 import re
 import runpy
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from assets.testbed import limits, llama, steps, vram
-from utils import PROJECT
+from utils import PROJECT, UserError
 
 SHAPE = (64, 2, 4, 176, 512)
 HIDDEN, _, _, _, VOCABULARY = SHAPE
@@ -157,6 +161,48 @@ def test_a_section_that_is_none_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(PROJECT / "benchmarks/gpu.py"), run_name="__main__")
     assert "--sections: invalid choice: 7" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Records in two files, as `benchmarks/real_model.py` divides them."""
+    return runpy.run_path(str(PROJECT / "benchmarks/real_model.py"))["apart"]
+
+
+def test_too_few_records_to_hold_some_out_are_refused(apart, tmp_path):
+    data = tmp_path / "data.jsonl"
+    line = json.dumps({"instruction": "a", "output": "b"}) + "\n"
+    data.write_text(9 * line)
+    with pytest.raises(UserError, match="a tenth of 9 records is none to test on"):
+        apart(data, tmp_path)
+    assert [*tmp_path.iterdir()] == [data]
+    data.write_text(10 * line)
+    train, test = apart(data, tmp_path)
+    assert [len(json.loads(path.read_text())) for path in (train, test)] == [9, 1]
+
+
+def test_runs_on_other_records_are_not_taken_for_ones_on_these(apart, tmp_path):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    for path in (one, other):
+        rows = [{"instruction": f"{path.stem} {i}", "output": "b"} for i in range(20)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    apart(one, tmp_path)
+    apart(one, tmp_path)
+    with pytest.raises(UserError, match="is of other records"):
+        apart(other, tmp_path)
+
+
+def test_a_column_that_nobody_asks_for_may_hold_dates(apart, tmp_path):
+    rows = {
+        "instruction": [f"{i}" for i in range(10)],
+        "at": 10 * [datetime.date(2026, 1, 2)],
+        "messages": 10 * [[{"role": "user", "content": "a"}]],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "data.parquet")
+    _, test = apart(tmp_path / "data.parquet", tmp_path)
+    [row] = json.loads(test.read_text())
+    assert row["at"] == "2026-01-02"
+    assert row["messages"] == [{"role": "user", "content": "a"}]
 
 
 @pytest.mark.slow
