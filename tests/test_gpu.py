@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from assets.testbed import limits, llama, steps, vram
+from assets.testbed import limits, llama, runs, steps, vram
 from utils import PROJECT, UserError
 
 SHAPE = (64, 2, 4, 176, 512)
@@ -203,6 +203,15 @@ def test_a_column_that_nobody_asks_for_may_hold_dates(apart, tmp_path):
     [row] = json.loads(test.read_text())
     assert row["at"] == "2026-01-02"
     assert row["messages"] == [{"role": "user", "content": "a"}]
+
+
+def test_a_benchmarks_run_of_other_settings_is_not_taken_for_its_own(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/overrides.yaml").write_text("- seed=0\n- mode=local\n")
+    (tmp_path / "summary.json").write_text('{"rounds": 1}')
+    assert runs.run(tmp_path, "seed=0", "mode=local") == {"rounds": 1}
+    with pytest.raises(SystemExit, match="holds another run: seed=0 mode=local"):
+        runs.run(tmp_path, "seed=1", "mode=local")
 
 
 @pytest.mark.slow
