@@ -40,9 +40,20 @@ from settings.compose import resolve
 from settings.preflight import check_search
 from settings.schema import may_change, validated
 from settings.start import checked
-from utils import PROJECT, UserError, flat, literal, mix_seed, override, say
+from utils import (
+    PROJECT,
+    UserError,
+    flat,
+    literal,
+    mix_seed,
+    one_line,
+    override,
+    say,
+)
 
 STUDY = "search.db"
+
+LEAST = {"trials": 1, "max_batch_size": 1, "rungs": 1, "reduction_factor": 2}
 PLUGINS = str(PROJECT / "settings/plugins")
 
 
@@ -70,7 +81,7 @@ class Search(Sweeper):
         self.params = params or {}
         self.trials = trials
         self.max_batch_size = max_batch_size
-        self.steps = [reduction_factor**rung for rung in range(rungs)]
+        self.shape = rungs, reduction_factor
         self.sampler = sampler
         self.pruner = pruner
         self.launched = 0
@@ -91,6 +102,14 @@ class Search(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Try what is left to be tried, and say which was best. Raises `UserError`."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        for name, least in LEAST.items():
+            value = self.config.hydra.sweeper[name]
+            if type(value) is not int or value < least:
+                raise UserError(
+                    f"hydra.sweeper.{name}={value}: a whole number is needed, {least} or more."
+                )
+        count, factor = self.shape
+        self.steps = [factor**rung for rung in range(count)]
         words = [f"{key}={value}" for key, value in self.params.items()]
         parser = OverridesParser.create(self.hydra_context.config_loader)
         given = parser.parse_overrides([*words, *arguments])
@@ -131,13 +150,19 @@ class Search(Sweeper):
         """The search that the folder holds, or a new one. Raises `UserError` for another's."""
         file = str((self.folder / STUDY).absolute())
         worse = {"loss", "perplexity"} & {*self.cfg.optimized_metric.split("_")}
-        study = optuna.create_study(
-            storage=URL.create("sqlite", database=file).render_as_string(),
-            study_name="search",
-            direction="minimize" if worse else "maximize",
-            pruner=self.pruner,
-            load_if_exists=True,
-        )
+        try:
+            study = optuna.create_study(
+                storage=URL.create("sqlite", database=file).render_as_string(),
+                study_name="search",
+                direction="minimize" if worse else "maximize",
+                pruner=self.pruner,
+                load_if_exists=True,
+            )
+        except Exception as error:  # of SQLAlchemy's or SQLite's, by what is wrong
+            raise UserError(
+                f"{file}: no search can go on from this ({one_line(error)}). Name another "
+                "folder: hydra.sweep.dir=/path/to/folder"
+            ) from error
         free = {*may_change()} - {"num_rounds", "optimized_metric"}
         settings = {
             key: value

@@ -307,6 +307,21 @@ def test_a_search_that_makes_no_sense_is_refused_before_it_begins(search, word, 
         search(task, word)
 
 
+@pytest.mark.parametrize(
+    "word", ["trials=0", "max_batch_size=0", "rungs=0", "rungs=a", "reduction_factor=1"]
+)
+def test_a_sweeper_that_tries_nothing_is_refused(search, word):
+    with pytest.raises(UserError, match=rf"^hydra\.sweeper\.{word}: a whole number is"):
+        search(loss, f"hydra.sweeper.{word}")
+
+
+def test_a_file_that_is_no_search_is_told(search, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/search.db").write_text("no database" * 100)
+    with pytest.raises(UserError, match=r"search\.db: no search can go on from this"):
+        search(loss)
+
+
 @pytest.mark.slow
 def test_another_search_is_not_taken_for_one_that_goes_on(search):
     words = ["hydra.sweeper.trials=1", "hydra.sweeper.rungs=1"]
