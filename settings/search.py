@@ -54,6 +54,9 @@ from utils import (
 STUDY = "search.db"
 
 LEAST = {"trials": 1, "max_batch_size": 1, "rungs": 1, "reduction_factor": 2}
+
+# What a search that goes on may have otherwise: how much of it there is, and at a time.
+FREE = ("params", "trials", "max_batch_size")
 PLUGINS = str(PROJECT / "settings/plugins")
 
 
@@ -169,6 +172,9 @@ class Search(Sweeper):
             for key, value in flat(resolve(self._composed())).items()
             if not key.startswith(tuple(free))
         }
+        ours = OmegaConf.to_container(self.config.hydra.sweeper, resolve=True)
+        ours = {key: value for key, value in ours.items() if key not in FREE}
+        settings |= flat(ours, "hydra.sweeper")
         about = json.loads(json.dumps({"searched": space, **settings}))
         before = study.user_attrs.get("about", about)
         for key in sorted(before.keys() | about.keys()):

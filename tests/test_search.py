@@ -330,6 +330,12 @@ def test_another_search_is_not_taken_for_one_that_goes_on(search):
         ("seed=1", "seed was 0 and would be 1. Name another folder: hydra.sweep.dir"),
         ("num_rounds=6", "num_rounds was 20 and would be 6"),
         (f"{RATE}=interval(0,1)", "searched was .*tag.* and would be .*0,1"),
+        # By which a value of a part would be one of the whole.
+        ("hydra.sweeper.rungs=2", r"hydra\.sweeper\.rungs was 1 and would be 2"),
+        (
+            "hydra/sweeper=halving",
+            r"hydra\.sweeper\.pruner.* was .*Median.* and would be",
+        ),
     ):
         with pytest.raises(UserError, match=told):
             search(loss, *words, word)
