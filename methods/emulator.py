@@ -243,7 +243,7 @@ def distil(
 
     The loss: 0.9 of the squared distance of hidden states, over the teacher's mean square, and
     0.1 of the text's (nats a token). AdamW, the rate by a cosine to 0. `batches`: token ids,
-    (rows, length).
+    (rows, length). Raises `UserError` where it diverges.
     """
     trained = [p for p in made.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
@@ -266,6 +266,11 @@ def distil(
             print(
                 f"step {step + 1}: hidden {hidden.item():.4f}, text {text.item():.4f}"
             )
+            if not (hidden + text).isfinite():
+                raise UserError(
+                    f"--distil: the loss is no number after {step + 1} steps. Take a lower "
+                    f"--learning-rate than {rate:g}."
+                )
 
 
 def texts(path: str) -> list[str]:

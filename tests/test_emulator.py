@@ -213,6 +213,15 @@ def test_distilling_brings_the_hidden_states_nearer_and_leaves_the_rest(
     assert changed == {name for name in ours if name.startswith(middle)}
 
 
+def test_a_rate_at_which_it_diverges_is_named(full, tmp_path):
+    """And no other fault of the base, and no folder of numbers that are none."""
+    data = PROJECT / "assets/tiny_qa/train.jsonl"
+    options = ("--steps=5", "--learning-rate=1e30", "--seq-length=32")
+    with pytest.raises(UserError, match=r"lower --learning-rate than 1e\+30"):
+        made(full("llama"), tmp_path / "made", f"--distil={data}", *options)
+    assert not (tmp_path / "made").exists()
+
+
 # --- a run on it, and its adapter in the base -------------------------------------------------
 
 
