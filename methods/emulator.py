@@ -349,6 +349,12 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     base.to(device, torch.float32 if device.type == "cpu" else stored)
     base.eval().requires_grad_(False)
     path, keep = list_of(base), options.keep
+    text = base.config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", None) or options.seq_length
+    if options.distil and options.seq_length > most:
+        raise UserError(
+            f"--seq-length={options.seq_length}: the base takes {most} tokens at most."
+        )
     layers = base.get_submodule(path)
     places = chosen(len(layers), keep, options.drop)
     made = student(base, path, places, keep)

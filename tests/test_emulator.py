@@ -222,6 +222,16 @@ def test_a_rate_at_which_it_diverges_is_named(full, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def test_texts_longer_than_the_base_has_places_for_are_refused(full, tmp_path):
+    data = PROJECT / "assets/tiny_qa/train.jsonl"
+    base = full("llama")
+    places = loaded(base).config.max_position_embeddings
+    with pytest.raises(
+        UserError, match=f"--seq-length={places + 1}: .* {places} tokens"
+    ):
+        made(base, tmp_path / "x", f"--distil={data}", f"--seq-length={places + 1}")
+
+
 # --- a run on it, and its adapter in the base -------------------------------------------------
 
 
