@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from methods import privacy, sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
+    check_against,
     check_kinds,
     check_training_arguments,
     is_number,
@@ -217,8 +218,18 @@ def check_zero(cfg: Settings, by: str, deployed: bool) -> None:
             "launch.deepspeed divides the base's weights, and stage 2 does not. Take the "
             "files as they are, launch=zero2 or launch=zero3."
         )
+    key = "launch.deepspeed.zero_optimization"
     if not deployed:
         require(DEEPSPEED, by)
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        check_against(DeepSpeedZeroConfig, cfg.launch.deepspeed.zero_optimization, key)
+    offload = cfg.launch.deepspeed.zero_optimization.get("offload_param", {})
+    if offload.get("device", "none") != "none" and not divides:
+        raise UserError(
+            f"{key}.offload_param.device={offload.device} with {by}: stage 2 leaves the base "
+            "where it is. Take launch=zero3, or offload_optimizer."
+        )
     if aggregate.build(node).corrects:
         raise UserError(
             f"{by} with strategy._target_={node._target_}: a client corrects its gradients, "

@@ -605,7 +605,7 @@ def _told(model: type[BaseModel], error: dict[str, Any], path: str) -> str:
     if kind == "literal_error":
         words = [*map(spelt, get_args(field.annotation))]
         wanted = f"take {' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}"
-    elif kind == "bool_type":
+    elif kind.startswith("bool"):
         wanted = "take true or false"
     elif kind.startswith("string"):
         wanted = "text is needed"
@@ -618,7 +618,9 @@ def _told(model: type[BaseModel], error: dict[str, Any], path: str) -> str:
     elif "gt" in limits:
         above = f" and up to {limits['le']}" if "le" in limits else ""
         wanted = f"it must be above {limits['gt']}{above}"
-    else:
+    elif "ge" in limits:
         most = f"to {limits['le']}" if "le" in limits else "or more"
         wanted = f"it must be {limits['ge']} {most}"
+    else:  # of a library's own section
+        wanted = error["msg"]
     return f"{key}={value}: {wanted}{meaning}."

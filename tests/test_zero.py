@@ -177,6 +177,18 @@ def checked(overrides: str) -> None:
         ("launch=zero2 launch.processes=1", "launch=zero2 with launch.processes=1"),
         ("launch=zero3 launch.processes=1", "Set launch.processes=2 or more"),
         ("launch=fsdp launch.processes=1", "launch=fsdp with launch.processes=1"),
+        (
+            "launch=zero3 +launch.deepspeed.zero_optimization.overlap_com=true",
+            r"zero_optimization\.overlap_com",
+        ),
+        (
+            "launch=zero3 +launch.deepspeed.zero_optimization.overlap_comm=perhaps",
+            r"zero_optimization\.overlap_comm=perhaps",
+        ),
+        (
+            "launch=zero2 +launch.deepspeed.zero_optimization.offload_param.device=cpu",
+            "stage 2 leaves the base where it is",
+        ),
         ("launch=ddp launch.rendezvous=here", "it must be host:port"),
         ("launch=ddp launch.rendezvous=127.0.0.1:1", "must be the number of machines"),
     ],
