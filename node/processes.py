@@ -116,7 +116,7 @@ def hosts_here(processes: int) -> int:
     """How many machines a client is on. Raises `UserError` where that is not told, or not
     the same number of its processes would be on each."""
     told = os.environ.get(HOSTS, "")
-    if not told.isdecimal() or int(told) < 2 or processes % int(told):
+    if not told.isdecimal() or int(told) < 2 or processes < 1 or processes % int(told):
         raise UserError(
             f"launch.rendezvous: {HOSTS}={told} in the environment must be the number of "
             f"machines, 2 or more, each with the same part of launch.processes={processes}."

@@ -233,6 +233,15 @@ def test_a_machine_without_the_secret_is_told_how_to_make_one(monkeypatch):
         checked("launch=ddp launch.rendezvous=127.0.0.1:1 client_resources.num_gpus=2")
 
 
+@pytest.mark.parametrize("count", [0, -2, 3])
+def test_a_machine_that_would_have_no_part_is_told(count, monkeypatch):
+    monkeypatch.setenv(processes.HOSTS, "2")
+    monkeypatch.setenv(processes.KEY, "x" * 16)
+    words = ["127.0.0.1:1", "--host=1", f"--processes={count}"]
+    with pytest.raises(SystemExit, match=f"same part of launch.processes={count}"):
+        processes.main(words)
+
+
 def test_a_stranger_is_sent_away_and_missed(monkeypatch):
     """Who knocks with another secret gets no place in a team, which goes on waiting."""
     monkeypatch.setenv(processes.HOSTS, "2")
