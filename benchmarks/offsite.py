@@ -35,6 +35,8 @@ from settings import preflight
 from settings.compose import compose
 from utils import PROJECT, Settings, quiet, read_json, table, write_json
 
+WAYS = ["drop", "distilled"]  # to an emulator
+
 DISTIL = "--steps=100 --learning-rate=2e-4 --batch-size=8 --seq-length=64"
 
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="what is made, is kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--emulators", nargs="+", default=["drop", "distilled"])
+    parser.add_argument("--emulators", nargs="+", default=WAYS, choices=WAYS)
     options = parser.parse_args()
     quiet()
     model.use_cpus(1)
