@@ -940,7 +940,7 @@ def plugged(folder: str, full: str | None) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as made:
         out = Path(made) / Path(folder).resolve().name
         try:
-            weights = Path(cached_file(_source(full), "config.json")).parent
+            weights = emulator.found(full)
             others = shutil.ignore_patterns("adapter_*", ABOUT)
             shutil.copytree(folder, out, ignore=others)
             emulator.plug(Path(folder), about.pop("emulator", None), weights, out)

@@ -79,6 +79,21 @@ def excluded(config: Any) -> str:
     return inner([*told["outer"]])
 
 
+def found(base: str) -> Path:
+    """The folder of a base's files, which `base` names here or on the hub.
+
+    Raises `UserError` where there is neither.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        return utils.local_path(base) or Path(cached_file(base, "config.json")).parent
+    except Exception as error:  # the hub's, for a name that is none, too
+        raise UserError(
+            f"{base} is neither a folder here nor reachable on the hub: {utils.one_line(error)}"
+        ) from error
+
+
 def digest(folder: Path) -> str:
     """SHA-256 of a base's weights by name, however they are dealt out to files.
 
@@ -328,11 +343,11 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     Raises `UserError` for what cannot be one, before anything is trained.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import cached_file
 
     out = Path(options.out)
     if out.exists():
         raise UserError(f"{out} exists already. Remove it, or name another folder.")
+    folder = found(options.base)
     source = str(utils.local_path(options.base) or options.base)
     given = texts(options.distil) if options.distil else []
     device = torch.device(
@@ -367,7 +382,7 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     names = {f"{path}.{i}": f"{path}.{place}" for i, place in enumerate(places)}
     inside = {f"{path}.{i}" for i in range(keep, len(places) - keep)}
     told = {
-        "of": digest(Path(cached_file(source, "config.json")).parent),
+        "of": digest(folder),
         "outer": {name: of for name, of in names.items() if name not in inside},
         "emulated": {name: of for name, of in names.items() if name in inside},
     }

@@ -356,6 +356,17 @@ def test_the_commands_plug_it_in(full, small, trained, tmp_path, monkeypatch, ca
     assert "Q: What is the capital" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_not_there_is_told(trained, tmp_path):
+    told = "/nowhere/base is neither a folder here nor reachable on the hub"
+    with pytest.raises(UserError, match=told):
+        made(Path("/nowhere/base"), tmp_path / "made")
+    with (
+        pytest.raises(UserError, match=f"--full=/nowhere/base: {told}"),
+        model.plugged(str(trained), "/nowhere/base"),
+    ):
+        raise AssertionError("it was plugged in")
+
+
 def test_a_base_without_a_map_is_refused_in_a_line():
     with pytest.raises(UserError, match="the base is no emulator") as told:
         settings(Path("assets/tiny_llama"))
