@@ -12,8 +12,9 @@ import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -125,6 +126,7 @@ class Search(Sweeper):
         base = self._composed()
         check_search(validated(resolve(base)), swept)
         self.cfg = checked(base)
+        self._check_space()
         whole = self.cfg.num_rounds
         # By the number of rounds; of two rungs with the same number there is one.
         self.rungs = {
@@ -143,10 +145,21 @@ class Search(Sweeper):
             self._summarise()
         self._conclude()
 
-    def _composed(self) -> DictConfig:
-        """A run's configuration, without what is searched."""
+    def _check_space(self) -> None:
+        """That each choice and each end of a range makes a configuration.
+
+        Raises `HydraException` otherwise, which a trial would end all of the search with.
+        """
+        first = {key: ends(space)[0] for key, space in self.space.items()}
+        for key, space in self.space.items():
+            for value in ends(space):
+                self._composed(first | {key: value})
+
+    def _composed(self, params: Mapping[str, Any] = MappingProxyType({})) -> DictConfig:
+        """The configuration of a run with these settings of those that are searched."""
         loader = self.hydra_context.config_loader
-        config = loader.load_sweep_config(self.config, [*self.fixed.values()])
+        words = self._words(params).values()
+        config = loader.load_sweep_config(self.config, [*words])
         return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
 
     def _study(self, space: dict[str, str]) -> optuna.Study:
@@ -242,7 +255,7 @@ class Search(Sweeper):
             job += [override("resume", str(folder)), "hydra.output_subdir=null"]
         return job
 
-    def _words(self, params: dict[str, Any]) -> dict[str, str]:
+    def _words(self, params: Mapping[str, Any]) -> dict[str, str]:
         """By its key, each override of a run with these settings."""
         return self.fixed | {key: f"{key}={value}" for key, value in params.items()}
 
@@ -299,6 +312,13 @@ def distribution(swept: Override) -> BaseDistribution:
         return kind(value.start, value.end, log="log" in value.tags)
     except ValueError as error:
         raise UserError(f"{swept.input_line}: {error}") from error
+
+
+def ends(space: BaseDistribution) -> Sequence[Any]:
+    """Its choices, or where its range begins and ends."""
+    if isinstance(space, CategoricalDistribution):
+        return space.choices
+    return space.low, space.high
 
 
 class Outputs(outputs.Outputs):

@@ -19,6 +19,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from optuna.distributions import (
     CategoricalDistribution,
@@ -305,6 +306,21 @@ def test_a_search_that_makes_no_sense_is_refused_before_it_begins(search, word, 
 
     with pytest.raises(UserError, match=told):
         search(task, word)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("train.lerning_rate=interval(0,1)", "Could not override 'train.lerning_rate'"),
+        ("peft=lora,nothing", "Could not find 'peft/nothing'"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_told_before_the_first_trial(
+    search, word, told, tmp_path
+):
+    with pytest.raises(HydraException, match=told):
+        search(loss, word)
+    assert not (tmp_path / "s/search.db").exists()
 
 
 @pytest.mark.parametrize(
