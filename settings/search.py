@@ -134,13 +134,14 @@ class Search(Sweeper):
         }
         self.folder = Path(self.config.hydra.sweep.dir)
         self.study = self._study({k: each.input_line for k, each in swept.items()})
-        say(f"Search: {self.trials} trials over {', '.join(swept)}; {self.folder}")
+        # Here, because what stops a run may leave no time for a word.
+        say(
+            f"Search: {self.trials} trials over {', '.join(swept)}; {self.folder}\n"
+            "Stopped, it goes on by the same command."
+        )
         try:
             while batch := self._next():
                 self._try(batch)
-        except (SystemExit, KeyboardInterrupt):
-            say("The search goes on by the same command.")
-            raise
         finally:
             self._summarise()
         self._conclude()

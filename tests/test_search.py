@@ -250,6 +250,18 @@ def test_what_fails_counts_and_the_search_goes_on(search, capsys):
     assert 0 < len(failed) < 7
 
 
+def test_how_it_goes_on_is_said_before_anything_can_stop_it(search, capsys):
+    """A second Ctrl-C, or one while Ray starts, ends the process where it is."""
+    said = []
+
+    def task(config):
+        said.append(capsys.readouterr().out)
+        return loss(config)
+
+    search(task, "hydra.sweeper.trials=1", "hydra.sweeper.rungs=1")
+    assert "Stopped, it goes on by the same command." in said[0]
+
+
 def test_where_all_fail_it_says_so(search):
     def task(config):
         raise UserError("no")
