@@ -453,7 +453,9 @@ def training_arguments(
     settings["accelerator_config"] = {"non_blocking": not settings["use_cpu"]}
     settings.setdefault("logging_nan_inf_filter", False)
     if zeros := divided(cfg):
-        settings |= zero.training(zeros, model.compute_dtype(device))
+        told = zero.training(zeros, model.compute_dtype(device))
+        settings["accelerator_config"] |= told.pop("accelerator_config")
+        settings |= told
     # `draw` has made the passes over the data already.
     settings["num_train_epochs"] = 1
     arguments = TrainingArguments(

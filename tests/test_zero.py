@@ -6,17 +6,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import AuthenticationError, connection
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
+import client
 import model
 import utils
 from assets.testbed.adapters import adapter, assert_close, same
-from compute import zero
+from compute import patches, zero
 from node import permit, processes
 from settings import preflight
 from settings.compose import compose
@@ -144,6 +147,23 @@ processes.main("{address} --host 1 --processes 2 --cpus 1".split())
     while any(p.is_running() and p.status() != "zombie" for p in there):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_copies_overlap_where_there_is_a_gpu(device, configure, monkeypatch):
+    cfg = configure("launch=zero2 client_resources.num_gpus=0")
+    monkeypatch.setattr(model, "default_device", lambda: torch.device(device))
+    monkeypatch.setattr(model, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(patches, "tell_accelerate_of_processes", lambda: None)
+    monkeypatch.setattr(client, "TrainingArguments", partial(SimpleNamespace, n_gpu=1))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")  # as it was, afterwards
+    member = cfg | {"model": cfg.model | {"deepspeed": cfg.launch.deepspeed}}
+    made = client.training_arguments(member, 1, 0)
+    assert made.deepspeed["zero_optimization"]["stage"] == 2
+    assert made.accelerator_config == {
+        "non_blocking": device == "cuda",
+        "use_configured_state": True,
+    }
 
 
 # --- said before anything slow ---------------------------------------------------------------
