@@ -202,11 +202,11 @@ def load_base(
 
     `labels`: what its head tells apart, if it is of a kind that does; a head's values are of
     no account (`heads.begin` makes them), and are never quantised. `shards`: this is one of
-    as many processes, and each loads and holds its part of every weight (FSDP2); more than 1
-    needs `quantization` None. `deepspeed`: its settings, where it divides the weights instead
-    (ZeRO-3). `cache`: a folder that keeps it as quantised, for the next
-    process. Raises `UserError` where neither a local folder nor the hub has such weights, or
-    not all of them.
+    as many processes, and each holds its part of every weight (FSDP2), which it loads alone, or
+    of a base in 4 bits takes from the whole on the CPU; more than 1 goes with no 8 bits.
+    `deepspeed`: its settings, where it divides the weights instead (ZeRO-3). `cache`: a folder
+    that keeps it as quantised, for the next process. Raises `UserError` where neither a local
+    folder nor the hub has such weights, or not all of them.
     """
     source = _source(name)
     config = quantization_config(quantization, compute_dtype(device))
@@ -215,11 +215,13 @@ def load_base(
             blank = CLASSES[kind].from_config(_config({"name": name, "labels": labels}))
         config.llm_int8_skip_modules = heads.parts(blank)
     kept = None
+    packed = config is not None and shards > 1
     if cache and config:
-        made = kind, *(labels or ())
+        made = kind, *(labels or ()), *(["packed"] if packed else [])
         kept = Path(cache) / _fingerprint(source, quantization, device, made)
     stored = kept is not None and kept.exists()
-    sharding = DistributedConfig(fsdp_size=shards) if shards > 1 else None
+    sharding = None if packed or shards == 1 else DistributedConfig(fsdp_size=shards)
+    place = torch.device("cpu") if packed else device  # what is divided may fit no GPU
     divided = zero.divides_weights(deepspeed)
     try:
         with zero.loading(deepspeed, compute_dtype(device)):
@@ -229,7 +231,7 @@ def load_base(
                 # A folder of ours says itself how it is quantised, and None would deny it.
                 **({} if stored or not config else {"quantization_config": config}),
                 dtype=compute_dtype(device),
-                device_map=None if divided else {"": device},  # DeepSpeed's affair
+                device_map=None if divided else {"": place},  # DeepSpeed's affair
                 distributed_config=sharding,
                 use_safetensors=True,
                 trust_remote_code=False,  # None would ask whoever is at the terminal
@@ -250,13 +252,15 @@ def load_base(
         raise UserError(
             f"model.name={name}: no weights could be loaded. {error}"
         ) from error
-    if quantization == 4 and device.type == "cpu" and not stored:
+    if quantization == 4 and device.type == "cpu" and not stored and not packed:
         # The same values, computed on at twice the speed. (Also, on CPUs with AVX512-BF16
         # a forward of a 4-bit layer in eval() repacks it for a kernel without autograd,
         # and what is trained on the same object afterwards has no gradients.)
         base = _dequantized(base)
     if kept and not stored:
         _keep(base, kept)
+    if packed:
+        base = patches.divide_packed(base, shards)
     if quantization == 8:
         patches.release_inputs(base)
     return base.requires_grad_(False)

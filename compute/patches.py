@@ -18,7 +18,12 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import other
 from peft.tuners.shira import config as shira
-from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    DistributedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from compute import cpu
 
@@ -123,6 +128,35 @@ def _release(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
         output.grad_fn.tensors = (None, None, None)
     if hasattr(output.grad_fn, "A"):  # on a CPU
         output.grad_fn.A = None
+
+
+def divide_packed(base: PreTrainedModel, shards: int) -> PreTrainedModel:
+    """Leave each of `shards` processes its part of a base in 4 bits (FSDP2), which all have whole.
+
+    Transformers (5.23.0) divides weights as it loads them: bitsandbytes (0.50.2) would quantise
+    each part for itself, and its scales be lost. The packed weights stay bytes: FSDP2 (torch
+    2.13.0) gathers those of a layer as such, whatever their types, where FSDP1 needed them in
+    the type of the others (`bnb_4bit_quant_storage`). The scales of each 64 weights, which are
+    3 % of a layer, stay whole in the layer's `quant_state`.
+    """
+    layers = [x for x in base.modules() if type(x).__name__ == "Linear4bit"]
+    # Not the weights themselves, which would all stay in memory whole.
+    told = [(x.weight.compress_statistics, x.weight.quant_type) for x in layers]
+    for target, source in base.all_tied_weights_keys.items():
+        # FSDP2 refuses a weight in two of its groups.
+        module, _, name = target.rpartition(".")
+        weight = torch.nn.Parameter(base.get_parameter(source).detach(), False)
+        setattr(base.get_submodule(module), name, weight)
+    config, _, mesh = base.prepare_distribute_model(DistributedConfig(fsdp_size=shards))
+    base = base.maybe_distribute_model(base, config, mesh)
+    base.tie_weights()  # one part of both in memory
+    for layer, (nested, kind) in zip(layers, told, strict=True):
+        # PEFT (0.21.2) asks the weight, which is one of FSDP2's now.
+        layer.weight.compress_statistics, layer.weight.quant_type = nested, kind
+        # On CPUs with AVX512-BF16 a forward in eval() would pack the gathered weight in another
+        # way, and its `quant_state` for good.
+        layer.support_avx512bf16_for_cpu = False
+    return base
 
 
 def forget_quantization(base: PreTrainedModel) -> None:

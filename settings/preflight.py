@@ -187,11 +187,12 @@ def check_launch(cfg: Settings, deployed: bool = False) -> None:
         check_zero(cfg, by, deployed)
     if not launch.sharded:
         return
-    if bits := cfg.model.quantization:
+    bits = cfg.model.quantization
+    if bits == 8 or (bits and zero):
         raise UserError(
-            f"{by} with model.quantization={bits}: a quantised base cannot be "
-            "sharded. Set model.quantization=null, or launch=ddp, which holds it whole on "
-            "every GPU."
+            f"{by} with model.quantization={bits}: such a base cannot be sharded. Set "
+            f"model.quantization=null{'' if zero else ' or 4'}, or launch=ddp, which holds it "
+            "whole on every GPU."
         )
     if (kind := cfg.task.model) in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import client
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 # A member on the CPU, in float32 (in bfloat16 rounding would hide what is compared), with
 # difficulties in rounds 13 to 15.
 MEMBER = """
-import os, signal, sys, time
+import math, os, signal, sys, time
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 import utils
@@ -43,7 +44,14 @@ def train(cfg, state, partition, server_round, *rest):
     result = trained(cfg, state, partition, server_round, *rest)
     base = [p for p in client._load(cfg, state).parameters() if not p.requires_grad]
     here = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in base)
-    assert here * cfg["model"]["shards"] == sum(p.numel() for p in base)
+    shards = cfg["model"]["shards"]
+    assert here * shards == sum(p.numel() for p in base)
+    layers = [m for m in client._load(cfg, state).modules() if hasattr(m, "quant_state")]
+    assert bool(layers) == (cfg["model"]["quantization"] == 4 and shards > 1)
+    for layer in layers:  # in bytes of two weights each
+        part = layer.weight.to_local()
+        assert part.dtype == torch.uint8 and part.untyped_storage().nbytes() == part.numel()
+        assert part.numel() * 2 * shards == math.prod(layer.quant_state.shape)
     return result
 
 model.compute_dtype = lambda device: torch.float32
@@ -139,6 +147,50 @@ def test_a_base_in_four_bits_trains_in_two_processes(configure):
     alone, _ = processes.train(one, start, 0, 1)
     together, _ = processes.train(two, start, 0, 1)
     assert_close(alone, together, start)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "train.training_arguments.gradient_accumulation_steps=2",
+        "model.gradient_checkpointing=true peft=ia3",
+    ],
+    ids=["accumulated", "checkpointed"],
+)
+def test_a_base_in_four_bits_in_parts(overrides, configure):
+    """Against one process, which computes on the same values unpacked."""
+    cfg = configure(
+        f"{PLAIN} model.quantization=4 strategy.fraction_evaluate=0.5 {overrides}"
+    )
+    one, two = both(cfg, sharded=True)
+    first, theirs = client.initial_adapter(one), processes.initial_adapter(two)
+    assert all(torch.equal(theirs[name], value) for name, value in first.items())
+    start = adapter(one)
+    alone, figures = processes.train(one, start, 0, 1)
+    together, theirs = processes.train(two, start, 0, 1)
+    assert_close(alone, together, start)
+    assert theirs["train_loss"] == pytest.approx(figures["train_loss"], rel=1e-5)
+    expected, found = client.evaluate(one, start, 1), processes.evaluate(two, start, 1)
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    # Once more: what was gathered to evaluate has left the base as it was.
+    again, _ = processes.train(two, start, 0, 1)
+    assert all(torch.equal(again[name], value) for name, value in together.items())
+
+
+def test_a_base_in_four_bits_in_parts_from_the_disk(configure, tmp_path):
+    one, two = both(configure(PLAIN + "model.quantization=4"), sharded=True)
+    start = adapter(one)
+    fresh, _ = processes.train(two, start, 0, 1)
+    kept = two | {"model": two.model | {"cache": str(tmp_path)}}
+    written, _ = processes.train(kept, start, 0, 1)
+    (folder,) = tmp_path.iterdir()  # by either process, whole
+    weights = load_file(folder / "model.safetensors")
+    assert any(weight.dtype == torch.uint8 for weight in weights.values())
+    processes.train(two, start, 0, 1)  # which lets go of it
+    read, _ = processes.train(kept, start, 0, 1)
+    for name, value in fresh.items():
+        assert torch.equal(written[name], value)
+        assert torch.equal(read[name], value)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import datasets
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import other
@@ -112,6 +113,23 @@ def test_layers_of_8_bits_hold_their_inputs_where_they_are_released():
     # On a GPU the same under another name, which a CPU can read only.
     on_gpu = bnb.autograd._functions.MatMul8bitLt
     assert "ctx.tensors = (CAt, subA, A)" in inspect.getsource(on_gpu.forward)
+
+
+def test_a_layer_in_four_bits_works_on_the_bytes_that_were_gathered():
+    layer = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32)
+    layer = layer.requires_grad_(False).to("cpu")
+    assert type(layer).__name__ == "Linear4bit"
+    assert {"compress_statistics", "quant_type"} <= vars(layer.weight).keys()
+    assert layer.support_avx512bf16_for_cpu in (True, False)
+    layer.support_avx512bf16_for_cpu = False
+    given = torch.randn(2, 64)
+    wanted = layer(given)
+    gathered = torch.from_numpy(layer.weight.detach().numpy().copy())
+    assert gathered.dtype == torch.uint8
+    layer.weight = torch.nn.Parameter(gathered, requires_grad=False)  # FSDP2's
+    assert torch.equal(layer(given), wanted)
+    for name in ("prepare_distribute_model", "maybe_distribute_model"):
+        assert hasattr(transformers.PreTrainedModel, name)
 
 
 def test_a_base_that_is_dequantised_no_longer_says_that_it_is_quantised():

@@ -178,6 +178,10 @@ def checked(overrides: str) -> None:
     ("overrides", "told"),
     [
         ("launch=zero3 model.quantization=4", "launch=zero3 with model.quantization=4"),
+        (
+            "launch=fsdp model.quantization=8",
+            "launch=fsdp with model.quantization=8.*=null or 4, or launch=ddp",
+        ),
         ("launch=zero3 peft=dora", "launch=zero3: DoRA reads weights of the base"),
         ("launch=zero3 strategy=fedprox", "strategy.proximal_mu=0.1.*launch=zero2"),
         ("launch=zero3 personal=ditto", "personal.mu=0.1.*Take launch=zero2"),
@@ -222,6 +226,7 @@ def test_what_cannot_be_divided_is_refused(overrides, told):
 def test_what_can_be_is_not():
     for overrides in (
         "launch=zero2 model.quantization=4",
+        "launch=fsdp model.quantization=4",
         "launch=zero2 strategy=fedprox personal=ditto",
         "launch=zero3 sharing=ffa",
         "launch=ddp launch.processes=1",
