@@ -57,6 +57,11 @@ def figure(
             **more,
         )
         yield list(axes.flat)
+        for axis in [axis for each in axes.flat for axis in (each.xaxis, each.yaxis)]:
+            if axis.get_scale() == "log":
+                count_tens(
+                    axis
+                )  # its own labels are mathematics, and so shown as written
         with writing(path):
             drawn.savefig(path, dpi=120)
         pyplot.close(drawn)
@@ -158,10 +163,8 @@ def plot_search(
                     axes.plot(*zip(*drawn, strict=True), ls="", label=label, **style)
             if log:
                 axes.set_xscale("log")
-                count_tens(axes.xaxis)
             if 0 < 10 * min(values) < max(values):  # else the best would all look alike
                 axes.set_yscale("log")
-                count_tens(axes.yaxis)
             axes.set_xlabel(key)
             axes.set_ylabel(metric)
         each[0].legend()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import utils
-from reporting import methods, report
+from reporting import figures, methods, report
 from reporting.runs import Section, by_method, read, sections
 from settings.compose import compose, record
 
@@ -179,6 +179,15 @@ def test_the_figure_has_a_point_for_each_method_at_its_bytes(sweep, monkeypatch)
             "fedavg_random": (16.0, 65.0),
             "fedavg_int8": (4.0, pytest.approx(90.667, abs=1e-3)),
         }
+
+
+def test_a_logarithmic_axis_tells_plain_numbers(tmp_path):
+    with figures.figure(tmp_path / "log.png") as (axes,):
+        axes.plot([15, 106], [1, 2])
+        axes.set_xscale("log")
+    told = {tick.get_text() for tick in axes.get_xticklabels(which="both")}
+    assert {"20", "50", "100"} < told
+    assert not any("$" in text for text in told)
 
 
 def test_a_run_that_is_missing_is_named(mine):
