@@ -82,6 +82,12 @@ def load_test(cfg: Settings) -> tuple[list[Record], list[list[str]]]:
     records = [to_record(row, dataset.columns) for row in rows]
     where = dataset.test_path or f"{dataset.name}, {test}"
     tasks.build(cfg).check_records(records, where)
+    bad = sum(record.get("desirable") == "false" for record in records)
+    if cfg.evaluate.exact_match and bad:
+        raise UserError(
+            f"evaluate.exact_match=true with {where}: {bad} of its answers are told to be bad "
+            "ones, and to give them would count as right. Set evaluate.exact_match=false."
+        )
     if not column:
         return records, []
     return records, [

@@ -241,3 +241,14 @@ def test_each_task_is_refused_with_it_in_one_line(task, overrides, made):
     with pytest.raises(UserError, match=rf"^{key}=\S+[: ]") as caught:
         made(task, overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_to_give_a_bad_answer_is_no_match(made, tmp_path):
+    rows = [
+        {"prompt": f"Is {i} odd?", "completion": "No.", "label": int(i) % 2}
+        for i in "12"
+    ]
+    (tmp_path / "thumbs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = f"dataset.test_path={tmp_path}/thumbs.jsonl evaluate.exact_match=true"
+    with pytest.raises(UserError, match="1 of its answers are told to be bad"):
+        made("kto", asked)
