@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def moved(one: model.State, first: model.State) -> bool:
     But for what a head of spans adds to all places alike, which has no gradient.
     """
     finite = all(torch.isfinite(tensor).all() for tensor in one.values())
-    names = (name for name in first if not name.endswith("qa_outputs.bias"))
+    of_all = re.compile(r"\.qa_outputs\..*bias$")
+    names = (name for name in first if not of_all.search(name))
     same = [name for name in names if torch.equal(one[name], first[name])]
     return finite and one.keys() == first.keys() and not same
 
