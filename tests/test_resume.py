@@ -72,6 +72,7 @@ def test_a_run_that_goes_on_ends_bit_identical(
         "num_rounds=4",
         "num_clients=3",
         "strategy.fraction_fit=0.7",
+        "train.training_arguments.max_steps=1",
     )
     whole, parts = whole_and_killed(loopback, cfg, tmp_path)
     again = cfg | {"resume": str(parts)}
@@ -211,19 +212,24 @@ def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["4k", "700k", "1500k", "2300k"])
-def test_a_run_on_a_full_disk_goes_on_when_there_is_room(
-    size, disk, configure, loopback, tmp_path
-):
-    cfg = configure(
+@pytest.fixture(scope="module")
+def roomy(configure_once, loopback_once, tmp_path_factory) -> tuple[dict, Path]:
+    """A run with room enough: its configuration and its folder."""
+    cfg = configure_once(
         "num_rounds=4",
         "num_clients=2",
         "train.save_every_round=1",
         "train.training_arguments.max_steps=1",
     )
-    (whole := tmp_path / "whole").mkdir()
-    rounds.run(cfg, loopback(cfg, folder=whole), whole)
+    folder = tmp_path_factory.mktemp("roomy")
+    rounds.run(cfg, loopback_once(cfg, folder=folder), folder)
+    return cfg, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["4k", "700k", "1500k", "2300k"])
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(size, disk, roomy, loopback):
+    cfg, whole = roomy
     folder = disk(size)
     with pytest.raises(UserError, match=r"No space left on device") as told:
         rounds.run(cfg, loopback(cfg, folder=folder), folder)
@@ -251,6 +257,9 @@ SHORT = (
     "evaluate.exact_match=false train.training_arguments.max_steps=2 "
     "train.training_arguments.per_device_train_batch_size=4"
 )
+# With one worker: a second one loads the same libraries again, which takes longer than
+# the rounds do.
+LONE = f"{SHORT} +simulation.init_args.num_cpus=1"
 
 
 def main(overrides: str, **more) -> subprocess.CompletedProcess:
@@ -331,7 +340,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 def test_killed_three_times_it_ends_bit_identical(loopback, tmp_path):
     (whole := tmp_path / "whole").mkdir()
     parts = tmp_path / "parts"
-    command = f"{SHORT} strategy=fedadam num_rounds=6 train.save_every_round=6"
+    command = f"{LONE} strategy=fedadam num_rounds=6 train.save_every_round=6"
     # Never interrupted, and in one process instead of five.
     cfg = check(compose(command))
     rounds.run(cfg, loopback(cfg, folder=whole), whole)
@@ -358,7 +367,7 @@ def test_killed_three_times_it_ends_bit_identical(loopback, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nobody_behind(tmp_path):
-    run = Run(f"{SHORT} num_rounds=500 hydra.run.dir={tmp_path}")
+    run = Run(f"{LONE} num_rounds=500 hydra.run.dir={tmp_path}")
     run.read_until("round 2/500")
     everything = run.everything()
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
@@ -382,10 +391,11 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_nobody_behind(tmp_path):
     ],
 )
 def test_a_signal_before_there_is_anything_to_save_ends_it(moment, number, tmp_path):
-    run = Run(f"{SHORT} hydra.run.dir={tmp_path}/run")
+    run = Run(f"{LONE} hydra.run.dir={tmp_path}/run")
     if moment == "imports":
         while not (tmp_path / "run/.hydra/overrides.yaml").exists():
             assert run.process.poll() is None
+            time.sleep(0.01)  # the cores are the run's
     else:
         run.read_until("Results:")
     everything = run.everything()
@@ -400,7 +410,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_it(moment, number, tmp_p
 def test_a_folder_has_one_run_and_each_end_of_it_says_how_to_go_on(tmp_path):
     folder = tmp_path / "it's (1), a=b"
     begin = (
-        f"{SHORT} num_rounds=500 {shlex.quote(override('hydra.run.dir', str(folder)))}"
+        f"{LONE} num_rounds=500 {shlex.quote(override('hydra.run.dir', str(folder)))}"
     )
     resume = shlex.quote(override("resume", str(folder)))
     run = Run(begin, stderr=subprocess.PIPE)
@@ -446,7 +456,7 @@ def test_a_folder_has_one_run_and_each_end_of_it_says_how_to_go_on(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_twice_stops_at_once(tmp_path):
-    run = Run(f"{SHORT} num_rounds=500 hydra.run.dir={tmp_path}")
+    run = Run(f"{LONE} num_rounds=500 hydra.run.dir={tmp_path}")
     run.read_until("round 1/500")
     everything = run.everything()
     began = time.monotonic()
@@ -460,7 +470,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(tmp_path):
-    command = f"{SHORT} train.save_every_round=100 num_rounds=100"
+    command = f"{LONE} train.save_every_round=100 num_rounds=100"
     run = Run(f"{command} hydra.run.dir={tmp_path}")
     run.read_until("round 2/100")
     # From now on no file of the server's may grow beyond 100 kB, and an adapter is 300.
@@ -496,6 +506,7 @@ def test_a_killed_worker_costs_its_reply_and_nothing_else(tmp_path):
     everything = run.everything()
     while not (busy := workers(run)):
         assert run.process.poll() is None
+        time.sleep(0.01)
     busy[0].kill()
     assert run.end() == 0, run.said
     history = json.loads((tmp_path / "history.json").read_text())["rounds"]
