@@ -1,7 +1,7 @@
 """pytest tests/test_bad_input.py: what is malformed, how it is made, and the message it gets.
 
-The table is in eight parts: SETTINGS, DATA, ADAPTERS, BASES, RUNS, CHECKPOINTS, NODES and
-COMMANDS. Values out of their range, and data that does not suit the settings, are in
+The table is in nine parts: SETTINGS, DATA, ADAPTERS, BASES, RUNS, CHECKPOINTS, NODES,
+COMMANDS and ASKED. Values out of their range, and data that does not suit the settings, are in
 test_checks.py; what a run may not ask of a node is in test_node.py.
 """
 
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import dataset
 import model
+import test as ask
 from methods import aggregate
 from methods.base import Contribution
 from node import permit
@@ -1042,48 +1043,52 @@ NODES = [
     ("no column of answers", {"column-output": ""}, "column-output is empty"),
 ]
 
-# What is wrong, the command, a part of what it says.
+# What is wrong, what main.py is given, a part of what it says.
 COMMANDS = [
-    ("an unknown key", "main.py num_round=3", "Could not override 'num_round'"),
-    ("a wrong number", "main.py num_rounds=0", "num_rounds=0: it must be 1 or more"),
+    ("an unknown key", "num_round=3", "Could not override 'num_round'"),
+    ("a wrong number", "num_rounds=0", "num_rounds=0: it must be 1 or more"),
     (
         "an output folder in a file",
-        "main.py hydra.run.dir={tmp}/file/run",
+        "hydra.run.dir={tmp}/file/run",
         "cannot be written (Not a directory)",
     ),
-    ("null for a group", "main.py tracking=null", "tracking is one of mlflow, none,"),
-    ("a value without a name", "main.py =5", "the name of a setting is missing"),
-    ("no run", "main.py resume={tmp}", "no run to go on with is here"),
-    ("fewer rounds", "main.py resume={run} num_rounds=1", "2 rounds are done, and num"),
-    ("no adapter given", "test.py", "--peft-path"),
-    ("a file", "test.py --peft-path={tmp}/file", "there is no such folder"),
+    ("null for a group", "tracking=null", "tracking is one of mlflow, none,"),
+    ("a value without a name", "=5", "the name of a setting is missing"),
+    ("no run", "resume={tmp}", "no run to go on with is here"),
+    ("fewer rounds", "resume={run} num_rounds=1", "2 rounds are done, and num"),
+]
+
+# What is wrong, what test.py is given, a part of what it says.
+ASKED = [
+    ("no adapter given", "", "--peft-path"),
+    ("a file", "--peft-path={tmp}/file", "there is no such folder"),
     (
         "a folder above",
-        "test.py --peft-path={tmp}",
+        "--peft-path={tmp}",
         "is missing. Did you mean {tmp}/peft",
     ),
-    ("no answer", "test.py --peft-path=x --max-new-tokens=0", "must be 1 or more"),
-    ("a cold adapter", "test.py --peft-path=x --temperature=-1", "must be 0 or more"),
-    ("an endless heat", "test.py --peft-path=x --temperature=inf", "must be 0 or more"),
-    ("no device", "test.py --peft-path=x --device=meta", "must be cpu, cuda or cuda:1"),
+    ("no answer", "--peft-path=x --max-new-tokens=0", "must be 1 or more"),
+    ("a cold adapter", "--peft-path=x --temperature=-1", "must be 0 or more"),
+    ("an endless heat", "--peft-path=x --temperature=inf", "must be 0 or more"),
+    ("no device", "--peft-path=x --device=meta", "must be cpu, cuda or cuda:1"),
     (
         "an input alone",
-        "test.py --peft-path=x --input=y",
+        "--peft-path=x --input=y",
         "--input goes with --question",
     ),
     (
         "a file and a question",
-        "test.py --peft-path=x --file=y --question=z",
+        "--peft-path=x --file=y --question=z",
         "--file takes neither --question nor --temperature",
     ),
     (
         "columns of no file",
-        "test.py --peft-path=x --columns=instruction=y",
+        "--peft-path=x --columns=instruction=y",
         "--columns, --choices and --out go with --file",
     ),
     (
         "pickled weights",
-        "test.py --peft-path={tmp}/pickled --question=x",
+        "--peft-path={tmp}/pickled --question=x",
         "adapter_model.safetensors is missing",
     ),
 ]
@@ -1396,29 +1401,47 @@ def test_a_run_may_be_measured_otherwise_when_it_goes_on(configure, tmp_path):
     assert told.best()["round"] == 2
 
 
-@pytest.mark.slow
-@table(COMMANDS)
-def test_command(made, message, adapter, run, tmp_path):
+@pytest.fixture
+def folders(adapter, tmp_path) -> Path:
+    """A folder with what the commands below are given."""
     shutil.copytree(adapter, tmp_path / "peft_7")
     pickled = shutil.copytree(adapter, tmp_path / "pickled")
     both(remove(WEIGHTS), put("adapter_model.bin", PICKLE))(pickled)
     (tmp_path / "file").touch()
-    before = content(tmp_path)
-    script, *arguments = made.format(tmp=tmp_path, run=run).split()
-    if script == "main.py":
-        arguments = [
-            "experiment=quickstart",
-            f"hydra.run.dir={tmp_path}/run",
-            *arguments,
-        ]
+    return tmp_path
+
+
+@pytest.mark.slow
+@table(COMMANDS)
+def test_command(made, message, folders, run):
+    before = content(folders)
+    own = ["experiment=quickstart", f"hydra.run.dir={folders}/run"]
     done = subprocess.run(
-        [sys.executable, PROJECT / script, *arguments],
+        [
+            *(sys.executable, PROJECT / "main.py", *own),
+            *made.format(tmp=folders, run=run).split(),
+        ],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode in (1, 2)
-    assert message.format(tmp=tmp_path) in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert {k: v for k, v in content(tmp_path).items() if k in before} == before
-    assert not list(tmp_path.glob("**/history.json"))
+    assert {k: v for k, v in content(folders).items() if k in before} == before
+    assert not list(folders.glob("**/history.json"))
+
+
+@table(ASKED)
+def test_question(made, message, folders, monkeypatch, capsys):
+    """In this process, which has the libraries: another would load them for each row."""
+    before = content(folders)
+    words = made.format(tmp=folders).split()
+    monkeypatch.setattr(sys, "argv", ["test.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        ask.main()
+    code, said = ended.value.code, "".join(capsys.readouterr())
+    assert code == 2 or isinstance(code, str)  # which Python prints, and ends with 1
+    assert message.format(tmp=folders) in f"{code}\n{said}"
+    assert "Traceback" not in said
+    assert content(folders) == before
