@@ -90,10 +90,10 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
         tasks.build(cfg).check_records([], "")
     with naming(cfg.model.name):
         cfg = decided(cfg)
-    check_model(cfg, weights=not (cfg.dry_run or deployed))
+    frame = check_model(cfg, weights=not (cfg.dry_run or deployed))
     check_adapter(cfg, deployed)
     check_ranks(cfg, deployed)
-    if note := loud(cfg):
+    if note := loud(cfg, frame):
         say(f"Note: {note}.")
     if cfg.resume:
         check_progress(cfg, Path(cfg.resume))
@@ -328,11 +328,9 @@ def check_privacy(cfg: Settings) -> Settings:
     return privacy.checked(cfg, aggregate.build(node))
 
 
-def loud(cfg: Settings) -> str | None:
+def loud(cfg: Settings, frame: Any) -> str | None:
     """What the noise will do where it drowns what clients send, in a line; or None."""
-    import model
-
-    length, size, cohort = loudness(cfg, model.skeleton(cfg.model, cfg.peft))
+    length, size, cohort = loudness(cfg, frame)
     if length <= 1:
         return None
     return (
@@ -547,10 +545,10 @@ def naming(name: str) -> Iterator[None]:
         ) from error
 
 
-def check_model(cfg: Settings, weights: bool) -> None:
+def check_model(cfg: Settings, weights: bool) -> Any:
     """That the base can be found and takes this adapter; needs its `config.json` only.
 
-    `weights`: they and the tokenizer are needed here.
+    `weights`: they and the tokenizer are needed here. Returns the `model.skeleton` of both.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -585,7 +583,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
         check_changes(cfg, [*held])
         model.rehearse(cfg.model, cfg.peft, cfg.seed, cfg.train.seq_length)
         if cfg.dry_run:
-            return
+            return frame
         tokenizer = model.load_tokenizer(name, cfg.model.use_fast_tokenizer)
     if not any(p.numel() for p in frame.parameters() if p.requires_grad):
         raise UserError(f"{cfg.peft._target_} with these settings trains nothing.")
@@ -605,6 +603,7 @@ def check_model(cfg: Settings, weights: bool) -> None:
                 "have no answer, or are longer than "
                 f"train.seq_length={cfg.train.seq_length} tokens."
             )
+    return frame
 
 
 def check_products(cfg: Settings, frame: Any) -> None:
