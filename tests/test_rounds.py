@@ -31,13 +31,20 @@ METHODS = sorted(
 )  # which needs an emulator as its base (tests/test_emulator.py)
 
 
+# How many clients a strategy needs where one of them may be hostile; two are a mean.
+NEEDED = {"bulyan": 7, "krum": 5, "multikrum": 5, "fedtrimmedavg": 5}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_each_strategy_completes_two_rounds(name, configure, loopback, tmp_path):
-    cfg = configure(f"strategy={name}", "num_clients=7", "strategy.fraction_fit=1")
+    count = NEEDED.get(name, 2)
+    cfg = configure(
+        f"strategy={name}", f"num_clients={count}", "strategy.fraction_fit=1"
+    )
     run(cfg, loopback(cfg), tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
-    assert [entry["replied"] for entry in rounds] == [7, 7]
+    assert [entry["replied"] for entry in rounds] == [count, count]
     assert all(entry["failures"] == [] for entry in rounds)
     assert (tmp_path / "peft_2/adapter_model.safetensors").is_file()
 
@@ -47,7 +54,9 @@ def test_each_strategy_completes_two_rounds(name, configure, loopback, tmp_path)
 def test_each_peft_method_trains_saves_loads_and_answers(
     name, configure, loopback, tmp_path
 ):
-    cfg = configure(f"peft={name}", "train.save_every_round=1")
+    cfg = configure(
+        f"peft={name}", "train.save_every_round=1", "strategy.fraction_fit=0.25"
+    )
     run(cfg, loopback(cfg), tmp_path)
     folder = tmp_path / "peft_2"
     about = model.read_about(str(folder))
@@ -171,7 +180,7 @@ def test_a_client_with_few_records_is_neither_worst_nor_spread(
 
 @pytest.mark.slow
 def test_the_best_round_is_marked_and_its_adapter_kept(
-    configure, loopback, tmp_path, monkeypatch
+    few, configure, loopback, tmp_path, monkeypatch
 ):
     losses = iter([5.0, 3.0, 4.0, 2.5, 9.0, 8.0])
     monkeypatch.setattr(
@@ -182,7 +191,8 @@ def test_the_best_round_is_marked_and_its_adapter_kept(
         ),
     )
     cfg = configure(
-        "num_rounds=6", "evaluate.every_round=1", "train.save_every_round=3"
+        *(few, "num_rounds=6", "evaluate.every_round=1", "train.save_every_round=3"),
+        *("strategy.fraction_fit=0.25", "train.training_arguments.max_steps=1"),
     )
     run(cfg, loopback(cfg), tmp_path)
     rounds = json.loads((tmp_path / "history.json").read_text())["rounds"]
@@ -226,7 +236,10 @@ def test_a_run_does_not_inherit_the_peak_memory_of_the_one_before_it():
 
 @pytest.mark.slow
 def test_adapters_are_saved_when_due_and_at_the_end(configure, loopback, tmp_path):
-    cfg = configure("num_rounds=5", "train.save_every_round=2")
+    cfg = configure(
+        *("num_rounds=5", "train.save_every_round=2"),
+        *("strategy.fraction_fit=0.25", "train.training_arguments.max_steps=1"),
+    )
     run(cfg, loopback(cfg), tmp_path)
     saved = sorted(path.name for path in tmp_path.glob("peft_*"))
     assert saved == ["peft_2", "peft_4", "peft_5"]
