@@ -278,24 +278,27 @@ COMBINED = [
     ("sharing=fedsa strategy=fedavgm peft=dora", False, True),
     ("sharing=ffa strategy=krum", True, False),
     ("sharing=ffa sharing.stays=[layers.3] peft=rslora", True, False),
-    ("sharing=ffa sharing.refactor_every=1 strategy=fedprox", False, False),
+    # FedProx pulls from its second step on.
+    (
+        "sharing=ffa sharing.refactor_every=1 strategy=fedprox "
+        "train.training_arguments.max_steps=2",
+        *(False, False),
+    ),
     ("sharing=rolora sharing.stays=[layers.3] strategy=fedyogi", False, False),
     ("sharing=rolora strategy=qfedavg comm.dtype=float32", False, False),
     ("sharing=all sharing.stays=[layers.3] peft=ia3", None, None),
 ]
 
 
-@pytest.mark.parametrize(
-    ("words", "a_stays", "b_stays"),
-    [
-        COMBINED[0],
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in COMBINED[1:]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "a_stays", "b_stays"), COMBINED)
 def test_a_run_that_was_killed_twice_ends_bit_identical(
     words, a_stays, b_stays, configure, loopback, tmp_path
 ):
-    cfg = configure(words, "num_rounds=5", "num_clients=3", "strategy.fraction_fit=0.7")
+    cfg = configure(
+        *("num_rounds=5", "num_clients=3", "strategy.fraction_fit=0.7"),
+        *("train.training_arguments.max_steps=1", "evaluate.holdout=0.01", words),
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -349,7 +352,10 @@ def values(content) -> int:
     ],
 )
 def test_the_plan_is_what_travels(words, configure, loopback):
-    cfg = configure(words, "num_clients=2", "strategy.fraction_fit=1", "num_rounds=4")
+    cfg = configure(
+        *(words, "num_clients=2", "strategy.fraction_fit=1", "num_rounds=4"),
+        "train.training_arguments.max_steps=1",
+    )
     up = []
 
     def count(partition, reply):
