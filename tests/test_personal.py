@@ -215,6 +215,7 @@ def test_nothing_of_it_is_in_any_message(finished):
     assert all(not m.content.array_records for m in told[: len(told) // 2])
 
 
+@pytest.mark.slow
 def test_what_it_comes_to_is_told_by_client_and_in_the_mean(finished):
     folder, cfg, _ = finished
     summary = runs.read(folder, "summary.json")
@@ -256,6 +257,7 @@ def test_a_clients_folder_is_a_plain_adapter_and_scores_as_told(finished):
             assert loss == pytest.approx(one[name])
 
 
+@pytest.mark.slow
 def test_it_is_exported_with_its_own_figures(finished, tmp_path):
     folder, _, _ = finished
     run = Path(shutil.copytree(folder, tmp_path / "run"))
@@ -272,14 +274,20 @@ def test_it_is_exported_with_its_own_figures(finished, tmp_path):
     assert f"{summary['eval_loss_global']:.4g}" not in card
 
 
+@pytest.fixture(scope="module")
+def whole(configure_once, loopback_once, tmp_path_factory) -> tuple[dict, Path]:
+    """A run that nobody kills: its configuration and its folder."""
+    everybody = ("num_clients=2", "strategy.fraction_fit=1", "num_rounds=3")
+    cfg = configure_once(*DITTO, *everybody)
+    folder = tmp_path_factory.mktemp("whole")
+    rounds.run(cfg, loopback_once(cfg, folder=folder), folder)
+    return cfg, folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1], ids=["killed", "and a checkpoint is lost"])
-def test_a_run_that_goes_on_has_the_same_adapters(lost, configure, loopback, tmp_path):
-    cfg = configure(*DITTO, "num_clients=2", "strategy.fraction_fit=1", "num_rounds=3")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    rounds.run(cfg, loopback(cfg, folder=whole), whole)
+def test_a_run_that_goes_on_has_the_same_adapters(lost, whole, loopback, tmp_path):
+    (cfg, whole), parts = whole, tmp_path
     killed_in(cfg, parts, replies=6)  # both have trained and kept theirs in round 3
     for newest in sorted((parts / "checkpoints").glob("*"))[2 - lost :]:
         shutil.rmtree(newest)
