@@ -106,7 +106,6 @@ def serve(composed, frame, loopback, monkeypatch):
     """Makes a server of four clients, of which the hostile one's replies go by `tamper`."""
     monkeypatch.setattr(model, "skeleton", lambda *_: frame)
     monkeypatch.setattr(model, "seeded", lambda *_: START)
-    monkeypatch.setattr(exchange, "PULL_INTERVAL", 0)
     monkeypatch.setitem(DTYPE, "now", "float16")
 
     def make(tamper=lambda reply: reply, told=None, grid=loopback, **changed):
@@ -462,7 +461,7 @@ def test_what_a_client_says_of_its_place_is_not_looked_at(serve, capsys):
 
 @pytest.mark.slow
 def test_every_figure_of_a_real_client_is_known(configure):
-    cfg = configure("strategy.fraction_evaluate=1")
+    cfg = configure("strategy.fraction_evaluate=1", "evaluate.holdout=0.01")
     start = client.initial_adapter(cfg)
     for kind, figures in (
         ("train", client.train(cfg, start, 0, 1)[1]),
