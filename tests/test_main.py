@@ -158,6 +158,7 @@ def test_a_multirun_leaves_a_figure_and_a_table_even_where_runs_fail(tmp_path):
         "model.quantization=8,4",
         "strategy.fraction_fit=7,0.1",
         "num_rounds=2",
+        "+simulation.init_args.num_cpus=1",  # one worker has the libraries to load
         "train.training_arguments.max_steps=2",
         "evaluate.exact_match=false",
         f"hydra.sweep.dir={tmp_path}",
@@ -213,6 +214,7 @@ def test_a_failed_run_exits_with_the_cause_named_once(tmp_path):
         "main.py",
         "experiment=quickstart",
         "train.seq_length=20",  # shorter than any prompt
+        "+simulation.init_args.num_cpus=1",
         "evaluate.exact_match=false",
         f"hydra.run.dir={tmp_path}",
     )

@@ -495,6 +495,7 @@ def test_what_failed_or_never_started_is_named(mine):
     assert rows["centralized"].keys() == {0, 2}
 
 
+@pytest.mark.slow
 def test_whole_modes_may_be_missing(mine):
     for number in (*range(6, 9), *range(9, 12)):  # natural alone, dirichlet federated
         shutil.rmtree(mine / str(number))
@@ -612,6 +613,7 @@ def test_settings_of_strangers_are_shown_as_text(mine):
     assert words.count(public(f"dataset.name={text}")) == 3
 
 
+@pytest.mark.slow
 def test_callback_reports_after_a_failure_and_at_the_end(mine, capsys):
     shutil.rmtree(mine / "report")
     config = OmegaConf.create(
@@ -885,6 +887,7 @@ def run_compare(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
         "main.py",
         *sweep,
         f"hydra.sweep.dir={folder}",
+        "+simulation.init_args.num_cpus=1",  # one worker has the libraries to load
         *overrides,
     ]
     return subprocess.run(

@@ -20,8 +20,8 @@ from utils import PROJECT, UserError, git_commit
 NAMES = sorted(path.stem for path in (PROJECT / "conf/tracking").glob("*.yaml"))
 
 
-# One client measures on its own records, before and after.
-ONE = "strategy.fraction_evaluate=0.25"
+# One client measures on some records of its own, before and after.
+ONE = "strategy.fraction_evaluate=0.25 evaluate.holdout=0.02"
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +311,7 @@ def test_a_multirun_is_one_group(tmp_path):
             "tracking=mlflow",
             "seed=0,1",
             "num_rounds=1",
+            "+simulation.init_args.num_cpus=1",  # one worker has libraries to load
             "train.training_arguments.max_steps=2",
             "evaluate.exact_match=false",
             f"hydra.sweep.dir={tmp_path}/sweep",
