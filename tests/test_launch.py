@@ -1,5 +1,6 @@
 """pytest tests/test_launch.py: a client of two processes does what a client of one does."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,40 @@ def test_two_processes_begin_and_evaluate_as_one(sharded, configure):
     expected, found = client.evaluate(one, start, 1), processes.evaluate(two, start, 1)
     assert found["num-examples"] == expected["num-examples"]
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+
+
+BERT = "model=tiny_bert train.seq_length=96"
+SEQ2SEQ = "task=seq2seq model=tiny_t5 dataset=tiny_seq2seq"
+PAIRS = "dataset=tiny_preferences"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sharded"),
+    [
+        (f"task=classification dataset=tiny_labels {BERT}", False),
+        (f"task=tagging dataset=tiny_tags {BERT}", False),
+        (f"task=span dataset=tiny_spans {BERT}", False),
+        (SEQ2SEQ, False),
+        (SEQ2SEQ, True),
+        (f"task=dpo {PAIRS}", False),
+        (f"task=dpo {PAIRS}", True),
+        (f"task=kto {PAIRS}", True),
+    ],
+)
+def test_two_processes_learn_each_task_as_one(overrides, sharded, configure):
+    # So many clients that the last step is short of examples: one process then has none.
+    few = "num_clients=60 train.training_arguments.max_steps=-1"
+    one, two = both(configure(PLAIN + few, overrides), sharded)
+    start = adapter(one)
+    alone, figures = processes.train(one, start, 0, 1)
+    together, theirs = processes.train(two, start, 0, 1)
+    assert theirs["num-examples"] == figures["num-examples"]
+    assert theirs["train_loss"] == pytest.approx(figures["train_loss"], rel=1e-5)
+    # What is added to the logits of all places alike changes no probability.
+    for name in (n for n in start if not re.search(r"\.qa_outputs\..*bias$", n)):
+        moves = (alone[name] - start[name]).abs().max()
+        assert moves > 0
+        assert (together[name] - alone[name]).abs().max() < 1e-3 * moves, name
 
 
 def test_a_sharded_head_that_is_not_the_embedding(configure, tmp_path):
