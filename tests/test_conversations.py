@@ -6,7 +6,6 @@ token, in as many turns as there are.
 
 import copy
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from functools import lru_cache
@@ -35,7 +34,10 @@ from assets.testbed.families import (
 from node import permit
 from records import batches, conversations, files, templates
 from records.clusters import ClusterPartitioner
-from settings import heterogeneity
+from reporting import export
+from server import rounds
+from settings import heterogeneity, preflight
+from settings.compose import compose, record
 from utils import IGNORED, PROJECT, Refusal, Settings, UserError
 
 COLUMNS = {
@@ -795,37 +797,37 @@ def test_both_ways_of_training_on_turns_are_settings(configure):
 
 @pytest.mark.slow
 def test_a_run_on_conversations_trains_evaluates_answers_and_is_exported(
-    tmp_path, monkeypatch
+    loopback, tmp_path, monkeypatch, capsys
 ):
-    run = tmp_path / "run"
     words = (
         "experiment=quickstart dataset=tiny_chat dataset.template=chat num_clients=4 "
         "num_rounds=2 strategy.fraction_fit=1 strategy.fraction_evaluate=1 "
-        f"train.training_arguments.max_steps=4 hydra.run.dir={run}"
+        "train.training_arguments.max_steps=4"
     )
 
-    def python(*words):
-        command = [sys.executable, *words]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def said(command, *words: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["command", *words])
+        command()
+        return capsys.readouterr().out
 
-    python("main.py", *words.split())
+    record(config := compose(words), words.split(), run := tmp_path / "run")
+    cfg = preflight.check(config)
+    rounds.run(cfg, loopback(cfg, folder=run), run)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["test_loss_after"] < summary["test_loss_before"]
     history = json.loads((run / "history.json").read_text())["rounds"]
     assert history[-1]["eval_loss"] > 0
     folder = f"--peft-path={run}/peft_2"
     test = f"--file={PROJECT}/assets/tiny_chat/test.jsonl"
-    python("test.py", folder, test, f"--out={tmp_path}/answers.json")
+    said(ask.main, folder, test, f"--out={tmp_path}/answers.json")
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert answers["questions"] == 48
     assert answers["scores"]["tuned"]["test_loss"] == summary["test_loss_after"]
-    said = python(
-        "test.py", folder, "--question=What is 1 plus 1?", "--system=Be short."
-    )
-    assert said.startswith("Q: What is 1 plus 1?\nA: ")
-    python("-m", "reporting.export", folder, f"--out={tmp_path}/made")
+    question = "--question=What is 1 plus 1?"
+    told = said(ask.main, folder, question, "--system=Be short.")
+    assert told.startswith("Q: What is 1 plus 1?\nA: ")
+    said(export.main, folder, f"--out={tmp_path}/made")
     tokenizer = model.load_tokenizer(str(tmp_path / "made"))
     ids = tokenizer.apply_chat_template(LONG, return_dict=False)
     made = encoded(LONG, "chat", model.load_tokenizer("assets/tiny_llama"))
