@@ -1,10 +1,8 @@
 """pytest tests/test_seq2seq.py: a text from another, on encoder and decoder."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -409,6 +407,7 @@ def test_a_resumed_run_ends_with_the_same_adapter(loopback, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_node_trains_on_texts_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(PROJECT)
     rows = [{"bericht": f"Note {i}: all is well.", "kurz": "well"} for i in range(20)]
@@ -655,16 +654,9 @@ def test_no_sentence_is_tested_that_is_trained_on():
 
 
 @pytest.mark.slow
-def test_titles_are_found_for_facts_that_nobody_trained_on(mark, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "main.py", "experiment=seq2seq", f"hydra.run.dir={tmp_path}"],
-        cwd=PROJECT,
-        env=os.environ | mark,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+def test_titles_are_found_for_facts_that_nobody_trained_on(loopback, tmp_path):
+    cfg = preflight.check(compose("experiment=seq2seq"))
+    rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["exact_match_before"] < 0.05
     assert summary["exact_match_after"] >= 0.95
