@@ -252,17 +252,15 @@ COMBINED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        COMBINED[0],
-        *(pytest.param(one, marks=pytest.mark.slow) for one in COMBINED[1:]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMBINED)
 def test_a_run_that_was_killed_ends_bit_identical_and_learns(
     words, configure, loopback, tmp_path
 ):
-    cfg = configure(words, "num_rounds=4", "num_clients=3", "strategy.fraction_fit=0.7")
+    cfg = configure(
+        *(words, "num_rounds=4", "num_clients=3", "strategy.fraction_fit=0.7"),
+        "evaluate.holdout=0.02",
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -285,6 +283,7 @@ def test_a_run_that_was_killed_ends_bit_identical_and_learns(
     assert losses[-1] < 0.95 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", ["null", "zlib"])
 def test_who_is_asked_again_gets_changes_and_has_what_the_server_sends(
     compress, configure, loopback
@@ -292,6 +291,7 @@ def test_who_is_asked_again_gets_changes_and_has_what_the_server_sends(
     cfg = configure(
         *("comm.top_k=0.1", "comm.delta_down=true", f"comm.compress={compress}"),
         *("num_clients=4", "strategy.fraction_fit=0.5", "num_rounds=8"),
+        "train.training_arguments.max_steps=1",
     )
     grid = loopback(cfg)
     server = Server(cfg, grid)
@@ -332,6 +332,7 @@ def test_after_the_last_round_clients_measure_the_adapter_that_is_saved(
     configure, loopback
 ):
     words = ("comm.top_k=0.05", "num_rounds=3", "strategy.fraction_evaluate=1")
+    words += ("evaluate.holdout=0.02",)
     cfg = configure(*words, "comm.delta_down=true")
     server = Server(cfg, loopback(cfg))
     state = server.initial_adapter()
@@ -447,9 +448,13 @@ def values(content) -> int:
     return sum(len(array.data) - 128 for array in content["arrays"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["comm.top_k=0.1", COMBINED[0], COMBINED[2]])
 def test_the_plan_is_what_travels_at_most(words, configure, loopback):
-    cfg = configure(words, "num_clients=2", "strategy.fraction_fit=1", "num_rounds=4")
+    cfg = configure(
+        *(words, "num_clients=2", "strategy.fraction_fit=1", "num_rounds=4"),
+        "train.training_arguments.max_steps=1",
+    )
     up = []
 
     def count(partition, reply):
