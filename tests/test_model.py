@@ -103,8 +103,8 @@ def test_initial_adapter_depends_on_the_seed_alone():
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
     """A LoRA adapter of random weights, saved, with the live model that has them too."""
     model_cfg, peft_cfg = plain(*parts())
     net = model.build(model_cfg, peft_cfg, 0, CPU)
@@ -114,7 +114,7 @@ def saved(tmp_path):
         for name, value in model.adapter_state(net).items()
     }
     model.set_adapter_state(net, state)
-    folder = tmp_path / "peft_7"
+    folder = tmp_path_factory.mktemp("run") / "peft_7"
     about = {"round": 7, "template": "alpaca", "model": model_cfg}
     frame = model.skeleton(model_cfg, peft_cfg)
     tokenizer = model.load_tokenizer(model_cfg["name"])
