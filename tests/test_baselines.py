@@ -17,6 +17,7 @@ def test_alone_each_client_trains_an_adapter_that_nobody_else_gets(
     few, configure, loopback, tmp_path
 ):
     overrides = ("mode=local", "strategy=fedadam", "strategy.fraction_evaluate=1")
+    overrides += ("evaluate.holdout=0.02",)
     cfg = configure(few, *overrides, "evaluate.exact_match=true", "comm.dtype=float32")
     cfg["evaluate"]["max_new_tokens"] = 1
     run(cfg, loopback(cfg), tmp_path)

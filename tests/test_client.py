@@ -67,7 +67,7 @@ def test_what_a_client_trained_from_is_counted(configure, tmp_path):
 
 @pytest.mark.slow
 def test_a_reused_model_carries_nothing_over(configure):
-    cfg = configure("model.lora.peft_lora_dropout=0.1")
+    cfg = configure("model.lora.peft_lora_dropout=0.1", "evaluate.holdout=0.02")
     start = client.initial_adapter(cfg)
     model.forget()
     fresh, _ = client.train(cfg, start, partition=1, server_round=2)
@@ -82,7 +82,7 @@ def test_a_reused_model_carries_nothing_over(configure):
 def test_a_model_that_was_evaluated_still_trains(configure):
     # bitsandbytes repacks 4-bit weights in an eval() forward on some processors, and
     # what is trained afterwards loses its gradients without a word.
-    cfg = configure()
+    cfg = configure("evaluate.holdout=0.02")
     start = client.initial_adapter(cfg)
     model.forget()
     fresh, _ = client.train(cfg, start, partition=0, server_round=1)

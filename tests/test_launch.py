@@ -118,7 +118,8 @@ def test_two_processes_train_as_one(
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_begin_and_evaluate_as_one(sharded, configure):
-    one, two = both(configure(PLAIN + "strategy.fraction_evaluate=0.5"), sharded)
+    some = "strategy.fraction_evaluate=0.5 evaluate.holdout=0.02"
+    one, two = both(configure(PLAIN + some), sharded)
     alone, together = client.initial_adapter(one), processes.initial_adapter(two)
     assert same(alone, together)
     start = adapter(one)

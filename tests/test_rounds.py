@@ -210,6 +210,7 @@ def test_evaluation_comes_every_so_many_rounds_and_at_the_end(
         few,
         "num_rounds=3",
         "evaluate.every_round=2",
+        "evaluate.holdout=0.02",
         "strategy.fraction_evaluate=0.5",
         "train.training_arguments.max_steps=1",
     )
