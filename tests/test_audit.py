@@ -496,12 +496,15 @@ def overfitted(tmp_path_factory, loopback_once) -> Path:
     folder = tmp_path_factory.mktemp("run")
     lines = (PROJECT / "assets/tiny_qa/train.jsonl").read_text().splitlines()
     (folder / "some.jsonl").write_text("\n".join(lines[:160]))
+    lines = (PROJECT / "assets/tiny_qa/test.jsonl").read_text().splitlines()
+    (folder / "few.jsonl").write_text("\n".join(lines[:8]))
     words = [
         *("experiment=audit", "num_clients=2", "num_rounds=2"),
         *("strategy.fraction_fit=1", "strategy.fraction_evaluate=1"),
         *("evaluate.exact_match=false", "evaluate.every_round=2"),
         *("evaluate.holdout=0.5", "audit.canaries=40"),
         f"dataset.path={folder / 'some.jsonl'}",
+        f"dataset.test_path={folder / 'few.jsonl'}",
         "train.training_arguments.max_steps=40",
     ]
     record(compose(" ".join(words)), words, folder)
