@@ -18,8 +18,10 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
 from filelock import FileLock
 
+import model
 import utils
 from assets.testbed.loopback import LoopbackGrid
 from server import exchange
@@ -68,6 +70,16 @@ def short(*overrides: str) -> dict[str, Any]:
     )
     with rehearsing_once():
         return preflight.check(compose(" ".join([given, *overrides])))
+
+
+@pytest.fixture(scope="module")
+def in_float32() -> Iterator[None]:
+    """For what is held against plain transformers: a CPU that has bfloat16 computes in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "compute_dtype", lambda device: torch.float32)
+        model.forget()
+        yield
+        model.forget()
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ from settings.schema import validated
 from tasks.base import Unsuited
 from utils import IGNORED, PROJECT, Refusal, Settings, UserError
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 CPU = torch.device("cpu")
 LABELS = ["calm", "glad", "sad"]
 RECORDS = [

@@ -21,6 +21,8 @@ from settings import preflight
 from settings.compose import compose
 from utils import PROJECT, UserError
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 CPU = torch.device("cpu")
 IDS = torch.arange(4, 68).view(2, 32)
 

@@ -19,6 +19,8 @@ from settings.compose import compose, resolve
 from tasks import generation
 from utils import PROJECT, UserError
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 CPU = torch.device("cpu")
 TASKS = sorted(path.stem for path in harness.TASKS.glob("*.yaml"))
 PRESETS = ["code", "finance", "general-nlp", "medical"]

@@ -20,6 +20,8 @@ from methods import sharing
 from reporting import export
 from utils import Settings, UserError
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 CPU = torch.device("cpu")
 LABELS = ["calm", "glad", "sad"]
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -410,12 +411,16 @@ def test_a_file_of_any_kind_with_columns_of_any_name(suffix, ask, tmp_path):
         (None, [], "there is no such file"),
     ],
 )
-def test_a_file_that_cannot_be_asked_is_named(rows, options, message, ask, tmp_path):
+def test_a_file_that_cannot_be_asked_is_named(
+    rows, options, message, ask, tmp_path, capsys
+):
     path = tmp_path / "asked.jsonl"
     if rows is not None:
         path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(SystemExit, match=message.replace("?", ".")):
+    with pytest.raises(SystemExit) as ended:
         ask(f"--file={path}", *options)
+    assert ended.value.code == 1
+    assert re.search(message.replace("?", "."), capsys.readouterr().err)
 
 
 def test_what_cannot_be_scored_is_told_as_missing_from_all(ask, tmp_path):

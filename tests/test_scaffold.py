@@ -22,6 +22,8 @@ from server.rounds import Server
 from settings import plan
 from utils import Refusal, UserError, mix_seed
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 SCAFFOLD = (
     "strategy=scaffold",
     "num_clients=2",
@@ -33,14 +35,6 @@ SCAFFOLD = (
     "+train.training_arguments.max_grad_norm=0",
     "model.quantization=null",
 )
-
-
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    monkeypatch.setattr(model, "compute_dtype", lambda device: torch.float32)
-    model.forget()
-    yield
-    model.forget()
 
 
 def batches(cfg: dict, partition: int, number: int) -> list:

@@ -23,6 +23,8 @@ from tasks.base import Unsuited
 from tasks.span import Span
 from utils import IGNORED, Settings, UserError, cohort_size
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 TEXT = "Paris is the capital of France. The capital of Haïti is Port-au-Prince, in the west."
 QUESTION = "What is the capital of Haïti?"
 

@@ -24,6 +24,8 @@ from tasks.base import Unsuited
 from tasks.tagging import Tagging
 from utils import IGNORED, PROJECT, Refusal, Settings, UserError, cohort_size
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 WORDS = ["Ada", "Lovelace", "lived", "in", "Port-au-Prince", ",", "Haiti", "."]
 TAGS = ["B-PER", "I-PER", "O", "O", "B-LOC", "O", "B-LOC", "O"]
