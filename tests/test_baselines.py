@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import client
 import dataset
-from server.rounds import run
+from server.rounds import Server, run
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def test_alone_each_client_trains_an_adapter_that_nobody_else_gets(
     cfg = configure(few, *overrides, "evaluate.exact_match=true", "comm.dtype=float32")
     cfg["evaluate"]["max_new_tokens"] = 1
     run(cfg, loopback(cfg), tmp_path)
-    start = client.initial_adapter(cfg)
+    start = Server(cfg, loopback(cfg)).initial_adapter()
     for partition in range(4):
         state = start
         for number in (1, 2):

@@ -94,9 +94,9 @@ def test_two_rounds_are_those_of_the_paper(configure, loopback):
         state, _ = server.train_round(number, state)
     wanted, control = by_hand(cfg, start, 2)
     for name in start:
-        torch.testing.assert_close(state[name], wanted[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(state[name], wanted[name], rtol=1e-6, atol=1e-6)
         found = server.aggregation.control[name]
-        torch.testing.assert_close(found, control[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, control[name], rtol=1e-6, atol=1e-6)
     size = max(tensor.abs().max() for tensor in control.values())
     assert size > 1e-3  # or nothing would be told
     # What the correction does is seen: without it the second round ends elsewhere.
