@@ -3,6 +3,7 @@
 Through Hydra's own multirun; what a run comes to is known by arithmetic, but for the last test.
 """
 
+import gc
 import json
 import logging
 import math
@@ -47,6 +48,10 @@ def search(tmp_path):
     before = root.handlers[:], root.level
 
     def run(task, *overrides):
+        # What has the folder's lock ends with its process, or here when it is collected;
+        # `model.build` freezes what lives then.
+        gc.unfreeze()
+        gc.collect()
         GlobalHydra.instance().clear()
         version.setbase("1.3")
         path = create_config_search_path(str(PROJECT / "conf"))
