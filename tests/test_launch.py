@@ -143,7 +143,7 @@ PAIRS = "dataset=tiny_preferences"
         (SEQ2SEQ, True),
         (f"task=dpo {PAIRS}", False),
         (f"task=dpo {PAIRS}", True),
-        (f"task=kto {PAIRS}", True),
+        # Not KTO, in which each process has a z of its own (docs/tasks-preferences.md).
     ],
 )
 def test_two_processes_learn_each_task_as_one(overrides, sharded, configure):
