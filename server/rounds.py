@@ -581,6 +581,7 @@ class Server:
         held_back = self.cfg.strategy.fraction_evaluate > 0
         if not held_back or not self.personal.any(self.sharing, self.held):
             return {}
+        self.downlink.finish()  # also of a run that was stopped after its last round
         done = self.cfg.num_rounds
         exchange = self._exchange(
             PERSONAL,

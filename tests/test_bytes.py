@@ -18,7 +18,7 @@ from assets.testbed.loopback import killed_in
 from methods import deflate, down, sharing, sparse, steps, wire
 from methods.base import Contribution, Unusable
 from methods.store import Kept
-from server import rounds
+from server import checkpoint, rounds
 from server.exchange import Changes, Downlink
 from server.rounds import Server
 from settings import plan
@@ -346,6 +346,22 @@ def test_after_the_last_round_clients_measure_the_adapter_that_is_saved(
     measured = server.evaluate_round(3, state)
     assert measured["evaluate_failures"] == []
     assert measured["eval_loss"] == whole.evaluate_round(3, state)["eval_loss"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_after_its_last_round_offers_the_adapter_that_is_saved(
+    configure, loopback, tmp_path
+):
+    cfg = configure(
+        *("comm.top_k=0.05", "comm.delta_down=true", "personal=ditto", "num_rounds=2"),
+        *("strategy.fraction_evaluate=1", "num_clients=2", "strategy.fraction_fit=1"),
+    )
+    rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    told = json.loads((tmp_path / "summary.json").read_text())["personal_clients"]
+    server = Server(cfg, loopback(cfg, folder=tmp_path))
+    newest = checkpoint.newest(tmp_path)
+    state, *_ = checkpoint.load(newest, server.aggregation, server.downlink)
+    assert server.personalise(state)["personal_clients"] == told
 
 
 @settings(max_examples=25, deadline=None)
