@@ -59,9 +59,8 @@ def figure(
         yield list(axes.flat)
         for axis in [axis for each in axes.flat for axis in (each.xaxis, each.yaxis)]:
             if axis.get_scale() == "log":
-                count_tens(
-                    axis
-                )  # its own labels are mathematics, and so shown as written
+                # Its own labels are mathematics, and would be shown as they are written.
+                count_tens(axis)
         with writing(path):
             drawn.savefig(path, dpi=120)
         pyplot.close(drawn)

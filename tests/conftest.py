@@ -47,8 +47,6 @@ REHEARSED: set[str] = set()
 @contextmanager
 def rehearsing_once() -> Iterator[None]:
     """Most tests have the quickstart's base and adapter, which one try is enough for."""
-    import model
-
     rehearse = model.rehearse
 
     def once(*given: Any) -> None:
