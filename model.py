@@ -524,7 +524,8 @@ def _with_adapter(
         settings.init_lora_weights = True
     torch.manual_seed(seed)
     try:
-        model = peft.get_peft_model(base, settings)
+        with patches.adapters_as_made():
+            model = peft.get_peft_model(base, settings)
     except Exception as error:  # of any type: PEFT checks few settings by itself
         hint = ""
         if "target_modules" in str(error) and not getattr(

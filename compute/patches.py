@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import other
 from peft.tuners.shira import config as shira
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AttentionInterface,
     DistributedConfig,
@@ -110,6 +111,39 @@ def inputs_as_they_come(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.cast_input_dtype_enabled = enabled
+
+
+@contextmanager
+def adapters_as_made() -> Iterator[None]:
+    """Have PEFT move a fresh adapter to its base's device and leave it else (peft 0.21.2).
+
+    It gives it the type of the base too, and float32 again: of one seed, a base in bfloat16
+    had rounded values, which no other machine had. And what a method holds fixed in a
+    `ParameterDict` (AdaLoRA's `ranknum`) is trained as soon as it was moved.
+    """
+    base_of, move = (
+        BaseTunerLayer._get_base_layer_device_and_dtype,
+        BaseTunerLayer._move_adapter_to_device_of_base_layer,
+    )
+
+    def untyped(layer: Any, base: Any) -> tuple[torch.device | None, None]:
+        return base_of(layer, base)[0], None
+
+    def moved(layer: Any, name: str, device: torch.device | None = None) -> None:
+        parts = [getattr(layer, part, None) for part in layer.other_param_names]
+        held = [part for part in parts if isinstance(part, torch.nn.ParameterDict)]
+        fixed = [p for p in held if name in p and not p[name].requires_grad]
+        move(layer, name, device)
+        for part in fixed:
+            part[name].requires_grad_(False)
+
+    BaseTunerLayer._get_base_layer_device_and_dtype = untyped
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = moved
+    try:
+        yield
+    finally:
+        BaseTunerLayer._get_base_layer_device_and_dtype = base_of
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = move
 
 
 def release_inputs(base: torch.nn.Module) -> None:

@@ -100,6 +100,30 @@ def test_every_dropout_of_lora_is_replaced_and_is_what_its_layers_call(lora):
     assert len(called) == len(kinds)
 
 
+def test_a_fresh_adapter_is_moved_as_it_was_made():
+    def made(dtype):
+        base = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype)
+        settings = peft.AdaLoraConfig(
+            target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM"
+        )
+        torch.manual_seed(0)
+        with patches.adapters_as_made():
+            net = peft.get_peft_model(base, settings)
+            layer = next(m for m in net.modules() if isinstance(m, BaseTunerLayer))
+            found = {n: p.clone() for n, p in net.named_parameters() if p.requires_grad}
+            # To another device, the one there is beside the CPU.
+            layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+        assert layer.ranknum["default"].is_meta
+        assert not layer.ranknum["default"].requires_grad
+        return found
+
+    ours, theirs = made(torch.float32), made(torch.bfloat16)
+    assert list(ours) == list(theirs)
+    assert all(map(torch.equal, ours.values(), theirs.values()))
+    source = inspect.getsource(BaseTunerLayer._move_adapter_to_device_of_base_layer)
+    assert "self._get_base_layer_device_and_dtype(base_layer)" in source
+
+
 def test_layers_of_8_bits_hold_their_inputs_where_they_are_released():
     layer = bnb.nn.Linear8bitLt(16, 16, has_fp16_weights=False)
     layer.requires_grad_(False)

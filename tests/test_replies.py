@@ -966,9 +966,11 @@ def test_what_is_finite_without_weights_is_the_clients_own_for_all_of_peft(confi
                 continue
             assert list(ours) == list(theirs)
             for key, tensor in ours.items():
-                assert torch.isnan(tensor).all() or torch.equal(tensor, theirs[key]), (
-                    name
-                )
+                if not torch.isnan(
+                    tensor
+                ).all():  # some round it to the base's bfloat16
+                    close = {"rtol": 2**-8, "atol": 0, "msg": name}
+                    torch.testing.assert_close(tensor, theirs[key], **close)
             known += all(torch.isfinite(tensor).all() for tensor in ours.values())
     assert built >= 18
     assert known >= 14

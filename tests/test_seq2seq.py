@@ -30,6 +30,8 @@ from settings import plan, preflight
 from settings.compose import compose, record, resolve
 from utils import IGNORED, PROJECT, Settings, UserError
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 CPU = torch.device("cpu")
 RECORD = {"instruction": "We all know that the plural of ox is oxen.", "input": ""}
 RECORD |= {"output": "ox: oxen"}
