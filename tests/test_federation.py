@@ -4,16 +4,28 @@ import json
 import os
 import re
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
-from assets.testbed.federation import ONLINE, Federation, wait_until
+from assets.testbed.federation import (
+    ONLINE,
+    SECONDS,
+    Federation,
+    Process,
+    key,
+    make_certs,
+    wait_until,
+)
 from utils import PROJECT
 
 pytestmark = pytest.mark.slow
+
+SENT = "Sending: train message"  # what a SuperNode says of a reply
 
 RUN = (
     "experiment=quickstart num_clients=2 strategy.fraction_fit=1 num_rounds=2 "
@@ -161,6 +173,66 @@ def test_a_run_outlives_nodes_that_die_or_are_late(tmp_path):
         later = [{c["partition"] for c in entry["clients"]} for entry in history[2:]]
         assert {0, 1, 2, 3} - {int(number)} in later
         assert "Client 3 is node" in output
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory) -> Iterator[tuple[Federation, list[Process]]]:
+    """A federation of two nodes that have keys, and so are the same ones when they come back."""
+    folder = tmp_path_factory.mktemp("registered")
+    certs = folder / "certs"
+    for arguments in (["server"], ["node", "0", "1"]):
+        made = make_certs(certs, *arguments)
+        assert made.returncode == 0, made.stderr
+    auth = "--enable-supernode-auth"
+    with Federation(folder / "federation", auth, certificates=certs) as federation:
+        nodes = []
+        for name in ("0", "1"):
+            federation.ask("supernode", "register", str(certs / f"{name}.key.pub"))
+            share = {"partition_id": int(name), "num_partitions": 2}
+            settings = node_config(folder / name, **share)
+            nodes.append(federation.supernode(name, settings, key(certs, name)))
+        yield federation, nodes
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "strategy=scaffold",
+        "sharing=rolora comm.dtype=int8 personal=ditto strategy.fraction_evaluate=1",
+    ],
+)
+def test_a_node_that_was_killed_has_what_it_had(words, registered):
+    """Between its reply of round 2 and round 3, where nobody else notices that it was gone."""
+    federation, (first, second) = registered
+    for name in ("whole", "parts"):
+        place = f"hydra.run.dir=results/{words.split('=')[0]}/{name}"
+        wanted = second.output.count(SENT) + 2
+        run = federation.submit(PROJECT, f"{RUN} {words} num_rounds=4 {place}")
+        if name == "parts":
+            run.wait_for("round 1/4 ")
+            # Round 2 does not end without it. Not its SuperNode, which tells that it is there.
+            signal_training(first, signal.SIGSTOP)
+            second.wait_for(rf"(?s)({SENT}.*?Sent successfully.*?){{{wanted}}}")
+            second.kill()
+            wait_until(lambda: comes_back(second), SECONDS, second.tail)
+            signal_training(first, signal.SIGCONT)
+        status, output = federation.finish(run)
+        assert status == "finished:completed", output
+    folder = federation.superlink.folder / f"results/{words.split('=')[0]}"
+    whole, parts = (
+        load_file(folder / f"{name}/peft_4/adapter_model.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert all(parts[name].equal(value) for name, value in whole.items())
+    one, other = rounds(folder / "whole"), rounds(folder / "parts")
+    for name in ("train_loss", "replied", "failures", "bytes_down", "eval_loss_own"):
+        assert [e.get(name) for e in one] == [e.get(name) for e in other]
+
+
+def comes_back(node: Process) -> bool:
+    """Whether a node that was killed is let in: once its last heartbeat is a minute or two old."""
+    node.start()
+    return not node.wait_for(f"{ONLINE}|Failed to activate")[0].startswith("Failed")
 
 
 def asks(process) -> bool:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import ssl
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from assets.testbed.federation import ONLINE, Federation, Process
+from assets.testbed.federation import ONLINE, Federation, Process, key, make_certs
 from utils import PROJECT
 
 NODES = ["first", "second"]
@@ -24,20 +23,13 @@ SHORT = (
 )
 
 
-def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run deploy/certs/make.sh for another folder than its own."""
-    folder.mkdir(exist_ok=True)
-    script = shutil.copy(PROJECT / "deploy/certs/make.sh", folder)
-    return subprocess.run([script, *arguments], capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def certs(tmp_path_factory) -> Path:
     """What one federation's operators have, and a key that nobody registers."""
     folder = tmp_path_factory.mktemp("certs")
-    made = make(folder, "server")
+    made = make_certs(folder, "server")
     assert made.returncode == 0, made.stderr
-    made = make(folder, "node", *NODES, "stranger")
+    made = make_certs(folder, "node", *NODES, "stranger")
     assert made.returncode == 0, made.stderr
     return folder
 
@@ -46,7 +38,7 @@ def certs(tmp_path_factory) -> Path:
 def other_ca(tmp_path_factory) -> Path:
     """The certificate of an authority that did not sign the SuperLink's."""
     folder = tmp_path_factory.mktemp("other")
-    made = make(folder, "server")
+    made = make_certs(folder, "server")
     assert made.returncode == 0, made.stderr
     return folder / "ca.crt"
 
@@ -64,7 +56,7 @@ def test_keys_are_private_and_certificates_public(certs):
 
 def test_the_certificate_names_its_hosts_for_a_year(tmp_path):
     hosts = ["fl.example.org", "10.0.0.7", "::1"]
-    assert make(tmp_path, "server", *hosts).returncode == 0
+    assert make_certs(tmp_path, "server", *hosts).returncode == 0
     certificate = x509.load_pem_x509_certificate((tmp_path / "server.crt").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     named = [str(name.value) for name in names.value]
@@ -90,17 +82,17 @@ def test_a_strict_client_accepts_the_certificate(certs):
 
 
 def test_nothing_is_overwritten_and_renewal_keeps_the_authority(tmp_path):
-    assert make(tmp_path, "server").returncode == 0
-    assert make(tmp_path, "node", "first").returncode == 0
+    assert make_certs(tmp_path, "server").returncode == 0
+    assert make_certs(tmp_path, "node", "first").returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for again in (["server", "example.org"], ["node", "first"]):
-        refused = make(tmp_path, *again)
+        refused = make_certs(tmp_path, *again)
         assert refused.returncode == 1
         assert "exists. Delete it if nobody needs it any more." in refused.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     (tmp_path / "server.crt").unlink()
     (tmp_path / "server.key").unlink()
-    assert make(tmp_path, "server").returncode == 0
+    assert make_certs(tmp_path, "server").returncode == 0
     assert (tmp_path / "ca.crt").read_bytes() == before["ca.crt"]
 
 
@@ -108,7 +100,7 @@ def test_nothing_is_overwritten_and_renewal_keeps_the_authority(tmp_path):
     "arguments", [[], ["nodes", "first"], ["node"], ["server", "10.0.0.300"]]
 )
 def test_what_cannot_be_made_leaves_nothing(arguments, tmp_path):
-    made = make(tmp_path, *arguments)
+    made = make_certs(tmp_path, *arguments)
     assert made.returncode != 0
     assert made.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"make.sh", "ca.crt", "ca.key"}
@@ -182,10 +174,6 @@ def run(federation, certs) -> Process:
     for node in nodes:
         node.wait_for(MESSAGE)
     return run
-
-
-def key(certs: Path, name: str) -> str:
-    return f"--auth-supernode-private-key={certs / name}.key"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ Every wait has a deadline, and tells what the logs say when it passes.
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from utils import PROJECT
 
 SECONDS = 300  # for one process to do one thing: many times what it takes
 ONLINE = r"SuperNode ID: (\d+)"
@@ -208,6 +211,18 @@ class Federation:
                 return process
             process.kill()
         raise AssertionError(f"three free ports were taken: {process.tail()}")
+
+
+def make_certs(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run deploy/certs/make.sh for another folder than its own."""
+    folder.mkdir(exist_ok=True)
+    script = shutil.copy(PROJECT / "deploy/certs/make.sh", folder)
+    return subprocess.run([script, *arguments], capture_output=True, text=True)
+
+
+def key(certs: Path, name: str) -> str:
+    """A SuperNode's option: the key of that name."""
+    return f"--auth-supernode-private-key={certs / name}.key"
 
 
 def wait_until(
