@@ -124,7 +124,9 @@ def awake(net: torch.nn.Module, settings: Config | None) -> Iterator[None]:
 def end(trainer: Any) -> None:
     """Take the engine of a `transformers.Trainer` off its model, for the next one's.
 
-    Two of them on one model would each fetch and divide, and average its gradients.
+    Two of them on one model would each fetch and divide, and average its gradients. Nor is
+    any model that transformers makes later divided because this one was.
     """
     trainer.accelerator.free_memory()
+    unset_hf_deepspeed_config()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which `Accelerator` leaves

@@ -35,6 +35,7 @@ import utils
 utils.quiet()
 import client, model
 from node import processes
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 def train(cfg, state, *rest):
     result = trained(cfg, state, *rest)
@@ -44,6 +45,7 @@ def train(cfg, state, *rest):
     three = cfg["launch"]["sharded"]
     assert sum(part) <= (sum(whole) / 2 + len(part) if three else sum(whole))
     assert 2 * sum(part) >= sum(whole) > 0
+    assert not is_deepspeed_zero3_enabled()  # of what transformers makes next
     return result
 
 model.compute_dtype = lambda device: torch.float32
