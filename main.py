@@ -162,7 +162,7 @@ def start_ray(cfg: Settings) -> Iterator[None]:
         hint = ". Is this machine one of its nodes?" * isinstance(error, OSError)
         raise utils.UserError(f"simulation.init_args: {error}{hint}") from error
     with connection:
-        check_nodes(cfg.client_resources, ray.nodes())
+        check_nodes(cfg, ray.nodes())
         yield
 
 

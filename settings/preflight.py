@@ -4,6 +4,7 @@ The quickest checks come first, and a library is imported only where it is neede
 commonest mistakes are answered in a second or two.
 """
 
+import math
 import os
 import socket
 from collections.abc import Collection, Iterator
@@ -141,19 +142,32 @@ def check_cluster(address: str) -> None:
         ) from error
 
 
-def check_nodes(resources: dict[str, float], nodes: list[dict[str, Any]]) -> None:
-    """That one of Ray's nodes, as `ray.nodes()` tells them, has room for a client."""
-    cpus, gpus = resources.num_cpus, resources.num_gpus
+def check_nodes(cfg: Settings, nodes: list[dict[str, Any]]) -> None:
+    """That one of Ray's nodes, as `ray.nodes()` tells them, has room for a client.
+
+    And that there is room for one only where its processes meet at one address.
+    """
+    cpus, gpus = cfg.client_resources.num_cpus, cfg.client_resources.num_gpus
     rooms = [
         (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
         for node in nodes
         if node["Alive"]
     ]
-    if not any(room[0] >= cpus and room[1] >= gpus for room in rooms):
+    at_once = sum(
+        int(min(room[0] / cpus, room[1] / gpus if gpus else math.inf)) for room in rooms
+    )
+    if not at_once:
         have = ", ".join(f"{room[0]:g} and {room[1]:g}" for room in rooms)
         raise UserError(
             f"client_resources: {cpus:g} CPUs and {gpus:g} GPUs fit no node of Ray's; they "
             f"have {have}. No client would ever start: ask for less, or add a node."
+        )
+    if cfg.launch.rendezvous and at_once > 1:
+        most = max(room[0] for room in rooms)
+        raise UserError(
+            f"launch.rendezvous={cfg.launch.rendezvous}: there is room for {at_once} clients "
+            "at once, and the processes of one only can meet there. Leave room for one, on "
+            f"one machine: client_resources.num_cpus={most:g}."
         )
 
 

@@ -125,10 +125,21 @@ def test_a_client_must_fit_one_node():
         return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
 
     cpus_alone = {"Alive": True, "Resources": {"CPU": 8.0}}
-    client = Settings(num_cpus=4, num_gpus=0.5)
-    preflight.check_nodes(client, [cpus_alone, node(4, 1)])
+
+    def fits(nodes, gpus=0.5, rendezvous=None):
+        resources = Settings(num_cpus=4, num_gpus=gpus)
+        launch = Settings(rendezvous=rendezvous)
+        cfg = Settings(client_resources=resources, launch=launch)
+        preflight.check_nodes(cfg, nodes)
+
+    fits([cpus_alone, node(4, 1)])
     with pytest.raises(UserError, match=r"they have 8 and 0, 2 and 4\."):
-        preflight.check_nodes(client, [cpus_alone, node(2, 4), node(9, 9, alive=False)])
+        fits([cpus_alone, node(2, 4), node(9, 9, alive=False)])
+    fits([cpus_alone, node(7, 9)], rendezvous="127.0.0.1:9")
+    with pytest.raises(
+        UserError, match=r"for 3 clients at once.*one machine: .*num_cpus=8"
+    ):
+        fits([cpus_alone, node(7, 9)], gpus=0, rendezvous="127.0.0.1:9")
 
 
 # --- a cluster --------------------------------------------------------------------------
