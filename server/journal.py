@@ -231,7 +231,7 @@ def describe(cfg: dict) -> str:
 def quantised_on_cpu(cfg: Settings) -> str | None:
     """What 4 or 8 bits cost where no GPU computes on them, in a line; None elsewhere."""
     bits = cfg.model.quantization
-    if cfg.client_resources.num_gpus or not bits:
+    if cfg.client_resources.num_gpus or not bits or cfg.launch.sharded:
         return None
     return (
         f"on a CPU {bits} bits save neither memory nor time, and cost accuracy: "
@@ -256,7 +256,7 @@ def report(cfg: Settings, folder: Path) -> None:
     asked: list[dict[str, str]] = []
     if dataset.test_wanted(cfg):
         asked = dataset.load_test(cfg)[0]
-    if "exact_match_after" in summary:
+    if (folder / "answers.json").exists():
         answers = read(folder, "answers.json")
         for record in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
             say(f"\n  {_line(record['instruction'] + ' ' + record['input'])}")

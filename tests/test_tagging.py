@@ -15,7 +15,7 @@ import tasks
 import test as ask
 from assets.testbed import bases, families
 from node import permit
-from server import rounds
+from server import journal, rounds
 from settings import preflight
 from settings.compose import compose, resolve
 from settings.schema import validated
@@ -379,7 +379,9 @@ def test_a_client_learns_to_name_things_and_its_adapter_says_them(
 
 
 @pytest.mark.slow
-def test_a_run_in_which_each_trains_alone_leaves_the_answers_of_one(loopback, tmp_path):
+def test_a_run_in_which_each_trains_alone_leaves_the_answers_of_one(
+    loopback, tmp_path, capsys
+):
     lines = (PROJECT / "assets/tiny_tags/test.jsonl").read_text().splitlines()[:6]
     (tmp_path / "few.jsonl").write_text("\n".join(lines))
     cfg = preflight.check(
@@ -398,3 +400,5 @@ def test_a_run_in_which_each_trains_alone_leaves_the_answers_of_one(loopback, tm
     )
     assert told[middle]["test_entity_f1"] == pytest.approx(f1_score(wanted, given))
     assert len({one["test_entity_f1"] for one in told}) == 3
+    journal.report(cfg, tmp_path)
+    assert f"tuned: {answers[0]['tuned'][:20]}" in capsys.readouterr().out
