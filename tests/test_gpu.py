@@ -209,7 +209,8 @@ def test_a_benchmarks_run_of_other_settings_is_not_taken_for_its_own(tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/overrides.yaml").write_text("- seed=0\n- mode=local\n")
     (tmp_path / "summary.json").write_text('{"rounds": 1}')
-    assert runs.run(tmp_path, "seed=0", "mode=local") == {"rounds": 1}
+    given = ["hydra.mode=RUN", "seed=0", "mode=local"]
+    assert runs.run(tmp_path, *given) == {"rounds": 1}
     with pytest.raises(SystemExit, match="holds another run: seed=0 mode=local"):
         runs.run(tmp_path, "seed=1", "mode=local")
 

@@ -15,7 +15,9 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     Ends the process where the run fails, and where the folder's is one of other overrides.
     """
     begun = (folder / runs.OVERRIDES).exists()
-    if begun and (other := runs.read(folder, runs.OVERRIDES)) != [*overrides]:
+    # Hydra keeps those of its own elsewhere.
+    own = [text for text in overrides if not text.startswith("hydra.")]
+    if begun and (other := runs.read(folder, runs.OVERRIDES)) != own:
         sys.exit(f"{folder} holds another run: {' '.join(other)}. Name another folder.")
     if not (folder / "summary.json").exists():
         command = [sys.executable, "main.py", *overrides, f"hydra.run.dir={folder}"]
