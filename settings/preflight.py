@@ -211,14 +211,14 @@ def check_launch(cfg: Settings, deployed: bool = False) -> None:
     if (kind := cfg.task.model) in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         raise UserError(
             f"{by} with task.model={kind}: a head is trained whole, and no process has "
-            "it whole. Take launch=ddp."
+            "it whole. Take launch=zero2 or launch=ddp."
         )
     kind = cfg.peft._target_.removeprefix("peft.")
     whole = "DoRA" if cfg.peft.get("use_dora") else kind
     if whole in ("DoRA", "PromptTuningConfig", "PromptEncoderConfig", "ShiraConfig"):
         raise UserError(
             f"{by}: {whole} reads weights of the base that no process has whole. "
-            "Take peft=lora, rslora, ia3, miss or prefix, or launch=ddp."
+            "Take peft=lora, rslora, ia3, miss or prefix, or launch=zero2 or launch=ddp."
         )
 
 
