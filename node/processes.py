@@ -55,7 +55,7 @@ def initial_adapter(cfg: Settings) -> State:
 
 def first_adapter(cfg: Settings) -> State:
     """What everybody began with, as the server has it: made from the seed without the base,
-    whose type would round it, and only where its weights decide as it is made here."""
+    in whose type some methods make theirs, and as it is made here where its weights decide."""
     try:
         made = _seeded(json.dumps([cfg.model, cfg.peft, cfg.seed], sort_keys=True))
     except UserError:

@@ -39,7 +39,7 @@ TASKS = {
 SHORT = (
     "model.quantization=null num_clients=4 num_rounds=1 strategy.fraction_fit=1 "
     "strategy.fraction_evaluate=0 evaluate.exact_match=false evaluate.every_round=0 "
-    "train.training_arguments.max_steps=1 "
+    "train.training_arguments.max_steps=2 "  # LoRA's A has no gradient in the first
     "train.training_arguments.per_device_train_batch_size=4"
 )
 
@@ -92,8 +92,7 @@ EVERY = "tagging span seq2seq kto"
 CELLS = {
     "privacy=client privacy.secure_aggregation=true": EVERY,
     "privacy=local": "multilabel dpo",
-    # Adam's first step is as long for all, so that those of four clients may come to nothing.
-    "privacy=record train.training_arguments.max_steps=2": HEADED,
+    "privacy=record": HEADED,
     "privacy.secure_aggregation=true": "span orpo",
     "strategy=scaffold personal=ditto strategy.fraction_evaluate=1": "span seq2seq kto",
     "strategy=svd strategy.ranks=[2,8]": "tagging kto",
@@ -126,9 +125,9 @@ def test_each_task_goes_with_it(task, overrides, made, loopback, tmp_path):
     if cfg.sharing._target_.endswith("FFA"):
         first = {name: first[name] for name in first if ".lora_A." not in name}
         state = {name: state[name] for name in first}
-    if cfg.comm.top_k:  # what travels are the largest values of all
+    if cfg.comm.top_k:  # what travels are the largest changes of all: those of LoRA's B
         state = {k: v for k, v in state.items() if not v.equal(first[k])}
-        assert len(state) > len(first) / 2
+        assert len(state) >= len(first) / 2
         first = {name: first[name] for name in state}
     assert moved(state, first)
 
