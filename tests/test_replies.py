@@ -965,11 +965,12 @@ def test_what_is_finite_without_weights_is_the_clients_own_for_all_of_peft(confi
                 assert name != "LoraConfig" or start in ("pissa", "olora")
                 continue
             assert list(ours) == list(theirs)
+            # Two are made in the type of the base: bfloat16, where the CPU has it.
+            in_its_type = start == "orthogonal" or name == "ShadowConfig"
+            rounding = 2**-8 if in_its_type else 0
             for key, tensor in ours.items():
-                if not torch.isnan(
-                    tensor
-                ).all():  # some round it to the base's bfloat16
-                    close = {"rtol": 2**-8, "atol": 0, "msg": name}
+                if not torch.isnan(tensor).all():
+                    close = {"rtol": rounding, "atol": 0, "msg": name}
                     torch.testing.assert_close(tensor, theirs[key], **close)
             known += all(torch.isfinite(tensor).all() for tensor in ours.values())
     assert built >= 18

@@ -127,7 +127,7 @@ def test_each_task_goes_with_it(task, overrides, made, loopback, tmp_path):
         state = {name: state[name] for name in first}
     if cfg.comm.top_k:  # what travels are the largest changes of all: those of LoRA's B
         state = {k: v for k, v in state.items() if not v.equal(first[k])}
-        assert len(state) >= len(first) / 2
+        assert {name for name in first if ".lora_B." in name} <= state.keys()
         first = {name: first[name] for name in state}
     assert moved(state, first)
 
