@@ -164,10 +164,11 @@ def check_nodes(cfg: Settings, nodes: list[dict[str, Any]]) -> None:
         )
     if cfg.launch.rendezvous and at_once > 1:
         most = max(room[0] for room in rooms)
+        local = ", simulation.init_args.address=local" * (len(rooms) > 1)
         raise UserError(
             f"launch.rendezvous={cfg.launch.rendezvous}: there is room for {at_once} clients "
             "at once, and the processes of one only can meet there. Leave room for one, on "
-            f"one machine: client_resources.num_cpus={most:g}."
+            f"one machine: client_resources.num_cpus={most:g}{local}."
         )
 
 
