@@ -98,14 +98,17 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """The mean over the seeds, and the least and the most of them."""
     with figure(path) as [axes]:
         for way, runs in found.items():
-            x, y = megabytes(runs, "up", "down"), score(runs)
-            axes.plot([x], [y], "o")
-            axes.annotate(way, (x, y), xytext=(5, 4), textcoords="offset points")
+            middle, each = score(runs), [score([one]) for one in runs]
+            spread = [[middle - min(each)], [max(each) - middle]]
+            x = [megabytes(runs, "up", "down")]
+            axes.errorbar(x, [middle], yerr=spread, label=way, ls="")
         axes.set_xscale("log")
         axes.set_xlabel("MB both ways, all rounds")
         axes.set_ylabel("exact match, %")
+        axes.figure.legend(loc="outside upper center", ncols=4)
 
 
 if __name__ == "__main__":

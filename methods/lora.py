@@ -145,18 +145,21 @@ def gram(each: Sequence[Factors]) -> torch.Tensor:
 def best(function: Factors, most: int) -> Factors:
     """The nearest function of rank `most` (Eckart and Young 1936), as U S and V^T.
 
-    By QR of both factors and the SVD of their core, whose size is the number of products. The
-    largest entry of each column of U is positive, so that equal input gives equal bits. A
-    singular value of 0 has a row of V^T as well: training finds a gradient there.
+    By the SVD of the core that the R of both factors' QR make, whose size is the number of
+    products; neither Q is formed, which would be half of the work. The largest entry of each
+    column of U is positive, so that equal input gives equal bits. A singular value of 0 has a
+    row of V^T as well: training finds a gradient there.
     """
     b, a = function
-    (q, r), (p, t) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    u, s, v = torch.linalg.svd(r @ t.T)
+    r, t = (torch.linalg.qr(half, mode="r").R for half in (b, a.T))
+    u, s, _ = torch.linalg.svd(r @ t.T)
     kept = min(most, len(s))
-    left, right = q @ u[:, :kept], v[:kept] @ p.T
+    # u^T r a are the rows of S V^T: made orthonormal they are V^T, and b a V is U S.
+    right = torch.linalg.qr((u[:, :kept].T @ r @ a).T).Q.T
+    left = b @ (a @ right.T)
     largest = left.gather(0, left.abs().argmax(0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).double()
-    left, right = left * s[:kept] * signs, right * signs.T
+    left, right = left * signs, right * signs.T
     more = most - len(right)  # a layer with fewer rows or columns than that
     pad = torch.nn.functional.pad
     return pad(left.contiguous(), (0, more)), pad(right, (0, 0, 0, more))
