@@ -767,3 +767,14 @@ def test_a_node_takes_the_noise_that_the_server_finds(overrides, tmp_path):
     cfg, _ = permit.settle({"overrides": chosen, "run": "a"}, own | {"cpus": 1})
     wanted = preflight.check_privacy(resolve(compose(chosen)))
     assert cfg.privacy == wanted.privacy
+
+
+def test_the_shipped_settings_send_gradients_that_the_bound_does_not_cut():
+    cfg = preflight.check(compose("experiment=private"))
+    state = client.initial_adapter(cfg)
+    for partition in (3, 77):
+        trained, metrics = client.train(cfg, state, partition, server_round=1)
+        moved = norm({name: trained[name] - state[name] for name in trained})
+        assert metrics["num-examples"] <= 4
+        # The gradient of a fresh adapter is far longer than max_grad_norm, which scales it.
+        assert cfg.privacy.clip_norm * 0.99 < moved <= cfg.privacy.clip_norm * 1.001
