@@ -2,7 +2,7 @@
 
     python benchmarks/privacy.py --settings lora-2 --epsilons none 8 --out privacy/
     python benchmarks/privacy.py --out privacy/   # all, hours on two cores
-    python benchmarks/privacy.py --size 0.06 --rounds 2 --settings ffa-2 --epsilons 8   # a try, in minutes
+    python benchmarks/privacy.py --size 0.06 --rounds 2 --settings ffa-2 --epsilons 8   # a try, in a minute
 
 `experiment=private`: the quickstart's 3409 records dealt out to a thousand virtual clients or
 more, who are all asked in each round, and its test questions. Each setting is trained without privacy, with the updates
@@ -39,10 +39,9 @@ HEAD += ["exact match, %", "epsilon spent", "noise over clip_norm"]
 
 def common(options: argparse.Namespace) -> list[str]:
     clients = max(2, round(options.clients * options.size))
-    return [
-        *("experiment=private", f"num_clients={clients}"),
-        *(f"num_rounds={options.rounds}", f"strategy.fraction_fit={options.fraction}"),
-    ]
+    others = {"num_rounds": options.rounds, "strategy.fraction_fit": options.fraction}
+    given = [f"{key}={value}" for key, value in others.items() if value is not None]
+    return ["experiment=private", f"num_clients={clients}", *given]
 
 
 def level(epsilon: str, clip: float) -> list[str]:
@@ -95,8 +94,8 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--size", type=float, default=1.0, help="of --clients")
-    parser.add_argument("--fraction", type=float, default=1.0, help="of them a round")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--fraction", type=float, help="of them a round")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--clip", type=float, default=1.0, help="privacy.clip_norm")
     parser.add_argument(
         "--epsilons", nargs="+", default=["none", "clipped", "8", "4", "2"]
