@@ -181,7 +181,7 @@ class Card:
             yield "clients a round", self.entry["sampled"]
         yield "rounds", self.about["round"]
         trained = [e for e in self.rounds if e["round"] <= self.about["round"]]
-        if records := runs.trained_records(trained):
+        if records := runs.trained_records(self.cfg, trained):
             yield "records to train on", records
         if "train_loss" in self.entry:
             yield f"train loss, nats per {self.per}", f"{self.entry['train_loss']:.4g}"

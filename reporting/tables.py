@@ -202,7 +202,7 @@ def settings(runs: list[Run]) -> str:
             body.append([key, ", ".join(dict.fromkeys(texts))])
     asked = dict.fromkeys(str(run.asked()) for run in runs if run.asked())
     body.append(["test questions", ", ".join(asked) or "none, or not known"])
-    trained = dict.fromkeys(trained_records(run.rounds) for run in runs)
+    trained = dict.fromkeys(trained_records(run.cfg, run.rounds) for run in runs)
     body.append(
         ["records to train on", ", ".join(filter(None, trained)) or "not known"]
     )

@@ -9,7 +9,7 @@ import fcntl
 import itertools
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TextIO
@@ -552,10 +552,15 @@ def telling(clients: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [client for client in clients if client["num-examples"] >= FEW]
 
 
-def trained_records(rounds: list[dict[str, Any]]) -> str:
-    """How many records the clients of these rounds train from, in words; "" if not known."""
+def trained_records(cfg: Mapping[str, Any], rounds: list[dict[str, Any]]) -> str:
+    """How many records the clients of these rounds train from, in words; "" if not known.
+
+    `cfg`: the run's, {} where that is not known.
+    """
     clients = [client for entry in rounds for client in entry.get("clients", [])]
     held = {c["partition"]: c["records"] for c in clients if "records" in c}
-    return (
-        f"{sum(held.values()):g} of {len(held)} clients that took part" if held else ""
-    )
+    if not held:
+        return ""
+    if (cfg.get("baseline") or {}).get("records") == "all":
+        return f"{max(held.values()):g}, everybody's"  # each of them has the same
+    return f"{sum(held.values()):g} of {len(held)} clients that took part"

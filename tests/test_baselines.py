@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import client
 import dataset
 from server.rounds import Server, run
+from server.runs import trained_records
 
 
 @pytest.mark.slow
@@ -65,6 +66,8 @@ def test_centralized_one_takes_the_cohorts_steps_on_everybodys_data(
     for entry in rounds:
         assert entry["replied"] == 1
         assert entry["clients"][0]["num-examples"] == 4 * 2 * 4
+    # Whoever is asked has the same records: they count once.
+    assert trained_records(cfg, rounds) == f"{len(rows)}, everybody's"
 
 
 @pytest.mark.slow
