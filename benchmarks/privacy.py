@@ -1,15 +1,18 @@
-"""What client-level privacy costs in exact match, by epsilon and by what is trained.
+"""What privacy costs in exact match, by epsilon and by what is trained.
 
-    python benchmarks/privacy.py --settings lora-2 --epsilons none 8 --out privacy/
-    python benchmarks/privacy.py --out privacy/   # all, hours on two cores
+    python benchmarks/privacy.py --settings ffa-2 --epsilons none 8 --out privacy/
+    python benchmarks/privacy.py --level record --settings ffa-2 --epsilons none 8 --out privacy-record/
+    python benchmarks/privacy.py --out privacy/   # all, a night on two cores
     python benchmarks/privacy.py --size 0.06 --rounds 2 --settings ffa-2 --epsilons 8   # a try, in a minute
 
-`experiment=private`: the quickstart's 3409 records dealt out to a thousand virtual clients or
-more, who are all asked in each round, and its test questions. Each setting is trained without privacy, with the updates
-clipped and counted alike but next to no noise (`clipped`: what the clipping alone costs), and
-with the noise that each epsilon takes. Prints a Markdown table: of each run the exact match, what
-it has spent, and how long the noise on a round's mean is over the bound. `--size` scales the
-number of clients. With `--out`, runs that are done are not run again, and `privacy.png` is drawn.
+`experiment=private`: the 3409 questions that the project ships, and what each is about. At the level of
+clients they are dealt out to a thousand virtual ones or more, who are all asked in each round; at
+that of records to 16, who take all their records in each round's one step. Each setting is trained
+without privacy, with the updates clipped and counted alike but next to no noise (`clipped`: what
+the clipping alone costs), and with the noise that each epsilon takes. Prints a Markdown table: of
+each run the exact match, what it has spent, and at the level of clients how long the noise on a
+round's mean is over the bound. `--size` scales the number of clients. With `--out`, runs that are
+done are not run again, and `privacy.png` is drawn.
 """
 
 import argparse
@@ -25,12 +28,23 @@ from assets.testbed.runs import run
 
 # What is trained, by name.
 SETTINGS = {
-    "lora-2": [],
-    "ffa-2": ["sharing=ffa"],
-    "lora-16": ["model.lora.peft_lora_r=16"],
-    "miss-2": ["peft=miss"],
-    "fourierft": ["peft=fourierft"],
-    "ia3": ["peft=ia3"],
+    "ffa-2": [],
+    "lora-2": ["sharing=all"],
+    "lora-16": ["sharing=all", "model.lora.peft_lora_r=16"],
+    "miss-2": ["sharing=all", "peft=miss"],
+    "fourierft": ["sharing=all", "peft=fourierft"],
+    "ia3": ["sharing=all", "peft=ia3"],
+}
+
+# Of each level the clients, the rounds, and what else differs from the experiment.
+BATCH = "train.training_arguments.per_device_train_batch_size"
+LEVELS = {
+    "client": (1000, 40, []),
+    "record": (
+        16,
+        120,
+        [f"{BATCH}=256"],
+    ),  # all of a client's 213 or 214 records in a step
 }
 
 HEAD = ["trained", "values", "clients a round", "epsilon", "seed"]
@@ -38,21 +52,28 @@ HEAD += ["exact match, %", "epsilon spent", "noise over clip_norm"]
 
 
 def common(options: argparse.Namespace) -> list[str]:
-    clients = max(2, round(options.clients * options.size))
-    others = {"num_rounds": options.rounds, "strategy.fraction_fit": options.fraction}
-    given = [f"{key}={value}" for key, value in others.items() if value is not None]
-    return ["experiment=private", f"num_clients={clients}", *given]
+    clients, rounds, others = LEVELS[options.level]
+    clients = max(2, round((options.clients or clients) * options.size))
+    if options.fraction:
+        others = [*others, f"strategy.fraction_fit={options.fraction}"]
+    rounds = options.rounds or rounds
+    return [
+        "experiment=private",
+        f"num_clients={clients}",
+        f"num_rounds={rounds}",
+        *others,
+    ]
 
 
-def level(epsilon: str, clip: float) -> list[str]:
+def budget(level: str, epsilon: str, clip: float) -> list[str]:
     """The overrides of a cell: `none`, `clipped`, or an epsilon."""
     if epsilon == "none":
         return ["privacy=none"]
     if epsilon == "clipped":
-        budget = ["privacy.epsilon=null", "privacy.noise_multiplier=1e-6"]
+        spent = ["privacy.epsilon=null", "privacy.noise_multiplier=1e-6"]
     else:
-        budget = [f"privacy.epsilon={epsilon}"]
-    return [*budget, f"privacy.clip_norm={clip}"]
+        spent = [f"privacy.epsilon={epsilon}"]
+    return [f"privacy={level}", *spent, f"privacy.clip_norm={clip}"]
 
 
 def noise(overrides: list[str]) -> tuple[int, int, float]:
@@ -83,7 +104,7 @@ def draw(rows: list[list[str]], path: Path) -> None:
             if "none" in means:
                 axes.axhline(means["none"], color=colour, ls=":", lw=1, marker="")
         axes.set_xscale("log")
-        axes.set_xlabel("epsilon of the most exposed client (dotted: no privacy)")
+        axes.set_xlabel("epsilon (dotted: no privacy)")
         axes.set_ylabel("exact match, %")
         axes.legend()
 
@@ -92,7 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--level", choices=LEVELS, default="client")
+    parser.add_argument("--clients", type=int)
     parser.add_argument("--size", type=float, default=1.0, help="of --clients")
     parser.add_argument("--fraction", type=float, help="of them a round")
     parser.add_argument("--rounds", type=int)
@@ -115,7 +137,7 @@ def main() -> None:
             options.settings, options.epsilons, options.seeds
         ):
             chosen = [*common(options), *SETTINGS[name], *options.overrides]
-            chosen += [*level(epsilon, options.clip), f"seed={seed}"]
+            chosen += [*budget(options.level, epsilon, options.clip), f"seed={seed}"]
             summary = run(out / f"{name}-{epsilon}-{seed}", *chosen)
             size, cohort, length = noise(chosen)
             told = summary.get("epsilon", math.inf)
