@@ -103,7 +103,6 @@ def draw(rows: list[list[str]], path: Path) -> None:
             axes.plot(*zip(*curve, strict=True), label=name, color=colour)
             if "none" in means:
                 axes.axhline(means["none"], color=colour, ls=":", lw=1, marker="")
-        axes.set_xscale("log")
         axes.set_xlabel("epsilon (dotted: no privacy)")
         axes.set_ylabel("exact match, %")
         axes.legend()
