@@ -36,15 +36,12 @@ SETTINGS = {
     "ia3": ["sharing=all", "peft=ia3"],
 }
 
-# Of each level the clients, the rounds, and what else differs from the experiment.
+# Of each level the clients, and what else differs from the experiment.
 BATCH = "train.training_arguments.per_device_train_batch_size"
 LEVELS = {
-    "client": (1000, 40, []),
-    "record": (
-        16,
-        120,
-        [f"{BATCH}=256"],
-    ),  # all of a client's 213 or 214 records in a step
+    "client": (1000, {}),
+    # All of a client's 213 or 214 records in a step.
+    "record": (16, {"num_rounds": 120, BATCH: 256}),
 }
 
 HEAD = ["trained", "values", "clients a round", "epsilon", "seed"]
@@ -52,17 +49,12 @@ HEAD += ["exact match, %", "epsilon spent", "noise over clip_norm"]
 
 
 def common(options: argparse.Namespace) -> list[str]:
-    clients, rounds, others = LEVELS[options.level]
+    clients, others = LEVELS[options.level]
     clients = max(2, round((options.clients or clients) * options.size))
-    if options.fraction:
-        others = [*others, f"strategy.fraction_fit={options.fraction}"]
-    rounds = options.rounds or rounds
-    return [
-        "experiment=private",
-        f"num_clients={clients}",
-        f"num_rounds={rounds}",
-        *others,
-    ]
+    given = {"num_rounds": options.rounds, "strategy.fraction_fit": options.fraction}
+    others = others | {key: value for key, value in given.items() if value}
+    told = [f"{key}={value}" for key, value in others.items()]
+    return ["experiment=private", f"num_clients={clients}", *told]
 
 
 def budget(level: str, epsilon: str, clip: float) -> list[str]:

@@ -562,5 +562,5 @@ def trained_records(cfg: Mapping[str, Any], rounds: list[dict[str, Any]]) -> str
     if not held:
         return ""
     if (cfg.get("baseline") or {}).get("records") == "all":
-        return f"{max(held.values()):g}, everybody's"  # each of them has the same
-    return f"{sum(held.values()):g} of {len(held)} clients that took part"
+        return f"{int(max(held.values()))}, everybody's"  # each of them has the same
+    return f"{int(sum(held.values()))} of {len(held)} clients that took part"
