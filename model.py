@@ -60,6 +60,7 @@ from utils import (
 )
 
 patches.attend_in_blocks()
+patches.attend_without_cudnn()
 patches.import_deepspeed_for_itself_only()
 
 

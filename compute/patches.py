@@ -37,6 +37,17 @@ def attend_in_blocks() -> None:
     AttentionInterface.register("sdpa", cpu.blocked_attention)
 
 
+def attend_without_cudnn() -> None:
+    """Keep torch's attention from cuDNN's kernels, its first choice on an H100 (torch 2.13.0).
+
+    Their backward pass makes NaN of queries that see no key, which padding on the left has, and
+    of scores far below zero (pytorch's issue 196678): on an H200 every client of
+    experiment=quickstart ended so. FlashAttention takes their place, and with a mask the
+    memory-efficient kernel.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def import_deepspeed_for_itself_only() -> None:
     """Keep accelerate from importing DeepSpeed where nothing has yet (accelerate 1.15.0).
 

@@ -59,6 +59,17 @@ def test_a_model_that_asks_for_sdpa_gets_attention_in_blocks(monkeypatch):
     assert len(called) == base.config.num_hidden_layers
 
 
+def test_attention_never_takes_cudnns_kernels():
+    """Which make NaN on an H200 (tests/test_cuda.py); a process begins with them allowed."""
+    script = """
+import torch
+assert torch.backends.cuda.cudnn_sdp_enabled()
+import model
+assert not torch.backends.cuda.cudnn_sdp_enabled()
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=PROJECT, check=True)
+
+
 def test_deepspeed_is_imported_where_it_is_used_alone():
     script = """
 import sys, torch, model

@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from compute.loss import IGNORED, answer_loss
-from compute.patches import release_inputs
+from compute.patches import attend_without_cudnn, release_inputs
 
 PROMPT = 16  # tokens of each example that the loss leaves out
 
 
 def build(shape: tuple[int, ...], bits: int, device: torch.device) -> peft.PeftModel:
     """A LLaMA of random weights, quantised, with LoRA on it, ready to train."""
+    attend_without_cudnn()  # as a client
     base = _on_meta(shape)
     for name, module in list(base.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
