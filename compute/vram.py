@@ -11,7 +11,7 @@ from compute.loss import CHUNK
 
 WORKSPACE = 2**29  # bytes of the CUDA context and cuBLAS, outside torch's allocator
 
-BF16, FLOAT32 = 2, 4  # bytes a value
+BF16, INT32, FLOAT32 = 2, 4, 4  # bytes a value
 
 
 def estimate_vram(
@@ -68,6 +68,9 @@ def estimate_vram(
             tokens * BF16 * inner * (3 if gated else 2),  # gradients inside the MLP, or
             tokens * BF16 * inner
             + (BF16 * widest if bits else 0),  # dequantised weight
+            # LLM.int8 has the gradient of the MLP's product before it recomputes the layer, and
+            # a product in int32 and float16 before it is in bfloat16.
+            tokens * inner * (BF16 + INT32 + BF16) if bits == 8 else 0,
         )
         + BF16 * batch * seq_length**2  # the padding mask, as attention's bias
     )
