@@ -452,6 +452,10 @@ def training_arguments(
     # and no loss is looked at. (One that is not finite makes an adapter that nobody takes.)
     settings["accelerator_config"] = {"non_blocking": not settings["use_cpu"]}
     settings.setdefault("logging_nan_inf_filter", False)
+    if settings.get("use_liger_kernel"):
+        # Those of a layer. The loss is of answers alone and computed in parts as it is.
+        losses = ("cross_entropy", "fused_linear_cross_entropy")
+        settings["liger_kernel_config"] = dict.fromkeys(losses, False)
     if zeros := divided(cfg):
         told = zero.training(zeros, model.compute_dtype(device))
         settings["accelerator_config"] |= told.pop("accelerator_config")

@@ -282,12 +282,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 DEEPSPEED = "deepspeed==0.19.8"  # the extra that launch=zero2 and zero3 need
+# What train.training_arguments.use_liger_kernel needs.
+LIGER = "liger-kernel==0.8.5"
 
 
 def require(package: str, by: str) -> None:
     """Raise `UserError` with what to install where a `package` (name==version) is not here."""
     name = package.partition("==")[0]
-    if find_spec(name) is None:
+    if find_spec(name.replace("-", "_")) is None:
         raise UserError(
             f"{by} needs {name}, which is not installed: pip install {package}"
         )

@@ -11,7 +11,8 @@ Sections, each of which may fail without ending the others:
 - where a step's time goes, and whether it takes the fast paths and waits for nothing;
 - two clients on one GPU, a 1B base each;
 - a federated run with the 1B base: the server's loop and the ClientApp in one process, so that
-  it needs no Ray.
+  it needs no Ray;
+- a client's steps with Liger's kernels, if they are installed.
 
 Batches are full: 16 examples of 512 tokens. Exits with 1 where a section failed or a check did.
 """
@@ -34,6 +35,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +193,10 @@ class Bench:
 
         size, cfg = self.size, self.cfg
         state = client.initial_adapter(cfg)
-        client.train(cfg, state, 0, 1)
-        seconds: list[float] = []
-        span = steps.Span(
-            WARM, size.steps - 1, functools.partial(steps.timed, self.device, seconds)
-        )
-        with steps.before_steps(client.LocalTrainer, span.step):
-            _, metrics = client.train(cfg, state, 0, 2)
+        seconds, metrics = self.watched(cfg, state)
         measured = size.steps - 1 - WARM
         rates = {
-            "client, its steps": self.tokens(measured) / seconds[0],
+            "client, its steps": self.tokens(measured) / seconds,
             "client, its whole round": metrics["tokens"] / metrics["seconds"],
         }
         check(
@@ -239,6 +235,21 @@ class Bench:
         )
         parts = [f"{n} {v:.2f}" for n, v in metrics.items() if n.startswith("seconds")]
         print(f"A client's round: {', '.join(parts)}")
+
+    def watched(self, cfg: Any, state: Any) -> tuple[float, dict[str, Any]]:
+        """Seconds of the measured steps of a client's second round, and its metrics."""
+        import client
+
+        client.train(cfg, state, 0, 1)
+        seconds: list[float] = []
+        span = steps.Span(
+            WARM,
+            self.size.steps - 1,
+            functools.partial(steps.timed, self.device, seconds),
+        )
+        with steps.before_steps(client.LocalTrainer, span.step):
+            _, metrics = client.train(cfg, state, 0, 2)
+        return seconds[0], metrics
 
     def plain(self, cfg: Any) -> float:
         """Tokens a second of QLoRA without Flower, Trainer and this app."""
@@ -424,6 +435,30 @@ class Bench:
         saved = folder / "peft_3/adapter_model.safetensors"
         check("the adapter is written", saved.exists(), saved.name)
 
+    # --- Liger's kernels ----------------------------------------------------------------------
+
+    def fused(self) -> None:
+        """A client's steps with them and without, each in a process: they replace those of all
+        models of one."""
+        if not (self.cuda and find_spec("liger_kernel")):
+            print(f"Left out: it takes a GPU, and pip install {utils.LIGER}.")
+            return
+        head("kernels", "tokens/s", "step, s", "memory of one, GB")
+        rates = {}
+        for name, more in {
+            "transformers'": [],
+            "Liger's": ["+train.training_arguments.use_liger_kernel=true"],
+        }.items():
+            context = torch.multiprocessing.get_context("spawn")
+            overrides = self.overrides(self.size.large, *more)
+            with ProcessPoolExecutor(1, context) as pool:
+                told = pool.submit(steps_of, self.device, self.folder, overrides)
+                rates[name], memory = told.result()
+            step = self.tokens(1) / rates[name]
+            row(name, f"{rates[name]:.0f}", f"{step:.4f}", f"{memory / vram.GB:.2f}")
+        faster = rates["Liger's"] / rates["transformers'"]
+        check("Liger's kernels are faster", faster > 1, f"{faster:.2f}")
+
 
 def made_up(path: Path, count: int, words: int, seed: int = 0) -> None:
     """Records of random words, each longer than `words` tokens of a batch."""
@@ -479,6 +514,19 @@ def one_client(overrides: list[str], partition: int) -> tuple[int, float, int]:
     return metrics["tokens"], metrics["seconds"], metrics["peak_memory"]
 
 
+def steps_of(
+    device: torch.device, folder: Path, overrides: list[str]
+) -> tuple[float, int]:
+    """Tokens a second of a client's steps, and bytes at the most."""
+    import client
+
+    utils.quiet()
+    bench, cfg = Bench(device, folder), checked(overrides)
+    seconds, metrics = bench.watched(cfg, client.initial_adapter(cfg))
+    measured = bench.size.steps - 1 - WARM
+    return bench.tokens(measured) / seconds, metrics["peak_memory"]
+
+
 def play(overrides: list[str], partitions: list[int]) -> list[tuple[int, float, int]]:
     """Clients side by side; what `one_client` tells of each."""
     context = torch.multiprocessing.get_context("spawn")
@@ -497,6 +545,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "Where a step's time goes": Bench.step,
     "Two clients on one device": Bench.pair,
     "A federated run": Bench.run,
+    "Liger's kernels": Bench.fused,
 }
 
 
@@ -510,7 +559,7 @@ def main() -> None:
         type=int,
         nargs="+",
         choices=range(1, len(SECTIONS) + 1),
-        help="of the six, these (default: all)",
+        help="of the seven, these (default: all)",
     )
     options = parser.parse_args()
     if options.device == "cpu":

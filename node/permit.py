@@ -171,6 +171,7 @@ def settle(
         # As on the server: nothing else of the run undoes what its level is to do here.
         cfg = privacy.checked(cfg, aggregate.build(cfg.strategy))
         schema.check_training_arguments(cfg)
+        schema.check_kernels(cfg)
         cfg = decided(cfg)
         cfg["records"] = check_data(cfg, partition)
         if not simulated:

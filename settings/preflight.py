@@ -18,6 +18,7 @@ from methods import privacy, sharing, wire
 from settings.compose import decided, resolve
 from settings.schema import (
     check_against,
+    check_kernels,
     check_kinds,
     check_training_arguments,
     is_number,
@@ -92,6 +93,8 @@ def check(config: DictConfig, deployed: bool = False) -> Settings:
     with naming(cfg.model.name):
         cfg = decided(cfg)
     frame = check_model(cfg, weights=not (cfg.dry_run or deployed))
+    if not deployed:
+        check_kernels(cfg, frame.config.model_type)
     check_adapter(cfg, deployed)
     check_ranks(cfg, deployed)
     if note := loud(cfg, frame):

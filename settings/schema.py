@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from utils import Settings, UserError, spelt
+from utils import LIGER, Settings, UserError, require, spelt
 
 # What Hydra reads as nothing, a truth value or a number.
 NO_NAME = re.compile(r"null|true|false|[\d.+-]+", re.IGNORECASE)
@@ -283,8 +283,8 @@ class Strategy(Target):
 class TrainingArguments(Open):
     """The fields of transformers.TrainingArguments that do here what they say there.
 
-    The last six change no adapter: those of logging are for verbose=true, one is for a
-    GPU's memory, and those of saving stand in published settings. `check_training_arguments`
+    The last seven change no adapter: those of logging are for verbose=true, two are for a
+    GPU's time and memory, and those of saving stand in published settings. `check_training_arguments`
     refuses all others.
     """
 
@@ -312,6 +312,7 @@ class TrainingArguments(Open):
     logging_strategy: Any = None
     logging_first_step: bool | None = None
     torch_empty_cache_steps: Any = None
+    use_liger_kernel: bool | None = None
     save_steps: float | None = None
     save_total_limit: Any = None
 
@@ -439,7 +440,7 @@ INSTEAD = {
         "bf16 fp16 bf16_full_eval fp16_full_eval tf32"
     ),
     "is not taken here: the loss is the answers' cross entropy, computed in parts": (
-        "label_smoothing_factor use_liger_kernel liger_kernel_config"
+        "label_smoothing_factor liger_kernel_config"
     ),
     "is not taken here: clients evaluate by strategy.fraction_evaluate, the server by "
     "evaluate.every_round": (
@@ -499,6 +500,24 @@ def check_kinds(path: str, settings: dict[str, Any], made: type) -> None:
         if not words and isinstance(parameter.default, (bool, int, float)):
             kinds[name] = (kind | None, None)
     check_against(create_model(made.__name__, __base__=Open, **kinds), settings, path)
+
+
+def check_kernels(cfg: Settings, model_type: str | None = None) -> None:
+    """That Liger's kernels, where asked for, can run where clients train, and are there for a
+    base of `model_type`, transformers' name (None: unknown)."""
+    if not cfg.train.training_arguments.get("use_liger_kernel"):
+        return
+    key = "train.training_arguments.use_liger_kernel=true"
+    if not cfg.client_resources.num_gpus:
+        raise UserError(
+            f"{key}: Liger's kernels run on a GPU, and clients train on the CPU here. "
+            "Leave it out."
+        )
+    require(LIGER, key)
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model_type and model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(f"{key}: {LIGER} has none for a {model_type}. Leave it out.")
 
 
 def check_training_arguments(cfg: Settings) -> None:

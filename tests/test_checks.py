@@ -18,9 +18,10 @@ from transformers import TrainingArguments
 import architectures
 import client
 import model
+import utils
 from settings import preflight, schema
 from settings.compose import compose
-from utils import PROJECT, UserError
+from utils import LIGER, PROJECT, UserError
 
 # Overrides of the quickstart, and a part of the message that they must be answered with.
 SETTINGS = [
@@ -305,7 +306,7 @@ EFFECTS = {
     },
     "warmup_steps": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
 }
-# What is taken and changes no adapter, as `checks.TAKEN` has it.
+# What is taken and changes no adapter.
 NO_EFFECT = {
     "report_to": "none",
     "save_strategy": "no",
@@ -316,12 +317,13 @@ NO_EFFECT = {
     "save_steps": 200,
     "save_total_limit": 10,
 }
+GPU_ONLY = {"use_liger_kernel"}  # tests/test_cuda.py
 
 
 @pytest.mark.slow
 def test_each_argument_that_is_taken_has_its_effect(configure):
     """As a client trains by it; and as `transformers` has none of what is not taken."""
-    assert {*EFFECTS, *NO_EFFECT} == {*schema.TrainingArguments.model_fields}
+    assert {*EFFECTS, *NO_EFFECT} | GPU_ONLY == {*schema.TrainingArguments.model_fields}
     before = configure()
     first = client.initial_adapter(before)
 
@@ -345,6 +347,20 @@ def test_each_argument_that_is_taken_has_its_effect(configure):
             assert not moved.equal(weights), name
             if others and name not in ("lr_scheduler_kwargs", "num_train_epochs"):
                 assert not moved.equal(trained(others)[1]), name
+
+
+def test_kernels_of_a_gpu_are_refused_on_a_cpu_and_where_they_are_not(
+    configure, monkeypatch
+):
+    cfg = configure("+train.training_arguments.use_liger_kernel=false")
+    schema.check_kernels(cfg)
+    cfg.train.training_arguments["use_liger_kernel"] = True
+    with pytest.raises(UserError, match="run on a GPU, and clients train on the CPU"):
+        schema.check_kernels(cfg)
+    monkeypatch.setattr(utils, "find_spec", lambda name: None)
+    cfg.client_resources["num_gpus"] = 1
+    with pytest.raises(UserError, match=f"is not installed: pip install {LIGER}"):
+        schema.check_kernels(cfg)
 
 
 def test_every_other_argument_is_refused(configure):
