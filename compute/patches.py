@@ -40,10 +40,10 @@ def attend_in_blocks() -> None:
 def attend_without_cudnn() -> None:
     """Keep torch's attention from cuDNN's kernels, its first choice on an H100 (torch 2.13.0).
 
-    Their backward pass makes NaN of queries that see no key, which padding on the left has, and
-    of scores far below zero (pytorch's issue 196678): on an H200 every client of
-    experiment=quickstart ended so. FlashAttention takes their place, and with a mask the
-    memory-efficient kernel.
+    Their backward pass makes NaN of scores far below zero (pytorch's issue 196678), the extreme
+    of which is a query that sees no key, as padding on the left has: on an H200 (torch 2.11.0)
+    clients of experiment=quickstart ended so, and without these kernels train. FlashAttention
+    takes their place, and with a mask the memory-efficient kernel.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
