@@ -514,9 +514,11 @@ def check_kernels(cfg: Settings, model_type: str | None = None) -> None:
             "Leave it out."
         )
     require(LIGER, key)
+    if model_type is None:
+        return
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    if model_type and model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise UserError(f"{key}: {LIGER} has none for a {model_type}. Leave it out.")
 
 

@@ -1,7 +1,5 @@
 """pytest tests/test_cuda.py: on a machine with a GPU, a run on it is the run of its CPU."""
 
-import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ from transformers.models.llama import modeling_llama
 
 import client
 import model
-from assets.testbed import llama
+from assets.testbed import llama, runs
 from assets.testbed.loopback import LoopbackGrid, killed_in
 from server import checkpoint, rounds
 from settings import preflight
@@ -185,34 +183,20 @@ def test_a_full_gpu_halves_the_batch_and_keeps_the_step(tmp_path, monkeypatch):
     assert (whole - halved).abs().max() < 1e-3 * whole.abs().max()
 
 
-def run(folder: Path, *command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    (folder / "said").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_two_clients_of_rays_share_the_gpu_and_answer(tmp_path):
     folder = tmp_path / "run"
-    run(
-        tmp_path,
-        *("main.py", "experiment=quickstart", "client_resources.num_gpus=0.5"),
-        *("num_rounds=2", "evaluate.exact_match=false", f"hydra.run.dir={folder}"),
+    summary = runs.run(
+        folder,
+        *("experiment=quickstart", "client_resources.num_gpus=0.5", "num_rounds=2"),
+        *("evaluate.exact_match=false", "evaluate.every_round=2"),
     )
-    summary = read_json(folder / "summary.json")
     assert summary["test_loss_after"] < summary["test_loss_before"]
     entries = read_json(folder / "history.json")["rounds"]
     # Memory of a GPU's client is what torch took there: a process of a CPU takes 500 MB.
     peaks = [one["peak_memory"] for entry in entries for one in entry["clients"]]
     assert max(peaks) < 2e8
-    answer = run(
-        tmp_path, "test.py", f"--peft-path={folder}/peft_2", "--question=What is 1 + 1?"
+    asked = ["test.py", f"--peft-path={folder}/peft_2", "--question=What is 1 + 1?"]
+    answer = subprocess.run(
+        [sys.executable, *asked], cwd=PROJECT, stdout=subprocess.PIPE, check=True
     )
-    assert re.search(r"\S", answer)
-    assert json.loads((folder / "peft_2/adapter_config.json").read_text())["r"]
+    assert answer.stdout.strip()
