@@ -25,7 +25,7 @@ from transformers import (
 import dataset
 import model
 import tasks
-from compute import patches, zero
+from compute import each, patches, zero
 from evaluation import examine
 from methods import dpsgd, lora, personal, privacy, scaffold, sharing
 from methods.base import State
@@ -78,6 +78,7 @@ def train(
     rows = dataset.training_rows(cfg, partition)
     seed = mix_seed(cfg.seed, "train", partition, server_round)
     mechanism = privacy.build(cfg.privacy).begin(cfg, partition, len(rows))
+    size = cfg.train.training_arguments.per_device_train_batch_size
     if mechanism:
         cfg = one_by_one(cfg)
     arguments = training_arguments(cfg, server_round, seed)
@@ -104,7 +105,12 @@ def train(
         _refer(cfg, net, task, drawn, tokenizer)
     clock.lap("tokenise")
     trains = sharing.build(cfg.sharing).trains(state.keys(), server_round)
-    kind = partial(NoisyTrainer, mechanism=mechanism) if mechanism else LocalTrainer
+    kind, side = LocalTrainer, cfg.train.padding_side
+    if mechanism:
+        kind = partial(NoisyTrainer, mechanism=mechanism, size=size)
+        # On the left the longest record of a batch would move the others' positions, in bases
+        # that count them from the first token, and so change their gradients.
+        side = "right"
 
     gradients: State = {}
 
@@ -119,7 +125,7 @@ def train(
                 train_dataset=fill(examples, batch, task.blank())
                 if arguments.world_size > 1
                 else examples,
-                data_collator=task.collator(tokenizer, cfg.train.padding_side),
+                data_collator=task.collator(tokenizer, side),
                 proximal_mu=proximal_mu,
                 anchor=anchor,
             )
@@ -378,6 +384,12 @@ class LocalTrainer(Trainer):
             start = anchor or {n: p.detach().clone() for n, p in named.items()}
             self.anchor = [start[n].to(p) for n, p in named.items()]
 
+    def training_step(self, model_: Any, *given: Any, **named: Any) -> torch.Tensor:
+        # Checkpointed layers are recomputed in the backward pass, after `model.autocast`: a
+        # forward that cast its inputs would be another one.
+        with patches.inputs_as_they_come(model_):
+            return super().training_step(model_, *given, **named)
+
     def compute_loss(
         self, model_: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
@@ -404,16 +416,21 @@ class LocalTrainer(Trainer):
 
 
 class NoisyTrainer(LocalTrainer):
-    """Steps on noisy sums of clipped gradients: DP-SGD, record by record.
+    """Steps on noisy sums of records' clipped gradients: DP-SGD.
 
-    An item of its dataset is a step: the examples that are in it, none perhaps.
+    An item of its dataset is a step: the examples that are in it, none perhaps. Of `size`
+    examples the gradients are computed at a time, or of fewer where a GPU has no room, or of
+    one where they cannot be told apart (`each.together`).
     """
 
-    def __init__(self, *args: Any, mechanism: dpsgd.Mechanism, **kwargs: Any) -> None:
-        self.one = kwargs["data_collator"]
-        kwargs["data_collator"] = lambda steps: [self.one([each]) for each in steps[0]]
+    def __init__(
+        self, *args: Any, mechanism: dpsgd.Mechanism, size: int, **kwargs: Any
+    ) -> None:
+        self.collate = kwargs["data_collator"]
+        kwargs["data_collator"] = lambda steps: steps[0]
         super().__init__(*args, **kwargs)
         self.mechanism = mechanism
+        self.size = size
 
     def training_step(
         self, model_: Any, inputs: Any, num_items_in_batch: Any = None
@@ -421,18 +438,44 @@ class NoisyTrainer(LocalTrainer):
         """Puts the step's gradients into the parameters. The loss, per answer token of each
         record and then over the records, is noisy as well."""
         model_.train()
-
-        def losses() -> Iterator[torch.Tensor]:
-            for example in inputs:
-                with model.autocast(model_):
-                    loss = self.task.loss(model_, self._prepare_inputs(example))
-                yield loss
-
-        loss = self.mechanism.step(self.trained, losses())
+        with patches.inputs_as_they_come(model_):
+            loss = self.mechanism.step(self.trained, self._found(model_, inputs))
         # Of no data, so it needs no noise.
         for now, before in zip(self.trained, self.anchor, strict=bool(self.anchor)):
             now.grad.add_(now.detach() - before, alpha=self.proximal_mu)
         return torch.tensor(loss, device=self.args.device)
+
+    def _found(self, model_: Any, examples: list[Example]) -> Iterator[each.Found]:
+        """Losses and gradients of all examples, those of like length together."""
+        waiting = sorted(examples, key=self.task.length)
+        while waiting:
+            found, size = None, self.size
+            try:
+                found = self._gradients(model_, waiting[:size])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.size = size // 2
+            if found:
+                waiting = waiting[size:]
+                yield found
+            elif torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _gradients(self, model_: Any, examples: list[Example]) -> each.Found | None:
+        batch = self._prepare_inputs(self.collate(examples))
+
+        def losses() -> torch.Tensor:
+            with model.autocast(model_):
+                return self.task.losses(model_, batch)
+
+        if self.size > 1:
+            rows = len(batch["input_ids"])
+            if found := each.together(model_, self.trained, losses, rows):
+                return found
+            self.size = 1
+            return None
+        return each.alone(self.trained, losses().sum())
 
 
 def training_arguments(

@@ -32,35 +32,35 @@ LARGEST_LOSS = 5.0  # nats a token; a record's that is higher counts as this
 # --- a step -------------------------------------------------------------------------------
 
 
+# Losses of some records, (records,), and of each parameter their gradients, (records, *shape), or
+# None where there are none.
+Found = tuple[torch.Tensor, Sequence[torch.Tensor | None]]
+
+
 def clipped_sum(
     parameters: Sequence[torch.nn.Parameter],
-    losses: Iterable[torch.Tensor],
+    found: Iterable[Found],
     longest: float,
 ) -> tuple[list[torch.Tensor], float]:
-    """The sum of the losses' gradients, each scaled down to an L2 norm of `longest` over all
-    `parameters` if it is longer; and the sum of the losses, each at most `LARGEST_LOSS`.
+    """The sum of records' gradients, each scaled down to an L2 norm of `longest` over all
+    `parameters` if it is longer; and the sum of their losses, each at most `LARGEST_LOSS`.
 
-    `losses`: a scalar for each record, made one after the other, so that one graph exists at
-    a time. One whose gradient is not finite counts as 0, in both sums: it would tell of itself.
+    `found`: of all records, some after the other, so that the gradients of some are there at a
+    time. A record whose gradient is not finite counts as 0, in both sums: it would tell of
+    itself.
     """
     total = [torch.zeros_like(parameter) for parameter in parameters]
     nats = 0.0
-    for loss in losses:
-        for parameter in parameters:
-            parameter.grad = None
-        loss.backward()
-        found = [
-            (each, parameter.grad)
-            for each, parameter in zip(total, parameters, strict=True)
-            if parameter.grad is not None
-        ]
-        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in found]).item()
-        if not math.isfinite(norm):
-            continue
-        scale = min(1.0, longest / (norm + 1e-6))
-        for each, gradient in found:
-            each.add_(gradient, alpha=scale)
-        nats += min(loss.item(), LARGEST_LOSS)
+    for losses, gradients in found:
+        pairs = zip(total, gradients, strict=True)
+        there = [(sums, each) for sums, each in pairs if each is not None]
+        norms = [torch.linalg.vector_norm(each.flatten(1), dim=1) for _, each in there]
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        finite = norm.isfinite()
+        scale = (longest / (norm[finite] + 1e-6)).clamp(max=1)
+        for sums, each in there:
+            sums.add_(torch.tensordot(scale, each[finite], dims=1))
+        nats += losses[finite].clamp(max=LARGEST_LOSS).sum().item()
     return total, nats
 
 
@@ -92,15 +92,15 @@ class Mechanism:
         ]
 
     def step(
-        self, parameters: Sequence[torch.nn.Parameter], losses: Iterable[torch.Tensor]
+        self, parameters: Sequence[torch.nn.Parameter], found: Iterable[Found]
     ) -> float:
         """Put a step's noisy mean gradient into `parameters`; returns its noisy mean loss.
 
-        Both are of one vector, of which a record changes no more than `clip_norm`: one noise
+        `found` as of `clipped_sum`. Both are of one vector, of which a record changes no more than `clip_norm`: one noise
         covers them. There may be no records in it.
         """
         longest = self.clip_norm * math.sqrt(1 - LOSS_SHARE**2)
-        total, nats = clipped_sum(parameters, losses, longest)
+        total, nats = clipped_sum(parameters, found, longest)
         deviation = self.noise_multiplier * self.clip_norm
         for parameter, each in zip(parameters, total, strict=True):
             added = noise(each.shape, deviation).to(each)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from records.batches import Batch, Collate, Collator
 from records.templates import Example, Record
-from utils import Settings, UserError
+from utils import IGNORED, Settings, UserError
 
 # Of an answer that was given, and of the wanted one: how well it fits, in [0, 1].
 Metric = Callable[[str, str], float]
@@ -115,6 +115,19 @@ class Task:
         `count`: of the step's labels that are not ignored, as `transformers.Trainer` counts
         them, or of what its batches have as `shift_labels`.
         """
+        kept = (batch["labels"] != IGNORED).sum()
+        return self.nats(net, batch).sum() / (kept if count is None else count)
+
+    def losses(self, net: Any, batch: Batch) -> torch.Tensor:
+        """Of each of n examples what `loss` of it alone would be: (n,), with gradient.
+
+        A batch's rows of example i are i, i + n and so on.
+        """
+        kept = (batch["labels"] != IGNORED).flatten(1).sum(1)
+        return self.nats(net, batch) / kept
+
+    def nats(self, net: Any, batch: Batch) -> torch.Tensor:
+        """Of each example the loss of all its labels, summed: (examples,), with gradient."""
         raise NotImplementedError
 
     def score(self, net: Any, batch: Batch) -> torch.Tensor:

@@ -165,11 +165,9 @@ class Classification(Task):
         each = cross_entropy(logits, labels[:, 0], weights, reduction="none")
         return each[:, None]
 
-    def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
-        """In nats per record; weights change a record's part, and not how many there are."""
-        labels = batch["labels"]
-        total = self.each(self._logits(net, batch), labels, self.weights).sum()
-        return total / ((labels != IGNORED).sum() if count is None else count)
+    def nats(self, net: Any, batch: Batch) -> torch.Tensor:
+        """Weights change a record's part, and not how many there are."""
+        return self.each(self._logits(net, batch), batch["labels"], self.weights).sum(1)
 
     @torch.no_grad()
     def score(self, net: Any, batch: Batch) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from compute.loss import answer_loss, answer_scores
+from compute.loss import answer_loss, answer_scores, answer_sums
 from records import templates
 from records.batches import Batch, Collate, Collator, at_once, by_length, padded
 from records.templates import Example, Record
@@ -58,6 +58,9 @@ class Generation(Task):
     def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
         """In nats per token of an answer."""
         return answer_loss(net, batch, count)
+
+    def nats(self, net: Any, batch: Batch) -> torch.Tensor:
+        return -answer_sums(net, batch)
 
     def score(self, net: Any, batch: Batch) -> torch.Tensor:
         return answer_scores(net, batch)

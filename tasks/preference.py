@@ -147,8 +147,11 @@ class Preference(Generation):
 
     def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
         """In nats per item."""
-        losses, _ = self.weigh(net, batch)
+        losses = self.losses(net, batch)
         return losses.sum() / (max(len(losses), 1) if count is None else count)
+
+    def losses(self, net: Any, batch: Batch) -> torch.Tensor:
+        return self.weigh(net, batch)[0]
 
     @torch.no_grad()
     def score(self, net: Any, batch: Batch) -> torch.Tensor:

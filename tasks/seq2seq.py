@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compute.loss import answer_loss, answer_scores, decoding
+from compute.loss import answer_loss, answer_scores, answer_sums, decoding
 from records.batches import Batch, Collate, padded
 from records.templates import Example, Record
 from tasks import words
@@ -81,6 +81,9 @@ class Seq2Seq(Task):
     def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
         """In nats per token of a target."""
         return answer_loss(net, decoding(net, batch), count)
+
+    def nats(self, net: Any, batch: Batch) -> torch.Tensor:
+        return -answer_sums(net, decoding(net, batch))
 
     def score(self, net: Any, batch: Batch) -> torch.Tensor:
         return answer_scores(net, decoding(net, batch))

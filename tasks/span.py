@@ -156,12 +156,10 @@ class Span(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase, side: str) -> Collate:
         return tokens.labelled(tokens.collator(tokenizer, types=0))
 
-    def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
-        """In nats, mean of first and last token, as transformers' heads have it."""
-        labels = batch["labels"]
-        logits = self._logits(net, batch).flatten(0, 1)
-        total = cross_entropy(logits, labels.flatten(), reduction="sum")
-        return total / ((labels != IGNORED).sum() if count is None else count)
+    def nats(self, net: Any, batch: Batch) -> torch.Tensor:
+        """Of first and last token, whose mean is the loss, as transformers' heads have it."""
+        logits = self._logits(net, batch).transpose(1, 2)
+        return cross_entropy(logits, batch["labels"], reduction="none").sum(1)
 
     def _logits(self, net: Any, batch: Batch) -> torch.Tensor:
         """That an answer begins, and that it ends, with each token: (batch, 2, length)."""

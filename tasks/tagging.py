@@ -139,12 +139,10 @@ class Tagging(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase, side: str) -> Collate:
         return tokens.collator(tokenizer, labels=IGNORED, starts=0)
 
-    def loss(self, net: Any, batch: Batch, count: Any = None) -> torch.Tensor:
-        """In nats per labelled piece."""
-        labels = batch["labels"]
-        logits = self._logits(net, batch).flatten(0, 1)
-        total = cross_entropy(logits, labels.flatten(), reduction="sum")
-        return total / ((labels != IGNORED).sum() if count is None else count)
+    def nats(self, net: Any, batch: Batch) -> torch.Tensor:
+        """Of labelled pieces."""
+        logits = self._logits(net, batch).transpose(1, 2)
+        return cross_entropy(logits, batch["labels"], reduction="none").sum(1)
 
     def _logits(self, net: Any, batch: Batch) -> torch.Tensor:
         """Of each token: (batch, length, labels)."""

@@ -20,6 +20,7 @@ import client
 import dataset
 import model
 import tasks
+from compute import each
 from methods import dpsgd, privacy
 from methods.noise import noise
 from node import permit
@@ -106,8 +107,8 @@ def test_a_step_is_the_mean_of_each_records_clipped_gradient(
     trained = [n for n in start if method != "sharing=ffa" or "lora_A" not in n]
     net = model.build(cfg["model"], cfg["peft"], cfg["seed"], torch.device("cpu"))
     model.set_adapter_state(net, start)
-    each = one_by_one(net, trained)
-    norms = sorted(map(norm, each))
+    found = one_by_one(net, trained)
+    norms = sorted(map(norm, found))
     longest = (norms[2] + norms[3]) / 2  # three are clipped, and three are not
     assert norms[2] < 0.99 * longest < 1.01 * longest < norms[3]
 
@@ -120,7 +121,7 @@ def test_a_step_is_the_mean_of_each_records_clipped_gradient(
         if name not in trained:
             assert torch.equal(state[name], start[name])
             continue
-        by_hand = sum(g[name] * min(1, longest / norm(g)) for g in each) / 6
+        by_hand = sum(g[name] * min(1, longest / norm(g)) for g in found) / 6
         assert (moved - by_hand).abs().max() < 3e-4 * longest, name
     assert metrics["num-examples"] == 8  # as if there were as many as are expected
 
@@ -135,7 +136,8 @@ def test_no_record_changes_a_sum_by_more_than_the_clip_norm():
     noiseless = mechanism(noise_multiplier=0.0, clip_norm=0.7)
 
     def summed(*scales: float) -> list[float]:
-        mean = noiseless.step([*parameters, unused], map(loss, scales))
+        every = [*parameters, unused]
+        mean = noiseless.step(every, (each.alone(every, loss(x)) for x in scales))
         flat = torch.cat([p.grad for p in [*parameters, unused]]).tolist()
         # Its coordinate of the vector that the noise is for.
         coordinate = mean * dpsgd.LOSS_SHARE * 0.7 / dpsgd.LARGEST_LOSS
@@ -163,6 +165,7 @@ def test_proximal_term_has_no_noise_and_is_there_without_records(configure):
         task=tasks.build(cfg),
         data_collator=batches.Collator(0, "left"),
         mechanism=mechanism(noise_multiplier=0.0),
+        size=1,
         proximal_mu=0.5,
         anchor={name: value - 0.01 for name, value in start.items()},
     )
@@ -499,8 +502,8 @@ def test_a_reply_tells_nothing_of_the_records_but_what_is_noisy(
             assert "no measurements" in refused.error.reason
     told = [dict(reply["metrics"]) for reply in replies]
     assert told[0].keys() == {"num-examples", "train_loss", "epsilon"}
-    for each in told:
-        assert 0 <= each.pop("train_loss") <= dpsgd.LARGEST_LOSS
+    for one in told:
+        assert 0 <= one.pop("train_loss") <= dpsgd.LARGEST_LOSS
     assert told[0] == told[1]
     assert {*replies[0]} == {"arrays", "metrics"}
     layout = [
@@ -527,9 +530,9 @@ def test_a_run_tells_what_each_client_has_spent(configure, loopback, tmp_path):
         assert told == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
     assert summary["epsilon"] == max(summary["epsilon_clients"].values())
     assert history[1]["epsilon"] == summary["epsilon"] > history[0]["epsilon"]
-    for each in (summary, history[1]):
-        assert each["delta"] == 1e-5
-        assert each["adjacency"] == "one record added or removed"
+    for one in (summary, history[1]):
+        assert one["delta"] == 1e-5
+        assert one["adjacency"] == "one record added or removed"
 
 
 @pytest.mark.slow
