@@ -12,7 +12,8 @@ Sections, each of which may fail without ending the others:
 - two clients on one GPU, a 1B base each;
 - a federated run with the 1B base: the server's loop and the ClientApp in one process, so that
   it needs no Ray;
-- a client's steps with Liger's kernels, if they are installed.
+- a client's steps with Liger's kernels, if they are installed;
+- steps of DP-SGD (`privacy=record`), whose records' gradients are computed together or alone.
 
 Batches are full: 16 examples of 512 tokens. Exits with 1 where a section failed or a check did.
 """
@@ -236,7 +237,9 @@ class Bench:
         parts = [f"{n} {v:.2f}" for n, v in metrics.items() if n.startswith("seconds")]
         print(f"A client's round: {', '.join(parts)}")
 
-    def watched(self, cfg: Any, state: Any) -> tuple[float, dict[str, Any]]:
+    def watched(
+        self, cfg: Any, state: Any, trainer: str = "LocalTrainer"
+    ) -> tuple[float, dict[str, Any]]:
         """Seconds of the measured steps of a client's second round, and its metrics."""
         import client
 
@@ -247,7 +250,7 @@ class Bench:
             self.size.steps - 1,
             functools.partial(steps.timed, self.device, seconds),
         )
-        with steps.before_steps(client.LocalTrainer, span.step):
+        with steps.before_steps(getattr(client, trainer), span.step):
             _, metrics = client.train(cfg, state, 0, 2)
         return seconds[0], metrics
 
@@ -443,21 +446,66 @@ class Bench:
         if not (self.cuda and find_spec("liger_kernel")):
             print(f"Left out: it takes a GPU, and pip install {utils.LIGER}.")
             return
-        head("kernels", "tokens/s", "step, s", "memory of one, GB")
+        head("bits", "kernels", "tokens/s", "step, s", "memory of one, GB")
+        liger = ["+train.training_arguments.use_liger_kernel=true"]
+        for bits in (4, 8):
+            rates = {}
+            for name, more in {"transformers'": [], "Liger's": liger}.items():
+                context = torch.multiprocessing.get_context("spawn")
+                told = f"model.quantization={bits}"
+                overrides = self.overrides(self.size.large, told, *more)
+                with ProcessPoolExecutor(1, context) as pool:
+                    made = pool.submit(steps_of, self.device, self.folder, overrides)
+                    rates[name], memory = made.result()
+                step = self.tokens(1) / rates[name]
+                seen = f"{step:.4f}", f"{memory / vram.GB:.2f}"
+                row(bits, name, f"{rates[name]:.0f}", *seen)
+            faster = rates["Liger's"] / rates["transformers'"]
+            what = f"Liger's kernels are faster, {bits} bits"
+            check(what, faster > 1, f"{faster:.2f}")
+
+    # --- gradients of each record ----------------------------------------------------------------
+
+    def each(self) -> None:
+        """Steps of a client all of whose records are in each, and one of an ordinary client."""
+        import client
+
+        size, few = self.size, self.folder / "few.json"
+        made_up(few, count=2 * size.batch, words=size.seq_length)
+        private = [
+            f"dataset.path={few}",
+            "privacy=record",
+            *("privacy.epsilon=null", "privacy.noise_multiplier=1"),
+        ]
+        ways = {
+            "without privacy": [],
+            "together": private,
+            "one by one": [
+                *private,
+                "train.training_arguments.per_device_train_batch_size=1",
+                f"train.training_arguments.gradient_accumulation_steps={size.batch}",
+            ],
+        }
+        head("records", "tokens/s", "step, s", "memory of one, GB")
         rates = {}
-        for name, more in {
-            "transformers'": [],
-            "Liger's": ["+train.training_arguments.use_liger_kernel=true"],
-        }.items():
-            context = torch.multiprocessing.get_context("spawn")
-            overrides = self.overrides(self.size.large, *more)
-            with ProcessPoolExecutor(1, context) as pool:
-                told = pool.submit(steps_of, self.device, self.folder, overrides)
-                rates[name], memory = told.result()
+        for name, more in ways.items():
+            cfg = checked(self.overrides(size.large, *more))
+            cfg["residuals"] = str(self.folder / name)
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            trainer = "NoisyTrainer" if more else "LocalTrainer"
+            seconds, _ = self.watched(cfg, client.initial_adapter(cfg), trainer)
+            memory = client.peak_memory()
+            rates[name] = self.tokens(size.steps - 1 - WARM) / seconds
             step = self.tokens(1) / rates[name]
             row(name, f"{rates[name]:.0f}", f"{step:.4f}", f"{memory / vram.GB:.2f}")
-        faster = rates["Liger's"] / rates["transformers'"]
-        check("Liger's kernels are faster", faster > 1, f"{faster:.2f}")
+        model_forget()
+        faster = rates["together"] / rates["one by one"]
+        check(
+            "records are faster together than one by one",
+            faster > 1 if self.cuda else None,
+            f"{faster:.2f}",
+        )
 
 
 def made_up(path: Path, count: int, words: int, seed: int = 0) -> None:
@@ -546,6 +594,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "Two clients on one device": Bench.pair,
     "A federated run": Bench.run,
     "Liger's kernels": Bench.fused,
+    "Gradients of each record": Bench.each,
 }
 
 
@@ -559,7 +608,7 @@ def main() -> None:
         type=int,
         nargs="+",
         choices=range(1, len(SECTIONS) + 1),
-        help="of the seven, these (default: all)",
+        help="of the eight, these (default: all)",
     )
     options = parser.parse_args()
     if options.device == "cpu":

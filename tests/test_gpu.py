@@ -157,10 +157,10 @@ def test_every_section_runs_on_a_cpu():
 def test_a_section_that_is_none_is_refused(monkeypatch, capsys):
     for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, "1")  # as it was, afterwards
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device=cpu", "--sections", "8"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device=cpu", "--sections", "9"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(PROJECT / "benchmarks/gpu.py"), run_name="__main__")
-    assert "--sections: invalid choice: 8" in capsys.readouterr().err
+    assert "--sections: invalid choice: 9" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

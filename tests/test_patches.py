@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import client
 import model
 from compute import cpu, patches
 from settings import heterogeneity
@@ -215,6 +216,29 @@ def test_inputs_of_lora_layers_are_not_cast_to_float32_under_autocast(
         assert not any(layer.cast_input_dtype_enabled for layer in layers)
     assert layers
     assert all(layer.cast_input_dtype_enabled for layer in layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["privacy=none", "privacy=record"])
+def test_no_layer_casts_its_input_when_it_is_recomputed(
+    kind, configure, monkeypatch, tmp_path
+):
+    """The backward pass of a checkpointed layer runs its forward again."""
+    monkeypatch.setattr(model, "compute_dtype", lambda _: torch.bfloat16)
+    cfg = configure(f"model.quantization=null model.gradient_checkpointing=true {kind}")
+    cfg["residuals"] = str(tmp_path)
+    state, seen = client.initial_adapter(cfg), []
+    cast = BaseTunerLayer._cast_input_dtype
+
+    def watch(layer, x, dtype):
+        seen.append(cast(layer, x, dtype).dtype)
+        return cast(layer, x, dtype)
+
+    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", watch)
+    model.forget()
+    client.train(cfg, state, 0, 1)
+    model.forget()
+    assert {*seen} == {torch.bfloat16}
 
 
 # --- private names that are read elsewhere -----------------------------------------------------
