@@ -311,9 +311,15 @@ def personalise(
 
     privacy.build(cfg.privacy).answers("measurements")
     number = int(message.content["config"]["server-round"])
-    shared, own = personal.build(cfg.personal).pair(
-        *_up_to(cfg, partition, number, message)
-    )
+    method = personal.build(cfg.personal)
+    # Its rounds have a schedule of their own.
+    by_itself = {"num_rounds": method.rounds}
+    by_itself["train"] = cfg.train | {"schedule_rounds": None}
+
+    def alone(start: "State", number: int) -> "State":
+        return processes.train(cfg | by_itself, start, partition, number)[0]
+
+    shared, own = method.finish(alone, *_up_to(cfg, partition, number, message))
     metrics = processes.personalise(cfg, shared, own, partition)
     if cfg.personal_path:
         chosen = personal.between(shared, own, metrics["personal_weight"])

@@ -14,6 +14,9 @@ from utils import construct
 # in the loss, and returns what became of it.
 Fit = Callable[[State, State, float], State]
 
+# Trains an adapter for a round of this number, 1 to `rounds`, alone.
+Alone = Callable[[State, int], State]
+
 
 def build(node: dict[str, Any]) -> "Personal":
     """What `conf/personal` names. Raises `UserError` for what is no such class."""
@@ -23,7 +26,9 @@ def build(node: dict[str, Any]) -> "Personal":
 class Personal:
     """A client's own is what `sharing` leaves with it, if that is anything (FedSA, say)."""
 
+    makes = False  # whether it makes one beside that which all share
     trainings = 1  # of a client in a round, each of as many steps
+    rounds = 0  # in which a client trains alone, after the last that is shared
 
     def __init__(self, interpolate: list[float]) -> None:
         self.weights = interpolate
@@ -43,6 +48,12 @@ class Personal:
         """
         return shared, joined
 
+    def finish(
+        self, alone: Alone, shared: State, joined: State, kept: Kept
+    ) -> tuple[State, State]:
+        """`pair`, after the last round, when the client chooses between both."""
+        return self.pair(shared, joined, kept)
+
 
 class Ditto(Personal):
     """Its own adapter v beside the shared w: v <- v - eta (grad F(v) + mu (v - w)).
@@ -52,6 +63,7 @@ class Ditto(Personal):
     the client trains w in the same round.
     """
 
+    makes = True
     trainings = 2
 
     def __init__(self, mu: float, interpolate: list[float]) -> None:
@@ -67,6 +79,34 @@ class Ditto(Personal):
 
     def pair(self, shared: State, joined: State, kept: Kept) -> tuple[State, State]:
         return joined, kept.load("personal") or joined
+
+
+class Finetune(Personal):
+    """Its own adapter is the finished shared one, trained on alone for `rounds` more.
+
+    Fine-tuning after FedAvg (Jiang et al. 2019, arXiv 1909.12488; Cheng et al. 2021, arXiv
+    2108.07313). The learning rate goes through the run's whole schedule again, in `rounds`.
+    """
+
+    makes = True
+
+    def __init__(self, rounds: int, interpolate: list[float]) -> None:
+        super().__init__(interpolate)
+        self.rounds = rounds
+
+    def any(self, part: Adapter, names: Names) -> bool:
+        return True
+
+    def pair(self, shared: State, joined: State, kept: Kept) -> tuple[State, State]:
+        return joined, joined
+
+    def finish(
+        self, alone: Alone, shared: State, joined: State, kept: Kept
+    ) -> tuple[State, State]:
+        own = joined
+        for number in range(1, self.rounds + 1):
+            own = alone(own, number)
+        return joined, own
 
 
 def between(shared: State, own: State, weight: float) -> State:

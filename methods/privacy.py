@@ -200,7 +200,7 @@ class Noisy(Budgeted):
                 f"{name} with strategy.weighted_by={cfg.strategy.weighted_by}: all clients count "
                 "the same, and what they have is theirs. Leave strategy.weighted_by out."
             )
-        if personal.build(cfg.personal).trainings > 1:
+        if personal.build(cfg.personal).makes:
             return (
                 f"{name} with personal._target_={cfg.personal._target_}: a client chooses its own "
                 "adapter by what it measures, which is in no budget. Take personal=none."
@@ -435,7 +435,7 @@ class Record(Budgeted):
             "Take launch=single": processes > 1,
             f"personal._target_={cfg.personal._target_}: it would train on the records a "
             "second time, and choose on some held back. Take personal=none": (
-                personal.build(cfg.personal).trainings > 1
+                personal.build(cfg.personal).makes
             ),
             f"mode={cfg.mode}: everybody's records are in one place, and no client's to "
             "account for. Take mode=federated": bool(

@@ -468,7 +468,8 @@ def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
     step = batch * arguments.gradient_accumulation_steps * cfg.launch.processes
     by_steps, passes = arguments.max_steps > 0, arguments.num_train_epochs
     examples = arguments.max_steps * step if by_steps else passes * rows * each
-    examples *= personal.build(cfg.personal).trainings
+    method = personal.build(cfg.personal)
+    examples *= max(method.trainings, method.rounds)  # by one message
     if cfg.strategy.fraction_evaluate > 0:
         examples = max(examples, cfg.evaluate.holdout * rows * each)
     sizes = [

@@ -384,7 +384,8 @@ class Exchange:
                     yield read
             waited = time.monotonic() - began
             if waiting and self.timeout and waited > self.timeout:
-                name = "train.round_timeout=" * (self.kind != MessageType.QUERY)
+                scaled = self.kind in (MessageType.QUERY, PERSONAL)
+                name = "" if scaled else "train.round_timeout="
                 for node in waiting.values():
                     self._fail(node, f"no reply within {name}{self.timeout:g} s")
                 return

@@ -279,6 +279,8 @@ class Server:
             return found
 
         timeout = self.cfg.train.round_timeout
+        if kind == PERSONAL and timeout:
+            timeout *= max(1, self.personal.rounds)  # which are in this one message
         return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
 
     def _replies(self, exchange: Exchange | Summed, server_round: int) -> Iterator[Any]:

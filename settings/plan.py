@@ -192,7 +192,8 @@ def _work(cfg: Settings, frame: PeftModel) -> Rows:
     parts = arguments.gradient_accumulation_steps
     rounds, clients = cfg.num_rounds, _cohort(cfg, "fraction_fit")
     # Of the adapter that all share, and of the client's own.
-    steps = steps_per_client(cfg) * personal.build(cfg.personal).trainings
+    once, method = steps_per_client(cfg), personal.build(cfg.personal)
+    steps = once * method.trainings
     most = "" if arguments.max_steps > 0 else "at most "
     tokens = clients * steps * size * parts * cfg.train.seq_length
     return [
@@ -209,6 +210,16 @@ def _work(cfg: Settings, frame: PeftModel) -> Rows:
             f"steps in {rounds} rounds",
             f"{most}{rounds * clients * steps:,} steps, at most {_count(rounds * tokens)} "
             "tokens",
+        ),
+        *(
+            [
+                (
+                    "steps after the last round",
+                    f"{most}{once * method.rounds:,} by each client, of its own adapter",
+                )
+            ]
+            if method.rounds
+            else []
         ),
     ]
 

@@ -396,13 +396,14 @@ def check_personal(cfg: Settings) -> None:
     """That adapters of clients' own are made beside a shared one, and can be chosen."""
     from methods import aggregate, personal
 
-    if personal.build(cfg.personal).trainings == 1:
+    method = personal.build(cfg.personal)
+    if not method.makes:
         return
     name = f"personal._target_={cfg.personal._target_}"
     if cfg.baseline:
         raise UserError(
-            f"{name} with mode={cfg.mode}: there is no adapter that clients share for them "
-            "to stay near. Take personal=none, or mode=federated."
+            f"{name} with mode={cfg.mode}: there is no adapter that clients share, beside "
+            "which each has its own. Take personal=none, or mode=federated."
         )
     every = cfg.sharing.get("refactor_every")
     replaced = {
@@ -411,7 +412,7 @@ def check_personal(cfg: Settings) -> None:
             cfg.strategy
         ).products,
     }
-    for setting in filter(replaced.get, replaced):
+    for setting in filter(replaced.get, replaced if method.trainings > 1 else ()):
         raise UserError(
             f"{name} with {setting}: what a client keeps is near the shared factors, which "
             "that replaces by others. Leave out the one or the other."

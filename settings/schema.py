@@ -205,6 +205,7 @@ class InitArgs(Open):
 
 class Personal(Target):
     mu: float | None = Field(None, ge=0)
+    rounds: int | None = Field(None, ge=1)
     interpolate: Any = setting("weights of a client's own adapter", later=True)
 
     @model_validator(mode="after")

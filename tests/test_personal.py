@@ -24,7 +24,7 @@ from reporting import export
 from server import rounds, runs
 from server.exchange import PERSONAL
 from server.rounds import Server
-from settings import preflight
+from settings import plan, preflight
 from settings.compose import compose, record
 from utils import PROJECT, Refusal, UserError
 
@@ -151,6 +151,73 @@ def test_the_shared_adapter_is_the_same_to_the_bit_without(configure, loopback):
             state, _ = server.train_round(number, state)
         states.append(state)
     assert same(*states)
+
+
+# --- fine-tuning --------------------------------------------------------------------------------
+
+
+def after(cfg: dict, state: dict, partition: int, count: int) -> dict:
+    """What a client makes of an adapter alone, in a run of `count` rounds."""
+    cfg = cfg | {"num_rounds": count}
+    for number in range(1, count + 1):
+        state, _ = client.train(cfg, state, partition, number)
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "strategy=svd", "sharing=fedsa"])
+def test_fine_tuned_is_the_finished_adapter_trained_on_alone(
+    more, configure, loopback, tmp_path
+):
+    cfg = configure(
+        f"{more} personal=finetune personal.rounds=3 num_clients=2 comm.dtype=float32",
+        "strategy.fraction_fit=1 model.lora.target_modules=[q_proj] train.seq_length=64",
+        "personal.interpolate=[1] train.schedule_rounds=9",
+        *HELD,
+    )
+    grid = loopback(cfg, folder=tmp_path)
+    rounds.run(cfg, grid, tmp_path)
+    first = client.initial_adapter(cfg)
+    schedule = cfg | {"train": cfg["train"] | {"schedule_rounds": None}}
+    for partition in (0, 1):
+        shared = adapter_in(tmp_path / "peft_2", first)
+        if more == "sharing=fedsa":  # B has stayed with the client
+            kept = load_file(tmp_path / f"residuals/{partition}/own-000002.safetensors")
+            shared |= kept
+        own = adapter_in(tmp_path / f"personal/client_{partition}", first)
+        wanted = after(schedule, shared, partition, 3)
+        assert distance(own, wanted) < 1e-4 * distance(own, shared)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [one["personal_weight"] for one in summary["personal_clients"]] == [1, 1]
+    assert summary["eval_loss_own"] < summary["eval_loss_global"]
+
+
+def adapter_in(folder: Path, like: dict) -> dict:
+    """A PEFT folder's tensors, by the names of `like`."""
+    found = load_file(folder / "adapter_model.safetensors")
+    return {name: found[name.replace(".default", "")].float() for name in like}
+
+
+@pytest.mark.slow
+def test_the_shared_adapter_is_the_same_to_the_bit_without_fine_tuning(
+    configure, loopback, tmp_path
+):
+    states = []
+    for choice in ("none", "finetune"):
+        folder = tmp_path / choice
+        folder.mkdir()
+        cfg = configure(*HELD, f"personal={choice}")
+        rounds.run(cfg, loopback(cfg, folder=folder), folder)
+        states.append(load_file(folder / "peft_2/adapter_model.safetensors"))
+        losses = json.loads((folder / "history.json").read_text())["rounds"]
+        assert not any("eval_loss_own" in entry for entry in losses)
+    assert same(*states)
+
+
+def test_fine_tuning_goes_on_for_as_many_rounds_as_were_shared(configure):
+    assert configure("personal=finetune", *HELD, "num_rounds=5").personal.rounds == 5
+    told = dict(plan.plan(configure("personal=finetune", *HELD, "personal.rounds=4")))
+    assert told["steps after the last round"] == "8 by each client, of its own adapter"
 
 
 # --- a whole run -----------------------------------------------------------------------------
@@ -362,6 +429,7 @@ def test_figures_out_of_bounds_are_left_out(
         ("mode=local strategy.fraction_evaluate=1", "no adapter that clients share"),
         ("mode=centralized strategy.fraction_evaluate=1", "Take personal=none"),
         ("strategy.fraction_evaluate=0", "Set strategy.fraction_evaluate=1"),
+        ("personal=finetune personal.rounds=0", "personal.rounds=0"),
         ("personal.interpolate=[]", "give 1 to 20 weights"),
         ("personal.interpolate=[0,2]", "from 0 to 1"),
         ("personal.interpolate=x", "give 1 to 20 weights"),
