@@ -287,7 +287,10 @@ def personalise(cfg: Settings, shared: State, own: State, partition: int) -> Met
 
 def save(cfg: Settings, state: State, folder: Path, done: int) -> None:
     """Write an adapter of round `done` as a PEFT folder, in the place of an earlier one."""
-    frame = model.skeleton(cfg.model, cfg.peft)
+    settings, rank = cfg.peft, lora.rank(state)
+    if rank and rank < (model.highest_rank(settings) or 0):  # a client's own
+        settings = model.capped(settings, rank)
+    frame = model.skeleton(cfg.model, settings)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_adapter(frame, state, _tokenizer(cfg), model.about(cfg, done), folder)
 

@@ -119,18 +119,13 @@ def choose(scores: dict[float, torch.Tensor]) -> tuple[float, float]:
 
     `scores`: by weight, one row a record: nats and tokens of its answer, (records, 2). The
     least loss would flatter itself, being the least of several on the records that it was
-    chosen on. So the loss told is of two halves, each with the weight that is best on the
-    other (two-fold cross-validation); of one record, of that itself.
+    chosen on. So in the loss told each record counts with the weight that is best on all the
+    others (leave-one-out cross-validation); a single one with its own best.
     """
-
-    def best(rows: slice) -> float:
-        return min(scores, key=lambda weight: scores[weight][rows, 0].sum().item())
-
-    whole, even, odd = slice(None), slice(0, None, 2), slice(1, None, 2)
-    weight = best(whole)
-    if len(scores[weight]) > 1:
-        told = torch.cat([scores[best(odd)][even], scores[best(even)][odd]])
-    else:
-        told = scores[weight]
-    nats, tokens = told.sum(0).tolist()
-    return weight, nats / tokens
+    weights = [*scores]
+    nats = torch.stack([each[:, 0] for each in scores.values()])  # (weights, records)
+    sums = nats.sum(1, keepdim=True)
+    count = nats.shape[1]
+    best = (sums - nats if count > 1 else sums).argmin(0)
+    told = nats[best, torch.arange(count)].sum() / scores[weights[0]][:, 1].sum()
+    return weights[sums.argmin()], told.item()

@@ -140,8 +140,8 @@ _Personal = TypedDict("_Personal", dict.fromkeys(PERSONAL_LOSSES, float))
 class Personal(_Personal, Reply):
     """What a client chose at the end on the records that it holds back (`num-examples`).
 
-    `personal_weight`: of its own adapter, in [0, 1]. `eval_loss_personal` is of each half of
-    the records with the weight that is best on the other half.
+    `personal_weight`: of its own adapter, in [0, 1]. `eval_loss_personal` is of each
+    record with the weight that is best on all others.
     """
 
     personal_weight: float

@@ -9,7 +9,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import app
 import client
@@ -76,22 +78,17 @@ def scored(draw):
 
 
 @given(scored())
-def test_what_is_chosen_on_one_half_is_measured_on_the_other(scores):
+def test_each_record_is_measured_with_what_is_best_on_the_others(scores):
     weight, loss = personal.choose(scores)
-    sums = {w: each[:, 0].sum().item() for w, each in scores.items()}
-    assert sums[weight] == min(sums.values())
-    rows = [(each[:, 0].tolist(), w) for w, each in scores.items()]
+    nats = {w: each[:, 0].tolist() for w, each in scores.items()}
+    assert sum(nats[weight]) == min(map(sum, nats.values()))
     tokens = next(iter(scores.values()))[:, 1].sum().item()
-    count = len(rows[0][0])
-    if count == 1:
-        assert loss * tokens == pytest.approx(sums[weight])
-        return
-    nats = 0.0
-    for half in (0, 1):
-        others = [i for i in range(count) if i % 2 != half]
-        best = min(rows, key=lambda row: (sum(row[0][i] for i in others), row[1]))
-        nats += sum(best[0][i] for i in range(count) if i % 2 == half)
-    assert loss * tokens == pytest.approx(nats)
+    count, told = len(nats[weight]), 0.0
+    for i in range(count):
+        others = [j for j in range(count) if j != i] or [i]
+        best = min(nats, key=lambda w: sum(nats[w][j] for j in others))
+        told += nats[best][i]
+    assert loss * tokens == pytest.approx(told)
 
 
 # --- Ditto's step ----------------------------------------------------------------------------
@@ -190,6 +187,24 @@ def test_fine_tuned_is_the_finished_adapter_trained_on_alone(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [one["personal_weight"] for one in summary["personal_clients"]] == [1, 1]
     assert summary["eval_loss_own"] < summary["eval_loss_global"]
+
+
+@pytest.mark.slow
+def test_a_client_of_a_lower_rank_has_an_adapter_of_that_rank(
+    configure, loopback, tmp_path
+):
+    cfg = configure(
+        "personal=finetune strategy=svd strategy.ranks=[2,4] num_clients=2",
+        *("strategy.fraction_fit=1", "personal.interpolate=[0,0.5,1]", *HELD),
+    )
+    rounds.run(cfg, loopback(cfg, folder=tmp_path), tmp_path)
+    for partition, rank in enumerate((2, 4)):
+        folder = tmp_path / f"personal/client_{partition}"
+        made = load_file(folder / "adapter_model.safetensors")
+        assert {len(v) for name, v in made.items() if "lora_A" in name} == {rank}
+        base = AutoModelForCausalLM.from_pretrained(cfg.model.name)
+        loaded = PeftModel.from_pretrained(base, folder)
+        assert loaded.peft_config["default"].r == rank
 
 
 def adapter_in(folder: Path, like: dict) -> dict:
