@@ -519,9 +519,12 @@ def test_a_nodes_folder_is_its_own_and_can_be_written(node, tmp_path):
         permit.settle({"overrides": RUN, "run": "first"}, node)
 
 
-def test_a_nodes_limit_counts_both_trainings(node):
-    told = {"overrides": RUN, "run": "first"}
-    needed = 2 * 2 * 16 * 128  # trainings, steps, examples, tokens
+@pytest.mark.parametrize(
+    ("more", "times"), [("", 2), ("personal=finetune personal.rounds=5", 5)]
+)
+def test_a_nodes_limit_counts_all_trainings_of_a_message(more, times, node):
+    told = {"overrides": f"{RUN} {more}", "run": "first"}
+    needed = times * 2 * 16 * 128  # trainings, steps, examples, tokens
     permit.settle(told, node | {"max-tokens": needed})
     with pytest.raises(Refusal, match="max-tokens"):
         permit.settle(told, node | {"max-tokens": needed - 1})
