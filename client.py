@@ -105,12 +105,9 @@ def train(
         _refer(cfg, net, task, drawn, tokenizer)
     clock.lap("tokenise")
     trains = sharing.build(cfg.sharing).trains(state.keys(), server_round)
-    kind, side = LocalTrainer, cfg.train.padding_side
+    kind = LocalTrainer
     if mechanism:
         kind = partial(NoisyTrainer, mechanism=mechanism, size=size)
-        # On the left the longest record of a batch would move the others' positions, in bases
-        # that count them from the first token, and so change their gradients.
-        side = "right"
 
     gradients: State = {}
 
@@ -125,7 +122,7 @@ def train(
                 train_dataset=fill(examples, batch, task.blank())
                 if arguments.world_size > 1
                 else examples,
-                data_collator=task.collator(tokenizer, side),
+                data_collator=task.collator(tokenizer, cfg.train.padding_side),
                 proximal_mu=proximal_mu,
                 anchor=anchor,
             )
@@ -423,7 +420,9 @@ class NoisyTrainer(LocalTrainer):
 
     An item of its dataset is a step: the examples that are in it, none perhaps. Of `size`
     examples the gradients are computed at a time, or of fewer where a GPU has no room, or of
-    one where they cannot be told apart (`each.together`).
+    one where they cannot be told apart (`each.together`). Only of such as have one length when
+    padded alone: a record's gradient is not to depend on another one, and some bases see
+    padding (by absolute positions, scaled rotary ones, Fourier transforms).
     """
 
     def __init__(
@@ -441,6 +440,9 @@ class NoisyTrainer(LocalTrainer):
         """Puts the step's gradients into the parameters. The loss, per answer token of each
         record and then over the records, is noisy as well."""
         model_.train()
+        # The Trainer's seed is known to the server. A record would move the places of all that
+        # come after it in what dropout draws.
+        torch.seed()
         with patches.inputs_as_they_come(model_):
             loss = self.mechanism.step(self.trained, self._found(model_, inputs))
         # Of no data, so it needs no noise.
@@ -449,21 +451,31 @@ class NoisyTrainer(LocalTrainer):
         return torch.tensor(loss, device=self.args.device)
 
     def _found(self, model_: Any, examples: list[Example]) -> Iterator[each.Found]:
-        """Losses and gradients of all examples, those of like length together."""
-        waiting = sorted(examples, key=self.task.length)
-        while waiting:
-            found, size = None, self.size
-            try:
-                found = self._gradients(model_, waiting[:size])
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                self.size = size // 2
-            if found:
-                waiting = waiting[size:]
-                yield found
-            elif torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        """Losses and gradients of all examples, those of one length together."""
+        alike: dict[Any, list[Example]] = {}
+        for example in examples:
+            batch = self.collate([example])
+            shapes = ((name, *tensor.shape) for name, tensor in batch.items())
+            rows = len(batch["input_ids"])
+            alike.setdefault((rows, *shapes), []).append(example)
+        for (rows, *shapes), waiting in alike.items():
+            lengths = {length for _, _, *rest in shapes for length in rest}
+            while waiting:
+                found, size = None, min(self.size, len(waiting))
+                # As many rows as tokens: which are which?
+                while size > 1 and rows * size in lengths:
+                    size -= 1
+                try:
+                    found = self._gradients(model_, waiting[:size])
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    self.size = size // 2
+                if found:
+                    del waiting[:size]
+                    yield found
+                elif torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
     def _gradients(self, model_: Any, examples: list[Example]) -> each.Found | None:
         batch = self._prepare_inputs(self.collate(examples))
@@ -472,7 +484,7 @@ class NoisyTrainer(LocalTrainer):
             with model.autocast(model_):
                 return self.task.losses(model_, batch)
 
-        if self.size > 1:
+        if len(examples) > 1:
             rows = len(batch["input_ids"])
             if found := each.together(model_, self.trained, losses, rows):
                 return found

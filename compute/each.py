@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # Losses of some examples, (examples,), and of each parameter their gradients, (examples,
 # *shape), or None where there are none.
@@ -37,10 +38,10 @@ def together(
     """Of the examples of a batch; None where that cannot be told, and they have to be alone.
 
     `losses` calls `net` with `rows` rows, of which those of example i of n are i, i + n and so
-    on, and gives each example's loss, (n,). No row may depend on another one: of a batch in
-    8 bits all would, by what LLM.int8 takes for outliers. A parameter that is (also) used
-    elsewhere than in a linear layer's own forward on (rows, length, features), or a head's on
-    (rows, features), is found out: it has a gradient by autograd.
+    on, and gives each example's loss, (n,). No row may depend on another one (`_mixes`). A
+    parameter that is (also) used elsewhere than in a linear layer's own forward on (rows,
+    length, features), or a classifier's on (rows, features), is found out: it has a gradient by
+    autograd. So has one on (rows, rows, features), where the length may come first.
     """
     layers = {
         name: module
@@ -48,11 +49,12 @@ def together(
         if type(module) is torch.nn.Linear and _trained(module)
     }
     known = {p for layer in layers.values() for p in layer.parameters(recurse=False)}
-    if not known.issuperset(parameters) or _in_8_bits(net):
+    if not known.issuperset(parameters) or _mixes(net):
         return None
     _clear(parameters)
     made: dict[torch.nn.Parameter, torch.Tensor] = {}
-    with _watched(layers, rows, made):
+    words = getattr(net, "get_output_embeddings", lambda: None)() is not None
+    with _watched(layers, rows, words, made):
         each = losses()
         each.sum().backward()
     mixed = any(parameter.grad is not None for parameter in parameters)
@@ -70,12 +72,16 @@ def together(
 def _watched(
     layers: dict[str, torch.nn.Linear],
     rows: int,
+    words: bool,
     made: dict[torch.nn.Parameter, torch.Tensor],
 ) -> Iterator[None]:
-    """Have `layers` add each row's gradients to `made`, and autograd not sum them."""
+    """Have `layers` add each row's gradients to `made`, and autograd not sum them.
+
+    `words`: whether the model has a head for words, which sees some tokens of all rows.
+    """
 
     def forward(layer: torch.nn.Linear, head: bool, x: torch.Tensor) -> torch.Tensor:
-        if len(x) == rows and x.dim() == 3:
+        if len(x) == rows and x.dim() == 3 and x.shape[1] != rows:
             return _Each.apply(x, layer.weight, layer.bias, made)
         if len(x) == rows and x.dim() == 2 and head:
             return _Each.apply(x[:, None], layer.weight, layer.bias, made)[:, 0]
@@ -83,7 +89,7 @@ def _watched(
 
     for name, layer in layers.items():
         # In a numbered block it may be an expert, with as many tokens as there are rows.
-        head = not any(part.isdigit() for part in name.split("."))
+        head = not words and not any(part.isdigit() for part in name.split("."))
         layer.forward = partial(forward, layer, head)
     try:
         yield
@@ -132,8 +138,13 @@ def _trained(layer: torch.nn.Module) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
-def _in_8_bits(net: torch.nn.Module) -> bool:
-    return any(type(module).__name__ == "Linear8bitLt" for module in net.modules())
+def _mixes(net: torch.nn.Module) -> bool:
+    """Whether what a row comes to depends on the others: by what LLM.int8 takes for outliers, by
+    batch norms, or by how many tokens an expert has room for."""
+    return getattr(getattr(net, "config", None), "expert_capacity", None) or any(
+        type(module).__name__ == "Linear8bitLt" or isinstance(module, _BatchNorm)
+        for module in net.modules()
+    )
 
 
 def _clear(parameters: Sequence[torch.nn.Parameter]) -> None:

@@ -46,17 +46,18 @@ def clipped_sum(
     `parameters` if it is longer; and the sum of their losses, each at most `LARGEST_LOSS`.
 
     `found`: of all records, some after the other, so that the gradients of some are there at a
-    time. A record whose gradient is not finite counts as 0, in both sums: it would tell of
-    itself.
+    time. A record whose gradient or loss is not finite counts as 0, in both sums: it would tell
+    of itself.
     """
     total = [torch.zeros_like(parameter) for parameter in parameters]
     nats = 0.0
     for losses, gradients in found:
         pairs = zip(total, gradients, strict=True)
         there = [(sums, each) for sums, each in pairs if each is not None]
-        norms = [torch.linalg.vector_norm(each.flatten(1), dim=1) for _, each in there]
+        flat = [each.reshape(len(each), -1) for _, each in there]
+        norms = [torch.linalg.vector_norm(each, dim=1) for each in flat]
         norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        finite = norm.isfinite()
+        finite = norm.isfinite() & losses.isfinite()
         scale = (longest / (norm[finite] + 1e-6)).clamp(max=1)
         for sums, each in there:
             sums.add_(torch.tensordot(scale, each[finite], dims=1))

@@ -8,7 +8,7 @@ import torch
 from methods.base import State
 from methods.sharing import Adapter, Names
 from methods.store import Kept
-from utils import construct
+from utils import UserError, construct
 
 # Trains the first adapter for a round, with mu / 2 times its squared distance from the second
 # in the loss, and returns what became of it.
@@ -92,6 +92,10 @@ class Finetune(Personal):
 
     def __init__(self, rounds: int, interpolate: list[float]) -> None:
         super().__init__(interpolate)
+        if rounds is None:
+            raise UserError(
+                "personal.rounds=null: how many rounds? Give a whole number."
+            )
         self.rounds = rounds
 
     def any(self, part: Adapter, names: Names) -> bool:
@@ -105,12 +109,17 @@ class Finetune(Personal):
     ) -> tuple[State, State]:
         own = joined
         for number in range(1, self.rounds + 1):
-            own = alone(own, number)
+            made = alone(own, number)
+            if not all(tensor.isfinite().all() for tensor in made.values()):
+                break  # the rate is too high for this client
+            own = made
         return joined, own
 
 
 def between(shared: State, own: State, weight: float) -> State:
     """The mean with `weight` (0 to 1) on `own`, tensor by tensor; at 0 and 1 to the bit."""
+    if weight in (0, 1):
+        return dict(own if weight else shared)
     return {k: torch.lerp(tensor, own[k], weight) for k, tensor in shared.items()}
 
 
@@ -120,8 +129,11 @@ def choose(scores: dict[float, torch.Tensor]) -> tuple[float, float]:
     `scores`: by weight, one row a record: nats and tokens of its answer, (records, 2). The
     least loss would flatter itself, being the least of several on the records that it was
     chosen on. So in the loss told each record counts with the weight that is best on all the
-    others (leave-one-out cross-validation); a single one with its own best.
+    others (leave-one-out cross-validation); a single one with its own best. A weight with
+    which a loss is not finite is none to choose, where there are others.
     """
+    finite = {w: each for w, each in scores.items() if each[:, 0].isfinite().all()}
+    scores = finite or scores
     weights = [*scores]
     nats = torch.stack([each[:, 0] for each in scores.values()])  # (weights, records)
     sums = nats.sum(1, keepdim=True)

@@ -280,7 +280,8 @@ class Server:
 
         timeout = self.cfg.train.round_timeout
         if kind == PERSONAL and timeout:
-            timeout *= max(1, self.personal.rounds)  # which are in this one message
+            # Which are in this one message. Flower keeps none for longer than 12 hours.
+            timeout = min(timeout * max(1, self.personal.rounds), max(timeout, 43200))
         return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
 
     def _replies(self, exchange: Exchange | Summed, server_round: int) -> Iterator[Any]:

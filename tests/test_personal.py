@@ -91,6 +91,28 @@ def test_each_record_is_measured_with_what_is_best_on_the_others(scores):
     assert loss * tokens == pytest.approx(told)
 
 
+def test_what_is_not_finite_is_never_chosen():
+    fine, broken = torch.tensor([[2.0, 1], [3, 1]]), torch.tensor([[1.0, 1], [0, 1]])
+    for value in (torch.nan, torch.inf):
+        broken[1, 0] = value
+        assert personal.choose({0: fine, 1: broken}) == (0, 2.5)
+        own = {"w": torch.tensor([value])}
+        shared = {"w": torch.tensor([1.0])}
+        assert same(personal.between(shared, own, 0), shared)
+
+
+def test_fine_tuning_ends_where_it_goes_astray():
+    method = personal.Finetune(rounds=4, interpolate=[1])
+    start = {"w": torch.tensor([1.0])}
+
+    def alone(state: dict, number: int) -> dict:
+        return {"w": state["w"] + 1 if number < 3 else state["w"] * torch.nan}
+
+    shared, own = method.finish(alone, start, start, None)
+    assert shared["w"] == 1
+    assert own["w"] == 3
+
+
 # --- Ditto's step ----------------------------------------------------------------------------
 
 
@@ -445,6 +467,7 @@ def test_figures_out_of_bounds_are_left_out(
         ("mode=centralized strategy.fraction_evaluate=1", "Take personal=none"),
         ("strategy.fraction_evaluate=0", "Set strategy.fraction_evaluate=1"),
         ("personal=finetune personal.rounds=0", "personal.rounds=0"),
+        ("personal=finetune personal.rounds=null", "Give a whole number"),
         ("personal.interpolate=[]", "give 1 to 20 weights"),
         ("personal.interpolate=[0,2]", "from 0 to 1"),
         ("personal.interpolate=x", "give 1 to 20 weights"),
