@@ -7,11 +7,11 @@
 The natural partitions of `experiment=compare`: 16 clients of one kind of question each, 14
 rounds of 10 steps. Each client trains alone (mode=local), and with `personal=ditto`, once with a
 quarter of the clients in a round and once with all of them, where a client's own adapter has
-as many steps as when it is alone; or with `personal=finetune`, for `--rounds` after the last. All losses are of the same records, which the client holds
-back in either mode; that of `personal` is cross-validated (leave-one-out). Prints a
-Markdown table: of each seed the mean losses over the clients, how many clients' losses are below
-what they have alone, and the exact match of the adapter that all share, which is the same to the
-bit without `personal`. With `--out`, runs that are done are not run again.
+as many steps as when it is alone; or with `personal=finetune`, for `--rounds` after the last. All
+losses are of the same records, which the client holds back in either mode; that of `personal` is
+cross-validated (leave-one-out). Prints a Markdown table: of each seed the mean losses over the
+clients, how many clients' losses are below what they have alone, and the exact match of the
+adapter that all share, which is the same to the bit without `personal`. With `--out`, runs that are done are not run again.
 """
 
 import argparse

@@ -97,8 +97,8 @@ class Mechanism:
     ) -> float:
         """Put a step's noisy mean gradient into `parameters`; returns its noisy mean loss.
 
-        `found` as of `clipped_sum`. Both are of one vector, of which a record changes no more than `clip_norm`: one noise
-        covers them. There may be no records in it.
+        `found` as of `clipped_sum`. Both are of one vector, of which a record changes no more
+        than `clip_norm`: one noise covers them. There may be no records in it.
         """
         longest = self.clip_norm * math.sqrt(1 - LOSS_SHARE**2)
         total, nats = clipped_sum(parameters, found, longest)

@@ -384,8 +384,9 @@ class Exchange:
                     yield read
             waited = time.monotonic() - began
             if waiting and self.timeout and waited > self.timeout:
-                scaled = self.kind in (MessageType.QUERY, PERSONAL)
-                name = "" if scaled else "train.round_timeout="
+                # Those may take longer than a round.
+                longer = self.kind in (MessageType.QUERY, PERSONAL)
+                name = "" if longer else "train.round_timeout="
                 for node in waiting.values():
                     self._fail(node, f"no reply within {name}{self.timeout:g} s")
                 return

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
+from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import dataset
@@ -280,8 +280,9 @@ class Server:
 
         timeout = self.cfg.train.round_timeout
         if kind == PERSONAL and timeout:
-            # Which are in this one message. Flower keeps none for longer than 12 hours.
-            timeout = min(timeout * max(1, self.personal.rounds), max(timeout, 43200))
+            # Its rounds are in this one message, which Flower keeps for 12 hours.
+            longest = max(timeout, DEFAULT_TTL)
+            timeout = min(timeout * max(1, self.personal.rounds), longest)
         return Exchange(self.grid, kind, partitions, write, use, timeout, self.singly)
 
     def _replies(self, exchange: Exchange | Summed, server_round: int) -> Iterator[Any]:

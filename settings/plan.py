@@ -196,6 +196,8 @@ def _work(cfg: Settings, frame: PeftModel) -> Rows:
     steps = once * method.trainings
     most = "" if arguments.max_steps > 0 else "at most "
     tokens = clients * steps * size * parts * cfg.train.seq_length
+    last = f"{most}{once * method.rounds:,} by each client, of its own adapter"
+    after = [("steps after the last round", last)] if method.rounds else []
     return [
         ("clients a round", f"{clients} of {cfg.num_clients}"),
         ("a client trains in", _turns(cfg)),
@@ -211,16 +213,7 @@ def _work(cfg: Settings, frame: PeftModel) -> Rows:
             f"{most}{rounds * clients * steps:,} steps, at most {_count(rounds * tokens)} "
             "tokens",
         ),
-        *(
-            [
-                (
-                    "steps after the last round",
-                    f"{most}{once * method.rounds:,} by each client, of its own adapter",
-                )
-            ]
-            if method.rounds
-            else []
-        ),
+        *after,
     ]
 
 
