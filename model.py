@@ -264,6 +264,7 @@ def load_base(
         base = patches.divide_packed(base, shards)
     if quantization == 8:
         patches.release_inputs(base)
+    patches.forget_between_passes(base)
     return base.requires_grad_(False)
 
 

@@ -81,6 +81,37 @@ def quicken_dropout(model: torch.nn.Module) -> None:
                 module.lora_dropout[name] = cpu.Dropout(dropout.p)
 
 
+def forget_between_passes(base: torch.nn.Module) -> None:
+    """Let no forward pass of `base` go by what came in an earlier one (transformers 5.23.0).
+
+    Dynamic rotary embeddings keep the longest text that came, and BigBird that one was short:
+    one record would change another one's gradient, and one client what the next one in the
+    same process trains. Each pass is the first now.
+    """
+    covered = None
+    for name, module in base.named_modules():
+        if "dynamic" in str(getattr(module, "rope_type", "")):
+            module.register_forward_pre_hook(_forget_lengths)
+        if covered is not None and f"{name}.".startswith(covered):
+            continue
+        if getattr(module, "attention_type", None) == "block_sparse":
+            covered = f"{name}." if name else ""  # the modules below go by it
+            module.register_forward_pre_hook(_attend_in_sparse_blocks)
+
+
+def _forget_lengths(module: torch.nn.Module, inputs: Any) -> None:
+    for name in [*vars(module)]:  # one for all layers, or one for each kind of them
+        if name.endswith("max_seq_len_cached"):
+            setattr(module, name, module.original_max_seq_len)
+    for name, buffer in [*module.named_buffers()]:
+        if name.endswith("original_inv_freq"):
+            setattr(module, name.replace("original_", ""), buffer)
+
+
+def _attend_in_sparse_blocks(module: torch.nn.Module, inputs: Any) -> None:
+    module.set_attention_type("block_sparse")
+
+
 @contextmanager
 def equal_masks_drawn_once() -> Iterator[None]:
     """Let SHiRA draw the mask of layers of one shape once, not for each (peft 0.21.2).

@@ -201,6 +201,25 @@ def test_a_record_changes_no_other_ones_gradient(base, side, configure, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_float32")
+def test_a_longer_record_leaves_nothing_for_the_next(configure, tmp_path):
+    bases.write("llama", tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.max_position_embeddings = 16
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    config.save_pretrained(tmp_path)
+    cfg = configure(
+        f"experiment=quickstart model.name={tmp_path} model.quantization=null"
+    )
+    made = trainer(cfg, size=4)
+    some = sorted(records(cfg, 40), key=made.task.length)
+    assert made.task.length(some[-1]) > made.task.length(some[0]) > 16
+    alone = [*made._found(made.model, some[:1])]
+    *_, beside = made._found(made.model, [some[-1], some[0]])
+    assert_same(alone, [beside])
+
+
+@pytest.mark.slow
 def test_what_dropout_draws_follows_from_no_seed(configure):
     """Else a record would move the places of all that come after it in what is drawn."""
     cfg = configure("experiment=quickstart model.lora.peft_lora_dropout=0.5")

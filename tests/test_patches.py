@@ -202,6 +202,67 @@ def test_the_trainer_sees_one_gpu(here, used, tmp_path):
     assert arguments.n_gpu == used
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 128}
+SMALL |= {"vocab_size": 200, "num_hidden_layers": 2, "intermediate_size": 48}
+SMALL |= {"initializer_range": 0.2}  # so that attention matters
+SPARSE = {"block_size": 4, "num_random_blocks": 1}
+LEAVING = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **SMALL | {"max_position_embeddings": 16}, rope_parameters=DYNAMIC
+        )
+    ),
+    "gemma3_text": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **SMALL | {"max_position_embeddings": 16},
+            **{"head_dim": 16, "num_key_value_heads": 2},
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=dict.fromkeys(
+                ("sliding_attention", "full_attention"), DYNAMIC
+            ),
+        )
+    ),
+    "big_bird": lambda: transformers.BigBirdForSequenceClassification(
+        transformers.BigBirdConfig(**SMALL, **SPARSE, num_labels=2)
+    ),
+    "bigbird_pegasus": lambda: transformers.BigBirdPegasusForConditionalGeneration(
+        transformers.BigBirdPegasusConfig(
+            **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2},
+            **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+            **{"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 200},
+            **SPARSE | {"max_position_embeddings": 128, "init_std": 0.2},
+        )
+    ),
+}
+KINDS = {"big_bird": "SEQ_CLS", "bigbird_pegasus": "SEQ_2_SEQ_LM"}
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("name", LEAVING)
+def test_no_pass_goes_by_what_came_in_an_earlier_one(name, tmp_path):
+    """Each is that of transformers' model that has seen nothing else."""
+    torch.manual_seed(0)
+    plain = LEAVING[name]()
+    plain.save_pretrained(tmp_path)
+    kind = KINDS.get(name, "CAUSAL_LM")
+    labels = ["a", "b"] if kind == "SEQ_CLS" else None
+    base = model.load_base(str(tmp_path), None, CPU, kind=kind, labels=labels)
+    base = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"))
+    heard = []
+    for length in (60, 80, 40, 12, 60):
+        ids = torch.randint(5, 200, (1, length))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if kind == "SEQ_2_SEQ_LM":
+            inputs["decoder_input_ids"] = ids[:, :4]
+        fresh = type(plain).from_pretrained(tmp_path)
+        with torch.no_grad():
+            theirs, used = (net.eval()(**inputs).logits for net in (fresh, plain))
+            torch.testing.assert_close(base.eval()(**inputs).logits, theirs)
+        heard.append(torch.allclose(theirs, used, rtol=1e-4))
+    assert not all(heard)  # transformers' own does
+
+
 def test_torch_says_whether_the_cpu_has_bfloat16():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert patches.cpu_has_bfloat16() is ("avx512_bf16" in flags)

@@ -1,6 +1,7 @@
 """pytest tests/test_personal.py: adapters of clients' own, made, kept, chosen and never sent."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -584,3 +585,21 @@ def test_in_a_federation_each_node_has_its_own_also_after_a_power_cut(tmp_path):
             assert model.read_about(str(place))["round"] == 6
             kept = [*(tmp_path / "cache/runs").glob(f"*/{i}/personal-*")]
             assert len(kept) == 3
+        # Made when the last round is over, of the adapter that the server has.
+        shorter = "num_clients=2 num_rounds=1 strategy.fraction_fit=1 personal=finetune"
+        place = "personal.rounds=2 hydra.run.dir=results/later"
+        status, output = federation.run(PROJECT, f"{RUN} {shorter} {place}")
+        assert status == "finished:completed", output
+        folder = federation.superlink.folder / "results/later"
+        shared = load_file(folder / "peft_1/adapter_model.safetensors")
+        told = runs.read(folder, "summary.json")["personal_clients"]
+        assert all(one["eval_loss_own"] != one["eval_loss_global"] for one in told)
+        different = 0
+        for i in (0, 1):
+            places = (tmp_path / f"own-{i}").glob(f"*/client_{i}")
+            later = max(places, key=os.path.getctime)
+            assert model.read_about(str(later))["round"] == 1
+            own = load_file(later / "adapter_model.safetensors")
+            assert own.keys() == shared.keys()
+            different += any(not own[name].equal(shared[name]) for name in own)
+        assert different == sum(one["personal_weight"] > 0 for one in told)
