@@ -16,6 +16,9 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 # One core a client is what the app gives its workers, and results depend on it. Nor does any
 # other process have two: beside a second file's tests their threads wait spinning.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Ray's workers would wait for all other processes (nice 15): beside two busy ones a round of two
+# clients, which are seconds alone, took seven minutes.
+os.environ["RAY_worker_niceness"] = "0"
 
 import pytest
 import torch
