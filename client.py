@@ -31,7 +31,7 @@ from methods import dpsgd, lora, personal, privacy, scaffold, sharing
 from methods.base import State
 from records.batches import Collator
 from records.templates import Example
-from tasks.base import Task
+from tasks.base import Task, Unsuited
 from utils import Settings, learning_rate, mix_seed
 
 Metrics = dict[str, float]
@@ -77,13 +77,14 @@ def train(
     clock.lap("load")
     rows = dataset.training_rows(cfg, partition)
     seed = mix_seed(cfg.seed, "train", partition, server_round)
-    mechanism = privacy.build(cfg.privacy).begin(cfg, partition, len(rows))
+    level = privacy.build(cfg.privacy)
+    mechanism = level.begin(cfg, partition, len(rows))
     size = cfg.train.training_arguments.per_device_train_batch_size
     if mechanism:
         cfg = one_by_one(cfg)
     arguments = training_arguments(cfg, server_round, seed)
     batch = arguments.train_batch_size * arguments.world_size  # of all processes
-    encode = partial(_encode, cfg, task, tokenizer)
+    encode = partial(_encode, cfg, task, tokenizer, discreet=level.discreet)
     count = arguments.max_steps * arguments.gradient_accumulation_steps * batch
     if mechanism:
         steps = mechanism.draw()
@@ -595,6 +596,18 @@ def _tokenizer(cfg: Settings) -> Any:
     return model.load_tokenizer(cfg.model.name, cfg.model.use_fast_tokenizer)
 
 
-def _encode(cfg: Settings, task: Task, tokenizer: Any, row: dict[str, Any]) -> Any:
+def _encode(
+    cfg: Settings,
+    task: Task,
+    tokenizer: Any,
+    row: dict[str, Any],
+    discreet: bool = False,
+) -> Example | None:
+    """`discreet`: a record that does not fit the task is one of which nothing is learnt."""
     record = dataset.to_record(row, cfg.dataset.columns)
-    return task.encode(record, tokenizer, training=True)
+    try:
+        return task.encode(record, tokenizer, training=True)
+    except Unsuited:
+        if discreet:
+            return None
+        raise

@@ -649,6 +649,18 @@ def rehearse(model_cfg: Any, peft_cfg: Any, seed: int, seq_length: int) -> None:
     if changed:  # which needs a place for each
         base = stand_in(tried, whole=True, kind=kind)
         net = _with_adapter(base, model_cfg, peft_cfg, seed)
+    variants = net.active_peft_config
+    if getattr(variants, "monteclora_config", None):
+        raise UserError(
+            "peft.monteclora_config: it needs a term of the loss that no task here has, and "
+            "takes one draw after another, whoever trains. Leave it out."
+        )
+    velora = getattr(variants, "velora_config", None)
+    if getattr(velora, "init_type", None) == "batch_average_once":
+        raise UserError(
+            "peft.velora_config.init_type=batch_average_once: what is trained goes by the first "
+            "batch that a process has, whichever client's. Take batch_average or random."
+        )
     generator = torch.Generator().manual_seed(0)
     state = {
         key: value + 0.02 * torch.randn(value.shape, generator=generator)

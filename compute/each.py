@@ -141,7 +141,7 @@ def _trained(layer: torch.nn.Module) -> bool:
 def _mixes(net: torch.nn.Module) -> bool:
     """Whether what a row comes to depends on the others: by what LLM.int8 takes for outliers, by
     batch norms, or by how many tokens an expert has room for."""
-    return getattr(getattr(net, "config", None), "expert_capacity", None) or any(
+    return hasattr(getattr(net, "config", None), "expert_capacity") or any(
         type(module).__name__ == "Linear8bitLt" or isinstance(module, _BatchNorm)
         for module in net.modules()
     )

@@ -11,6 +11,7 @@ cache in `settings/heterogeneity.py`, `hydra._internal` in `reporting/` and a jo
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,14 +85,16 @@ def quicken_dropout(model: torch.nn.Module) -> None:
 def forget_between_passes(base: torch.nn.Module) -> None:
     """Let no forward pass of `base` go by what came in an earlier one (transformers 5.23.0).
 
-    Dynamic rotary embeddings keep the longest text that came, and BigBird that one was short:
-    one record would change another one's gradient, and one client what the next one in the
-    same process trains. Each pass is the first now.
+    Dynamic rotary embeddings keep the longest text that came, BigBird that one was short, and
+    NLLB's experts how much was evaluated: one record would change another one's gradient, and
+    one client what the next one in the same process trains. Each pass is the first now.
     """
     covered = None
     for name, module in base.named_modules():
         if "dynamic" in str(getattr(module, "rope_type", "")):
             module.register_forward_pre_hook(_forget_lengths)
+        if hasattr(module, "moe_eval_capacity_token_fraction"):
+            module.register_forward_pre_hook(partial(_forget_capacity, module.expert_capacity))
         if covered is not None and f"{name}.".startswith(covered):
             continue
         if getattr(module, "attention_type", None) == "block_sparse":
@@ -105,7 +108,11 @@ def _forget_lengths(module: torch.nn.Module, inputs: Any) -> None:
             setattr(module, name, module.original_max_seq_len)
     for name, buffer in [*module.named_buffers()]:
         if name.endswith("original_inv_freq"):
-            setattr(module, name.replace("original_", ""), buffer)
+            setattr(module, name.replace("original_", ""), buffer.clone())
+
+
+def _forget_capacity(given: int | None, module: torch.nn.Module, inputs: Any) -> None:
+    module.expert_capacity = given
 
 
 def _attend_in_sparse_blocks(module: torch.nn.Module, inputs: Any) -> None:

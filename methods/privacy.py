@@ -72,6 +72,8 @@ class Privacy:
     # client's update is released: once it is asked, once it is summed, or never.
     hides = False
     records = False  # whether it is about each of a client's records
+    # Whether what is in a client's records decides over no answer to the server, a refusal either.
+    discreet = False
     adjacency = ""
     released = ""
     epsilon: float | None = None
@@ -363,6 +365,7 @@ class Local(Noisy):
     of all that has left, rounds that are repeated too, and ends it at `epsilon`.
     """
 
+    discreet = True
     adjacency = "one client's records replaced by any others"
     released = "asked"
     reach = 2.0
@@ -412,6 +415,7 @@ class Record(Budgeted):
     """
 
     records = True
+    discreet = True
     adjacency = "one record added or removed"
 
     def fault(self, cfg: Settings, made: Any) -> str | None:

@@ -6,6 +6,7 @@ what belongs to the node is read from the node's own `--node-config` alone.
 """
 
 import copy
+import logging
 import os
 import re
 import shlex
@@ -487,17 +488,24 @@ def check_demands(cfg: Settings, own: dict[str, Any], rows: int = 0) -> None:
 
 
 def check_data(cfg: Settings, partition: int) -> int:
-    """How many records the node has: as many as the run asks of everyone, or more; all fit."""
+    """How many records the node has: as many as the run asks of everyone, or more.
+
+    All fit the task, or, where their content is to decide over no answer, are left out.
+    """
     import dataset
+    from methods import privacy
+    from tasks.base import Unsuited
 
     rows = len(dataset.load_partition(cfg, partition))
     if rows < cfg.train.min_records:
         raise Refusal("it has fewer records than train.min_records")
     try:
         dataset.check_records(cfg)
-    except UserError as error:
-        told = getattr(error, "told", "a record of its own does not fit the task")
-        raise Refusal(told) from error
+    except Unsuited as error:
+        # What they are held against, labels say, the server chose: an answer tells of records.
+        if not (error.by_records and privacy.build(cfg.privacy).discreet):
+            raise Refusal(error.told) from error
+        logging.warning("%s Nothing is learnt of such records.", error)
     return rows
 
 

@@ -205,7 +205,8 @@ class InitArgs(Open):
 
 class Personal(Target):
     mu: float | None = Field(None, ge=0)
-    rounds: int | None = Field(None, ge=1)
+    # Of what comes after the last round.
+    rounds: int | None = Field(None, ge=1, json_schema_extra={"later": True})
     interpolate: Any = setting("weights of a client's own adapter", later=True)
 
     @model_validator(mode="after")

@@ -15,13 +15,20 @@ Metric = Callable[[str, str], float]
 
 
 class Unsuited(UserError):
-    """Records that are none of a task's. `told`: what others than their owner may know of it."""
+    """Records that are none of a task's. `told`: what others than their owner may know of it.
+
+    `by_records`: whether that hangs on what is in them.
+    """
 
     def __init__(
-        self, text: str, told: str = "a record of its own does not fit the task"
+        self,
+        text: str,
+        told: str = "a record of its own does not fit the task",
+        by_records: bool = True,
     ) -> None:
         super().__init__(text)
         self.told = told
+        self.by_records = by_records
 
 
 class Task:

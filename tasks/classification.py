@@ -88,6 +88,7 @@ class Classification(Task):
             raise Unsuited(
                 f"dataset.labels is missing, one list for all clients: {whose}, {line}",
                 told="dataset.labels is missing",
+                by_records=False,
             )
         if odd := sorted(found - self.numbers.keys()):
             more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""

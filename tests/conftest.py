@@ -18,7 +18,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 os.environ["OMP_NUM_THREADS"] = "1"
 # Ray's workers would wait for all other processes (nice 15): beside two busy ones a round of two
 # clients, which are seconds alone, took seven minutes.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 import pytest
 import torch

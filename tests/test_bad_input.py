@@ -284,6 +284,16 @@ SETTINGS = [
         "peft.PrefixTuningConfig with these settings trains nothing",
     ),
     (
+        "an adapter with a loss of its own",
+        "+peft.monteclora_config={num_samples:4}",
+        "peft.monteclora_config: it needs a term of the loss",
+    ),
+    (
+        "an adapter that goes by the first batch",
+        "+peft.velora_config={init_type:batch_average_once}",
+        "whichever client's. Take batch_average or random.",
+    ),
+    (
         "code of another package",
         "+peft.megatron_config={a:1} +peft.megatron_core=code",
         "config.megatron_core='code' does not start with a valid prefix",

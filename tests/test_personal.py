@@ -28,7 +28,7 @@ from server import rounds, runs
 from server.exchange import PERSONAL
 from server.rounds import Server
 from settings import plan, preflight
-from settings.compose import compose, record
+from settings.compose import compose, record, resumed
 from utils import PROJECT, Refusal, UserError
 
 # Some of the records are enough to look at.
@@ -250,6 +250,13 @@ def test_the_shared_adapter_is_the_same_to_the_bit_without_fine_tuning(
         losses = json.loads((folder / "history.json").read_text())["rounds"]
         assert not any("eval_loss_own" in entry for entry in losses)
     assert same(*states)
+
+
+def test_a_run_with_fine_tuning_goes_on_for_more_rounds(tmp_path):
+    words = ["experiment=quickstart", "personal=finetune", *HELD]
+    record(compose(" ".join(words)), words, tmp_path)
+    config, _ = resumed(str(tmp_path), ["num_rounds=30"])
+    assert config.personal.rounds == config.num_rounds == 30
 
 
 def test_fine_tuning_goes_on_for_as_many_rounds_as_were_shared(configure):

@@ -467,6 +467,57 @@ def test_a_node_takes_no_run_that_undoes_it(override, node):
         settle(node, f"{NOISY} {override}")
 
 
+# Of a task and what the server holds records against, one that fits and one that does not.
+UNFIT = {
+    "classification": ("yes", "hiv", "dataset.labels=[no,yes]"),
+    "tagging": ('["O", "O"]', '["O", "HIV"]', "dataset.labels=[O]"),
+    "span": ("two", "three", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["privacy=none", NOISY, "privacy=local"])
+@pytest.mark.parametrize("task", UNFIT)
+def test_a_record_that_does_not_fit_decides_over_no_answer(task, level, node, caplog):
+    """The server chooses labels: by refusals it would learn which ones a node's records have."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    right, wrong, labels = UNFIT[task]
+    text = '["two", "words"]' if task == "tagging" else "two words"
+    rows = [{"instruction": "What?", "input": text, "output": right}] * 30
+    if task == "tagging":
+        rows = [{"instruction": text, "input": "", "output": right}] * 30
+    file = Path(node["data-path"])
+    told = (
+        f"task={task} model=tiny_bert model.quantization=null {labels} {level} "
+        "train.training_arguments.per_device_train_batch_size=30"
+    )
+
+    def ask(kind: str, adapter: ArrayRecord) -> Message:
+        content = {"overrides": f"{RUN} {told}", "run": "first", "server-round": 1}
+        parts = {"arrays": adapter, "config": ConfigRecord(content)}
+        message = Message(RecordDict(parts), 5, kind)
+        message.metadata.__dict__["_message_id"] = "message"
+        return app.client(message, Context(1, 5, node, RecordDict(), {}))
+
+    replies = []
+    for last in (right, wrong):
+        changed = [*rows[:-1], rows[-1] | {"output": last}]
+        file.write_text("\n".join(map(json.dumps, changed)))
+        first = ask("query", ArrayRecord())
+        begun = first.content["arrays"] if first.has_content() else ArrayRecord()
+        replies.append([first, ask("train", begun)])
+    fit, unfit = replies
+    assert not any(reply.has_error() for reply in fit)
+    assert all(reply.has_error() for reply in unfit) == (level == "privacy=none")
+    if level != "privacy=none":
+        for one, other in zip(*replies, strict=True):
+            assert not other.has_error()
+            assert (
+                one.content.metric_records.keys() == other.content.metric_records.keys()
+            )
+        assert "Nothing is learnt of such records." in caplog.text
+
+
 # --- what is told -------------------------------------------------------------------------------
 
 
