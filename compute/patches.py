@@ -94,7 +94,9 @@ def forget_between_passes(base: torch.nn.Module) -> None:
         if "dynamic" in str(getattr(module, "rope_type", "")):
             module.register_forward_pre_hook(_forget_lengths)
         if hasattr(module, "moe_eval_capacity_token_fraction"):
-            module.register_forward_pre_hook(partial(_forget_capacity, module.expert_capacity))
+            module.register_forward_pre_hook(
+                partial(_forget_capacity, module.expert_capacity)
+            )
         if covered is not None and f"{name}.".startswith(covered):
             continue
         if getattr(module, "attention_type", None) == "block_sparse":

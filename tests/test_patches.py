@@ -263,6 +263,38 @@ def test_no_pass_goes_by_what_came_in_an_earlier_one(name, tmp_path):
     assert not all(heard)  # transformers' own does
 
 
+@pytest.mark.usefixtures("in_float32")
+def test_what_was_evaluated_leaves_experts_their_room(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.NllbMoeConfig(
+        **{"d_model": 32, "vocab_size": 200, "num_experts": 4, "expert_capacity": 64},
+        **{"encoder_layers": 2, "decoder_layers": 2, "encoder_sparse_step": 1},
+        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+        **{"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0},
+        **{"attention_dropout": 0.0, "activation_dropout": 0.0},
+        **{"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "init_std": 0.2},
+        **{
+            "decoder_sparse_step": 1,
+            "router_jitter_noise": 0.0,
+            "moe_token_dropout": 0,
+        },
+    )
+    plain = transformers.NllbMoeForConditionalGeneration(config)
+    plain.save_pretrained(tmp_path)
+    base = model.load_base(str(tmp_path), None, CPU, kind="SEQ_2_SEQ_LM")
+    texts = [torch.randint(5, 200, (1, length)) for length in (6, 30)]
+    wanted, found = [], []
+    for net, told in ((plain, wanted), (base, found)):
+        for trained in (True, False, True):
+            ids = texts[trained]
+            with torch.no_grad():
+                made = net.train(trained)(input_ids=ids, decoder_input_ids=ids)
+            told.append(made.logits)
+    torch.testing.assert_close(found[0], wanted[0])
+    assert torch.equal(found[2], found[0])
+    assert not torch.allclose(wanted[2], wanted[0], rtol=1e-3)  # transformers' own
+
+
 def test_torch_says_whether_the_cpu_has_bfloat16():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert patches.cpu_has_bfloat16() is ("avx512_bf16" in flags)
