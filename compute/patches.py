@@ -101,7 +101,7 @@ def forget_between_passes(base: torch.nn.Module) -> None:
             continue
         if getattr(module, "attention_type", None) == "block_sparse":
             covered = f"{name}." if name else ""  # the modules below go by it
-            module.register_forward_pre_hook(_attend_in_sparse_blocks)
+            module.register_forward_pre_hook(_attend_by_length, with_kwargs=True)
 
 
 def _forget_lengths(module: torch.nn.Module, inputs: Any) -> None:
@@ -117,8 +117,14 @@ def _forget_capacity(given: int | None, module: torch.nn.Module, inputs: Any) ->
     module.expert_capacity = given
 
 
-def _attend_in_sparse_blocks(module: torch.nn.Module, inputs: Any) -> None:
-    module.set_attention_type("block_sparse")
+def _attend_by_length(module: torch.nn.Module, inputs: Any, named: Any) -> None:
+    given = inputs[0] if inputs else named.get("input_ids")
+    length = (named["inputs_embeds"] if given is None else given).shape[1]
+    config = module.config
+    sparse = length > (5 + 2 * config.num_random_blocks) * config.block_size
+    # New layers, whose first values are drawn and not used: dropout is to draw as without.
+    with torch.random.fork_rng(devices=[]):
+        module.set_attention_type("block_sparse" if sparse else "original_full")
 
 
 @contextmanager
