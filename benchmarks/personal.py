@@ -11,7 +11,8 @@ as many steps as when it is alone; or with `personal=finetune`, for `--rounds` a
 losses are of the same records, which the client holds back in either mode; that of `personal` is
 cross-validated (leave-one-out). Prints a Markdown table: of each seed the mean losses over the
 clients, how many clients' losses are below what they have alone, and the exact match of the
-adapter that all share, which is the same to the bit without `personal`. With `--out`, runs that are done are not run again.
+adapter that all share, which is the same to the bit without `personal`. With `--out`, runs that
+are done are not run again.
 """
 
 import argparse

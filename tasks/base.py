@@ -49,6 +49,8 @@ class Task:
     per = "token"
     # Whether examples are compared with what a reference makes of them.
     refers = False
+    # Whether a `fault` is of the data's columns, and so of all records or of none.
+    by_columns = False
     # How many rows of a batch one example is, at most.
     rows = 1
 
@@ -76,7 +78,8 @@ class Task:
             return
         for number, record in enumerate(records, start=1):
             if fault := self.fault(record):
-                raise Unsuited(f"{where}, record {number}: {fault}.")
+                told = f"{where}, record {number}: {fault}."
+                raise Unsuited(told, by_records=not self.by_columns)
 
     def encode(
         self, record: Record, tokenizer: PreTrainedTokenizerBase, training: bool = False

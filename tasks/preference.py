@@ -38,6 +38,7 @@ class Preference(Generation):
     perplexity = False
     per = "pair"
     rows = 2
+    by_columns = True
 
     def __init__(self, cfg: Settings, model: str, beta: float) -> None:
         super().__init__(cfg, model)

@@ -518,6 +518,12 @@ def test_a_record_that_does_not_fit_decides_over_no_answer(task, level, node, ca
         assert "Nothing is learnt of such records." in caplog.text
 
 
+@pytest.mark.parametrize("more", [f"task=dpo {NOISY}", "task=kto privacy=local"])
+def test_columns_that_a_task_needs_are_asked_for_at_every_level(more, node):
+    with pytest.raises(Refusal, match="does not fit the task"):
+        settle(node, more)
+
+
 # --- what is told -------------------------------------------------------------------------------
 
 
