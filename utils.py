@@ -21,11 +21,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,6 +34,9 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
+
+if TYPE_CHECKING:  # not for each import of this
+    from psutil import Process
 
 IGNORED = -100  # the label of tokens that the loss leaves out
 
@@ -560,28 +563,41 @@ def on_interrupt(stop: Callable[[], None] | None = None) -> None:
         ):  # `say` tells again that a terminal is closed
             return
         if asked or stop is None:
-            end_at_once("Stopped.", INTERRUPTED)
+            end_at_once("Stopped.", INTERRUPTED, known)
         asked.append(number)
         _tell("Stopping. Once more to stop at once.")
+        # By the second time Ray may be ending, and its workers be nobody's children.
+        known.extend(children())
         stop()
 
     asked: list[int] = []
+    known: list[Process] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Under nohup a terminal may be closed.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
 
 
-def end_at_once(text: str, code: int) -> NoReturn:
-    """Print `text`, kill all child processes, and end this one with an exit code."""
-    import psutil
+def end_at_once(text: str, code: int, known: Sequence["Process"] = ()) -> NoReturn:
+    """Print `text`, kill all child processes, and end this one with an exit code.
+
+    And those of `known` that are still there.
+    """
+    from psutil import NoSuchProcess
 
     _tell(text)
     # Ray's processes would outlive this one, each in a session of its own.
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
+    for child in {*known, *children()}:
+        with suppress(NoSuchProcess):  # also where its number is another's now
             child.kill()
     os._exit(code)
+
+
+def children() -> list["Process"]:
+    """All processes that descend from this one."""
+    import psutil
+
+    return psutil.Process().children(recursive=True)
 
 
 def _tell(text: str) -> None:

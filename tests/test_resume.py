@@ -333,7 +333,10 @@ class Run:
 
 def gone(processes: list[psutil.Process]) -> bool:
     _, alive = psutil.wait_procs(processes, timeout=60)
-    return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    left = [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    for one in left:  # shown where it fails
+        print(one.status(), " ".join(one.cmdline()).strip())
+    return left == []
 
 
 @pytest.mark.slow
@@ -465,6 +468,26 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
         time.sleep(0.05)
     run.end()
     assert time.monotonic() - began < 60
+    assert gone(everything)
+
+
+@pytest.mark.slow
+def test_ctrl_c_again_while_ray_ends_leaves_no_worker(tmp_path):
+    run = Run(f"{LONE} num_rounds=500 hydra.run.dir={tmp_path}")
+    run.read_until("round 1/500")
+    everything = run.everything()
+    raylet = next(one for one in everything if one.name() == "raylet")
+    begun = [one for one in everything if "ClientAppActor" in one.name()]
+    assert begun
+    os.kill(run.process.pid, signal.SIGINT)
+    psutil.wait_procs([raylet], timeout=60)
+    # Its workers have no parent any more. They would end by themselves in a second or two, and
+    # the run in less.
+    for process in (everything[0], *begun):
+        process.suspend()
+    os.kill(run.process.pid, signal.SIGINT)
+    everything[0].resume()
+    run.end()
     assert gone(everything)
 
 
