@@ -463,10 +463,10 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
     run.read_until("round 1/500")
     everything = run.everything()
     began = time.monotonic()
-    for _ in range(2):
-        os.kill(run.process.pid, signal.SIGINT)
-        time.sleep(0.05)
-    run.end()
+    os.kill(run.process.pid, signal.SIGINT)
+    run.read_until("Stopping")  # two signals that wait would be one
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.end() == 130
     assert time.monotonic() - began < 60
     assert gone(everything)
 
@@ -487,7 +487,7 @@ def test_ctrl_c_again_while_ray_ends_leaves_no_worker(tmp_path):
         process.suspend()
     os.kill(run.process.pid, signal.SIGINT)
     everything[0].resume()
-    run.end()
+    assert run.end() == 130
     assert gone(everything)
 
 
