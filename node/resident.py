@@ -161,7 +161,7 @@ def start(place: Path, key: bytes, stays: int, parent: psutil.Process) -> Connec
         with address(place) as short:
             door.bind(short)
         door.listen()
-        told = [door.fileno(), stays, parent.pid, parent.create_time(), place]
+        told = [door.fileno(), stays, parent.pid, place]
         subprocess.Popen(
             [sys.executable, "-m", "node.resident", *map(str, told), key.hex()],
             cwd=PROJECT,
@@ -169,7 +169,8 @@ def start(place: Path, key: bytes, stays: int, parent: psutil.Process) -> Connec
             pass_fds=[door.fileno()],
             start_new_session=True,  # what ends a message's process leaves it alone
         )
-        line = reach(place, key)
+    # The socket is the trainer's alone now: where that ends early, the line does.
+    line = reach(place, key)
     if line is None:
         raise ChildProcessError("the process that trains did not start")
     return line
@@ -179,15 +180,10 @@ def start(place: Path, key: bytes, stays: int, parent: psutil.Process) -> Connec
 
 
 def stay(
-    door: socket.socket,
-    stays: float,
-    parent: int,
-    since: float,
-    place: Path,
-    key: bytes,
+    door: socket.socket, stays: float, parent: psutil.Process, place: Path, key: bytes
 ) -> None:
     """Answer messages as they come, until nobody needs that any more."""
-    threading.Thread(target=outlive, args=(parent, since, place), daemon=True).start()
+    threading.Thread(target=outlive, args=(parent, place), daemon=True).start()
     door.settimeout(stays)
     while True:
         try:
@@ -226,28 +222,25 @@ def answer(line: Connection) -> None:
     listener.join()
 
 
-def outlive(parent: int, since: float, place: Path) -> None:
+def outlive(parent: psutil.Process, place: Path) -> None:
     """End when the SuperNode has, however that was."""
-    while True:
-        time.sleep(LOOK)
-        with suppress(psutil.NoSuchProcess):
-            found = psutil.Process(parent)
-            if found.create_time() == since and found.status() != "zombie":
-                continue
-        for file in (place, place.with_suffix(".lock")):
-            file.unlink(missing_ok=True)
-        os._exit(0)
+    # Not by the time that it was started at, which moves when the clock is set.
+    with suppress(psutil.NoSuchProcess):
+        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(LOOK)
+    for file in (place, place.with_suffix(".lock")):
+        file.unlink(missing_ok=True)
+    os._exit(0)
 
 
 client = Door()
 
 if __name__ == "__main__":
-    descriptor, keep, number, began, path, key_in_hex = sys.argv[1:]
+    descriptor, keep, number, path, key_in_hex = sys.argv[1:]
     stay(
         socket.socket(fileno=int(descriptor)),
         float(keep),
-        int(number),
-        float(began),
+        psutil.Process(int(number)),
         Path(path),
         bytes.fromhex(key_in_hex),
     )

@@ -1,6 +1,7 @@
 """pytest tests/test_resident.py: the process of a node that stays, and what ends it (slow)."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -166,3 +167,12 @@ def test_another_users_folder_is_not_used(tmp_path):
     # A stranger who was there first costs the trainer, and not the answer.
     assert "neither data-path" in resident.Door()(message(), context()).error.reason
     assert not trainers(tmp_path)
+
+
+def test_a_trainer_that_cannot_start_costs_the_trainer_and_not_the_answer(
+    tmp_path, monkeypatch, capsys
+):
+    """It ends before it has looked at its socket, for want of memory say."""
+    monkeypatch.setattr(resident.sys, "executable", shutil.which("false"))
+    assert "neither data-path" in resident.Door()(message(), context()).error.reason
+    assert "the process that trains did not start" in capsys.readouterr().err
