@@ -369,8 +369,8 @@ def hold_out(
             held += places
     if not held:  # each question stands there too often, or there is but one
         held = min(alike.values(), key=len) if len(alike) > 1 else list(order[:kept])
-    back = set(held)
-    return rows.select([i for i in order if i not in back]), rows.select(held)
+    # As arrays: `datasets` pickles what it selects, 0.2 s for a list of a thousand places.
+    return rows.select(order[~np.isin(order, held)]), rows.select(np.array(held))
 
 
 def _questions(rows: Dataset, columns: Sequence[str | None]) -> list[tuple[str, ...]]:
