@@ -114,8 +114,12 @@ def read_figures(kind: str, metrics: Any) -> dict[str, float]:
     return figures
 
 
+# Of a kind of message, `num-examples` or `records`, and a client: see `most_used`.
+MostUsed = Callable[[str, str, int], float]
+
+
 def most_used(
-    cfg: Settings, kind: str, name: str, partition: int, federated: bool
+    cfg: Settings, federated: bool, kind: str, name: str, partition: int
 ) -> float:
     """The most `num-examples` or `records` that a client can have used for a message.
 
@@ -136,30 +140,27 @@ def most_used(
     return math.ceil(passes * rows)
 
 
-def bound(cfg: Settings, client: dict[str, Any], kind: str, federated: bool) -> None:
+def bound(
+    client: dict[str, Any], kind: str, federated: bool, most: float, used: MostUsed
+) -> None:
     """Hold a client's word for how much it used against what the server knows.
 
     In a simulation the server knows all of it, and more is a lie: raises `Unusable`. In a
     federation records, and processes that train side by side, are a node's own: more counts
-    for what one process takes, or for `strategy.max_weight`.
+    for what one process takes, or for `most`, which is `strategy.max_weight`.
     """
-    most = cfg.strategy.max_weight or math.inf
     for name in ("num-examples", "records"):
         if name not in client:
             continue
-        known = most_used(cfg, kind, name, client["partition"], federated)
+        known = used(kind, name, client["partition"])
         if client[name] > known and not federated:
             raise Unusable(f"its {name} is above {known}, which is all that it has")
         client[name] = min(client[name], known, most)
 
 
-def largest(cfg: Settings, name: str, partitions: list[int], federated: bool) -> int:
+def largest(name: str, partitions: list[int], most: float, used: MostUsed) -> int:
     """The most that any of these clients can count for, in `num-examples` or `records`."""
-    each = (
-        most_used(cfg, MessageType.TRAIN, name, partition, federated)
-        for partition in partitions
-    )
-    return int(min(max(each), cfg.strategy.max_weight or math.inf))
+    return int(min(max(used(MessageType.TRAIN, name, i) for i in partitions), most))
 
 
 # --- what is sent ----------------------------------------------------------------------------

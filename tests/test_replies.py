@@ -720,7 +720,7 @@ def test_no_reply_ends_an_evaluation_or_decides_it(serve, capsys):
 
     attempt()
     # It holds back a tenth of its records and no more.
-    held = exchange.most_used(server.cfg, "evaluate", "num-examples", HOSTILE, False)
+    held = exchange.most_used(server.cfg, False, "evaluate", "num-examples", HOSTILE)
     figures = {"eval_loss": 0.0, "eval_accuracy": 1.0}
     for count, usable in ((held, True), (held + 1, False)):
         record = MetricRecord({"num-examples": count, **figures})
@@ -749,7 +749,7 @@ def test_a_client_of_few_questions_may_have_held_back_all_that_it_has(
     )
     held = dataset.split(cfg, dataset.load_partition(cfg, 0))[1]
     assert len(held) == 5
-    assert exchange.most_used(cfg, "evaluate", "num-examples", 0, False) == 5
+    assert exchange.most_used(cfg, False, "evaluate", "num-examples", 0) == 5
 
 
 # --- what a client weighs ------------------------------------------------------------------------
@@ -790,8 +790,8 @@ def test_by_epochs_a_client_counts_for_its_own_records_and_no_more(serve, capsys
         "max_steps": -1,
         "num_train_epochs": 3,
     }
-    most = exchange.most_used(server.cfg, "train", "num-examples", HOSTILE, False)
-    rows = exchange.most_used(server.cfg, "train", "records", HOSTILE, False)
+    most = exchange.most_used(server.cfg, False, "train", "num-examples", HOSTILE)
+    rows = exchange.most_used(server.cfg, False, "train", "records", HOSTILE)
     assert most == 3 * rows > 0
     server.grid.tamper = claims({HOSTILE: {"num-examples": most}})
     assert play(server)[1]["replied"] == 4
