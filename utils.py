@@ -71,8 +71,8 @@ for _name, _value in {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # bitsandbytes has functions compiled that nothing of ours calls, and imports a compiler for
-    # it, a fifth of all that a process imports. What is trained here is not compiled.
+    # bitsandbytes has four functions compiled, for odd shapes and its optimizers on a CPU, and
+    # imports a compiler for it, a fifth of all that a process imports. They run without it.
     "TORCHDYNAMO_DISABLE": "1",
     "TQDM_DISABLE": "1",  # the libraries' bars; `Progress` shows its own all the same
 }.items():
